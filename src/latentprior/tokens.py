@@ -1,0 +1,129 @@
+"""Documents to padded batches of tokens, grouped by length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from latentprior.errors import InputError, unknown
+from latentprior.text import Document
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B documents of at most T tokens."""
+
+    ids: Int64[Tensor, "B T"]
+    """Token ids; the padding's are arbitrary."""
+    mask: Bool[Tensor, "B T"]
+    """True at real tokens, the beginning-of-sequence token included."""
+    doc: Int64[Tensor, " B"]
+    """`Document.index` of each row."""
+    position: Int64[Tensor, "B T"]
+    """Index of each token in its document, 0 for the first one (BOS); -1 at padding."""
+    index: int
+    """Running number of the batch in its stream."""
+
+
+def tokenize(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+    padding_side: str = "right",
+    chat: bool = False,
+    window: int = 1024,
+) -> Iterator[TokenBatch]:
+    """Tokens of all documents, each document whole in one batch.
+
+    `window` documents at a time are tokenised in one call, sorted by length and cut into batches, so that little is
+    padding; the batches of a window come in a fixed random order, so that a stream that is cut short has seen short
+    and long documents alike. The batches depend on nothing but the arguments: a stream is resumed by skipping to a
+    `TokenBatch.index`.
+
+    Args:
+        documents: what to tokenise; consumed `window` at a time.
+        tokenizer: its BOS token, if it has one, starts every document once, whether or not it adds it by itself.
+        max_length: documents are cut to this many tokens, BOS included; those with fewer than 2 are left out.
+        batch_tokens: most tokens of a batch, padding included; a longer document is a batch of its own.
+        padding_side: "right" or "left".
+        chat: wrap every document as a user message in the tokenizer's chat template.
+        window: documents that are sorted together.
+
+    Raises:
+        InputError: an argument out of range, or `chat` with a tokenizer that has no chat template.
+    """
+    if padding_side not in ("right", "left"):
+        raise unknown("padding_side", padding_side, ("right", "left"))
+    for name, value, least in (("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1), ("window", window, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    if chat and not tokenizer.chat_template:
+        raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template: set chat to false")
+
+    def batches() -> Iterator[TokenBatch]:
+        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
+        remaining = iter(documents)
+        index = 0
+        while block := list(islice(remaining, window)):
+            rows = _encode([document.text for document in block], tokenizer, max_length, chat)
+            lengths = np.array([len(row) for row in rows])
+            order = [int(i) for i in np.argsort(lengths, kind="stable") if lengths[i] > 1]
+            runs = list(_cut(order, lengths, batch_tokens))
+            for turn in np.random.default_rng(index).permutation(len(runs)):
+                chosen = runs[turn]
+                doc = torch.tensor([block[i].index for i in chosen])
+                ids, mask, position = _pad([rows[i] for i in chosen], pad, padding_side)
+                yield TokenBatch(ids, mask, doc, position, index)
+                index += 1
+
+    return batches()
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> list[list[int]]:
+    """Token ids of each text, BOS first, cut to `max_length`."""
+    rows: Any  # transformers' annotations cover every form of output
+    if chat:
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        rows = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    else:
+        # Cut below, not by the tokenizer: it might cut the beginning, and it may or may not count BOS.
+        rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    start = [] if bos is None else [bos]
+    return [(row if row[:1] == start else start + row)[:max_length] for row in rows]
+
+
+def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
+    """`order`, ascending in length, in runs whose padded size is at most `batch_tokens`, or of one document."""
+    run: list[int] = []
+    for i in order:
+        if run and (len(run) + 1) * lengths[i] > batch_tokens:
+            yield run
+            run = []
+        run.append(i)
+    if run:
+        yield run
+
+
+def _pad(
+    rows: list[list[int]], pad: int, side: str
+) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Int64[Tensor, "B T"]]:
+    """Padded ids, mask and positions of `rows`."""
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    width = int(lengths.max())
+    start = width - lengths if side == "left" else torch.zeros_like(lengths)
+    position = torch.arange(width) - start
+    mask = (position >= 0) & (position < lengths)
+    ids = torch.full((len(rows), width), pad)
+    ids[mask] = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())))
+    return ids, mask, position.masked_fill(~mask, -1)

