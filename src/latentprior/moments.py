@@ -1,0 +1,154 @@
+"""Streamed moments of raw activations, per layer and in float64: added batch by batch, merged across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from latentprior.errors import InputError, unknown
+
+_TENSORS = ("count", "mean", "m2", "norm_sum", "median_norm")
+_CHUNK_ROWS = 8192  # bounds the float64 copy of what is added
+
+
+class Moments:
+    """Count, mean, sum of squared deviations and norms of the activations of each layer, all float64 on the CPU.
+
+    Batches are combined by the pairwise update of Chan, Golub and LeVeque (1979), each batch summarised in two
+    passes, so that neither a large mean nor many batches cost precision.
+
+    Attributes:
+        layers: numbers of the LLM's blocks, in the order of the leading dimension below.
+        count: [L], rows seen.
+        mean: [L, d].
+        m2: [L, d], sum of squared deviations from the mean.
+        norm_sum: [L], sum of the rows' Euclidean norms.
+        median_norm: [L], median of the rows' norms, nan until somebody who has seen all of them sets it.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        """No rows yet.
+
+        Args:
+            layers: numbers of the LLM's blocks, each once.
+            width: d, dimensions of an activation.
+
+        Raises:
+            InputError: no layer, or one named twice.
+        """
+        self.layers = tuple(int(layer) for layer in layers)
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise InputError(f"moments need distinct layers, got {list(self.layers)}")
+        n = len(self.layers)
+        self.count = torch.zeros(n, dtype=torch.float64)
+        self.mean = torch.zeros(n, width, dtype=torch.float64)
+        self.m2 = torch.zeros(n, width, dtype=torch.float64)
+        self.norm_sum = torch.zeros(n, dtype=torch.float64)
+        self.median_norm = torch.full((n,), torch.nan, dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """d, dimensions of an activation."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            x: [N, d], any floating dtype and device.
+            layer: [N], each row's layer number; None if there is one layer only.
+
+        Raises:
+            InputError: wrong shapes, a layer that is not among `layers`, or None where there are several.
+        """
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise InputError(f"moments expect rows of width {self.width}, got shape {list(x.shape)}")
+        if layer is None and len(self.layers) > 1:
+            raise InputError(f"moments of layers {list(self.layers)} need the layer of each row")
+        if layer is not None and layer.shape != x.shape[:1]:
+            raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
+        present = self.layers if layer is None else layer.unique().tolist()
+        for number in present:
+            if number not in self.layers:
+                raise unknown("layer", number, self.layers)
+        for number in present:
+            rows = x if layer is None else x[layer == number]
+            for chunk in rows.split(_CHUNK_ROWS):
+                self._add(self.layers.index(number), chunk.cpu().double())
+
+    def _add(self, slot: int, rows: Tensor) -> None:
+        if not len(rows):
+            return
+        mean = rows.mean(0)
+        deviation = rows - mean
+        # The second term takes out the rounding error of the mean, which a large offset would blow up.
+        m2 = deviation.square().sum(0) - deviation.sum(0).square() / len(rows)
+        norm_sum = torch.linalg.vector_norm(rows, dim=1).sum()
+        one = slice(slot, slot + 1)
+        self._combine(one, self.count.new_tensor([len(rows)]), mean[None], m2[None], norm_sum[None])
+
+    def _combine(self, slots: slice, count: Tensor, mean: Tensor, m2: Tensor, norm_sum: Tensor) -> None:
+        before = self.count[slots]
+        share = (count / (before + count).clamp(min=1))[:, None]
+        delta = mean - self.mean[slots]
+        self.mean[slots] += delta * share
+        self.m2[slots] += m2 + delta.square() * share * before[:, None]
+        self.norm_sum[slots] += norm_sum
+        self.count[slots] += count
+
+    def merge(self, other: Moments) -> Moments:
+        """Add everything `other` has seen to these moments, in place; returns self.
+
+        A median cannot be merged: where both are set, `median_norm` becomes their mean weighted by `count`.
+
+        Raises:
+            InputError: other layers or another width.
+        """
+        if (self.layers, self.width) != (other.layers, other.width):
+            raise InputError(
+                f"cannot merge moments of layers {list(other.layers)}, width {other.width} "
+                f"into layers {list(self.layers)}, width {self.width}"
+            )
+        share = other.count / (self.count + other.count).clamp(min=1)
+        both = torch.lerp(self.median_norm, other.median_norm, share)
+        either = torch.where(self.median_norm.isnan(), other.median_norm, self.median_norm)
+        self.median_norm = torch.where(both.isnan(), either, both)
+        self._combine(slice(None), other.count, other.mean, other.m2, other.norm_sum)
+        return self
+
+    def variance(self) -> Tensor:
+        """Population variance of each dimension, [L, d]; nan for a layer without rows."""
+        return self.m2 / self.count[:, None]
+
+    def mean_norm(self) -> Tensor:
+        """Mean Euclidean norm of the rows, [L]: the unit of steering strength; nan for a layer without rows."""
+        return self.norm_sum / self.count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all tensors, "layers" (int64 [L]) among them: contents for a safetensors file."""
+        layers = torch.tensor(self.layers, dtype=torch.int64)
+        return {"layers": layers} | {name: getattr(self, name).clone() for name in _TENSORS}
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """The moments that `state_dict` was called on.
+
+        Raises:
+            InputError: a tensor is missing or has the wrong shape or dtype.
+        """
+        for name in ("layers", *_TENSORS):
+            if name not in tensors:
+                raise InputError(f"moments lack the tensor {name!r}")
+        if tensors["mean"].ndim != 2:
+            raise InputError(f"moments need a mean of shape [L, d], got {list(tensors['mean'].shape)}")
+        moments = cls(tensors["layers"].tolist(), tensors["mean"].shape[1])
+        for name in _TENSORS:
+            value, expected = tensors[name], getattr(moments, name)
+            if value.shape != expected.shape or value.dtype != torch.float64:
+                raise InputError(
+                    f"moments need {name!r} as float64 {list(expected.shape)}, got {value.dtype} {list(value.shape)}"
+                )
+            setattr(moments, name, value.clone())
+        return moments
