@@ -1,0 +1,42 @@
+"""Folders of priors on disk and on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from latentprior.errors import InputError
+
+CONFIGS = ("config.json", "config.yaml")
+
+
+def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
+    """The local folder of a prior, downloaded first if `path_or_repo` is a repository.
+
+    Raises:
+        InputError: a folder without a prior, or no such repository.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in CONFIGS):
+            raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
+        return folder
+    skip = ["checkpoints/*"] if checkpoint == "final" else None  # intermediate weights are many and large
+    try:
+        return Path(snapshot_download(str(path_or_repo), revision=revision, ignore_patterns=skip))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"no prior at {str(path_or_repo)!r}: not a folder, and the Hub says: {reason}") from error
+
+
+def upload(save: Callable[[str], Path], repo: str, *, private: bool, revision: str | None) -> str:
+    """Upload what `save` writes into a temporary folder; returns the address of the commit."""
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        commit = api.upload_folder(repo_id=repo, folder_path=save(folder), revision=revision)
+    return commit.commit_url

@@ -1,0 +1,172 @@
+"""Priors on disk: reading and writing the folder of a prior, of this project's format or the official one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentprior import official
+from latentprior.config import DenoiserConfig, from_dict, to_dict
+from latentprior.denoiser import Denoiser
+from latentprior.errors import InputError, unknown
+from latentprior.files import replace_text
+from latentprior.hooks import Hookpoint
+from latentprior.normalizer import Normalizer
+
+FORMAT = 1
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a prior consists of, and all that its folder holds."""
+
+    denoiser: Denoiser
+    normalizer: Normalizer
+    hookpoints: tuple[Hookpoint, ...]
+    provenance: dict[str, Any]
+    """Corpus, training summary and versions, as JSON-ready values."""
+
+
+def read(folder: Path, checkpoint: str) -> Parts:
+    """The prior in `folder`, with its final weights or those of an intermediate checkpoint.
+
+    Raises:
+        InputError: an unknown checkpoint, or files that are missing, damaged or do not fit together.
+    """
+    return _read_own(folder, checkpoint) if (folder / CONFIG).is_file() else _read_official(folder, checkpoint)
+
+
+def write(folder: Path, parts: Parts) -> None:
+    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all."""
+    config = {
+        "format": FORMAT,
+        "denoiser": to_dict(parts.denoiser.config),
+        "hookpoints": [h.to_dict() for h in parts.hookpoints],
+        "provenance": parts.provenance,
+    }
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", "README.md": model_card(parts)}  # may fail, so first
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(_state(denoiser=parts.denoiser, normalizer=parts.normalizer), partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS)
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+
+
+def _state(**modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _read_own(folder: Path, checkpoint: str) -> Parts:
+    folder = _checkpoint_folder(folder, checkpoint)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no readable prior: {' '.join(str(error).split())[:300]}") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{folder} has prior format {found}, this version reads {FORMAT}")
+    try:
+        shape = from_dict(DenoiserConfig, config["denoiser"])
+        hookpoints = tuple(Hookpoint.from_dict(h) for h in config["hookpoints"])
+        provenance = dict(config["provenance"])
+    except KeyError as error:
+        raise InputError(f"{folder / CONFIG} lacks the key {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
+    return Parts(
+        _denoiser(shape, _below("denoiser.", state), folder), _normalizer(state, folder), hookpoints, provenance
+    )
+
+
+def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
+    """The folder of a checkpoint, found among those that exist: no name can lead out of the prior's folder."""
+    folders = {"final": folder} | {file.parent.name: file.parent for file in folder.glob(f"checkpoints/*/{CONFIG}")}
+    if checkpoint not in folders:
+        raise unknown("checkpoint", checkpoint, sorted(sorted(folders), key=len))
+    return folders[checkpoint]
+
+
+def _normalizer(state: dict[str, Tensor], folder: Path) -> Normalizer:
+    statistics = _below("normalizer.", state)
+    try:
+        return Normalizer(
+            statistics["mean"],
+            statistics["var"],
+            statistics["layers"].tolist(),
+            mean_norm=statistics["mean_norm"],
+            median_norm=statistics["median_norm"],
+        )
+    except KeyError as error:
+        raise InputError(f"{folder / WEIGHTS} lacks the statistic {error}") from error
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _read_official(folder: Path, checkpoint: str) -> Parts:
+    parts = official.read_checkpoint(folder, checkpoint)
+    normalizer = Normalizer(parts.mean, parts.var, parts.statistics_layers)
+    return Parts(_denoiser(parts.config, parts.weights, folder), normalizer, parts.hookpoints, parts.provenance)
+
+
+def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) -> Denoiser:
+    """A denoiser around `weights`, without drawing initial ones."""
+    with torch.device("meta"):
+        denoiser = Denoiser(config)
+    try:
+        denoiser.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"weights in {folder} do not fit its configuration: {detail[:300]}") from error
+    return denoiser
+
+
+def model_card(parts: Parts) -> str:
+    """The README of a saved prior: what it was trained on and how to use it."""
+    hookpoints = "\n".join(f"| {h.model} | {h.layer} | {h.side} | {h.width} |" for h in parts.hookpoints)
+    config = parts.denoiser.config
+    size = sum(p.numel() for p in parts.denoiser.parameters())
+    return f"""---
+library_name: latentprior
+tags: [interpretability, activations, flow-matching]
+---
+# Generative latent prior
+
+A flow-matching model of a language model's activations ([method](https://arxiv.org/abs/2602.06964)):
+{config.n_layers} blocks, d_model {config.d_model}, d_mlp {config.d_mlp}, {size / 1e6:.1f} M parameters.
+
+| language model | layer | side | width |
+|---|---|---|---|
+{hookpoints}
+
+```python
+from latentprior import GLP
+
+glp = GLP.from_pretrained("this folder or repository")
+activations = glp.sample(16)
+with glp.attach(model, t_start=0.5):
+    model.generate(...)
+```
+
+```json
+{json.dumps(parts.provenance, indent=2)}
+```
+"""

@@ -1,0 +1,366 @@
+"""Exactly the right rows and positions are rewritten, with and without a cache, padded, batched, beamed or resumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jaxtyping
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from latentprior.errors import InputError
+from latentprior.rewrite import POSITIONS, Positions, Site, rewrite
+
+FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
+LENGTHS = (7, 4)
+NEW = 4
+IDS = torch.tensor([[5, 8, 13, 21, 34, 55, 89], [2, 2, 2, 9, 19, 29, 39]])
+MASK = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+
+
+class Recorder:
+    """Halves what it gets and remembers where it came from."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+        self.calls: list[Counter[tuple[int, int]]] = []
+
+    def __call__(self, x: Tensor, site: Site) -> Tensor:
+        assert len(x) == len(site.row) == len(site.position)
+        self.calls.append(Counter(zip(site.row.tolist(), site.position.tolist(), strict=True)))
+        return x * self.factor
+
+    def sites(self) -> list[tuple[int, int]]:
+        """(row, position) of every call, sorted; each may come once in a call."""
+        assert all(count == 1 for call in self.calls for count in call.values())
+        return sorted(site for call in self.calls for site in call)
+
+
+def generate(model: nn.Module, ids: Tensor = IDS, mask: Tensor = MASK, **options) -> tuple[Tensor, Tensor]:
+    """New tokens [B, NEW] and their logits [B, NEW, V]."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        **{"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 2, "eos_token_id": None, **options},
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found[1], expected[1], atol=tolerance, rtol=0)
+    assert torch.equal(found[0], expected[0])
+
+
+def sites_of(positions: Positions, first: int, last: int, row: int) -> list[tuple[int, int]]:
+    """What `positions` names of a row with `first` prompt tokens after a pass over `last` tokens in all."""
+    start = {"all": 1, "last": first - 1, "generated": first}[positions]
+    return [(row, position) for position in range(start, last)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_exactly_the_right_sites_with_a_cache(family, positions, tiny_llm):
+    model, recorder = tiny_llm(family), Recorder()
+    with rewrite(model, {1: recorder}, positions=positions):
+        generate(model)
+    expected = [s for row, n in enumerate(LENGTHS) for s in sites_of(positions, n, n + NEW - 1, row)]
+    assert recorder.sites() == sorted(expected)  # the last new token never passes through the model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_exactly_the_right_sites_without_a_cache(family, positions, tiny_llm):
+    model, recorder = tiny_llm(family), Recorder()
+    with rewrite(model, {1: recorder}, positions=positions):
+        generate(model, use_cache=False)
+    expected = [s for k in range(NEW) for row, n in enumerate(LENGTHS) for s in sites_of(positions, n, n + k, row)]
+    assert recorder.sites() == sorted(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cached_equals_uncached(family, positions, tiny_llm):
+    model = tiny_llm(family)
+    plain = generate(model)
+    found = []
+    for cache in (True, False):
+        with rewrite(model, {1: Recorder(-2.0), 2: Recorder()}, positions=positions):
+            found.append(generate(model, use_cache=cache))
+    assert_same(*found)
+    assert (found[0][1] - plain[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("cache", [True, False])
+def test_left_padded_batch_equals_single_rows(family, positions, cache, tiny_llm):
+    model = tiny_llm(family)
+    with rewrite(model, {1: Recorder(-2.0)}, positions=positions):
+        batch = generate(model, use_cache=cache)
+    for row, n in enumerate(LENGTHS):
+        with rewrite(model, {1: Recorder(-2.0)}, positions=positions):
+            single = generate(model, IDS[row : row + 1, -n:], MASK[row : row + 1, -n:], use_cache=cache)
+        assert_same((batch[0][row], batch[1][row]), (single[0][0], single[1][0]))
+
+
+def test_nothing_to_rewrite_runs_nothing(tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}, positions="generated"):
+        generate(model, max_new_tokens=1)
+    with rewrite(model, {1: recorder}):
+        model(IDS[:, :1])  # first positions only
+    assert not recorder.calls
+
+
+def test_right_padding_and_no_mask(tiny_llm):
+    model = tiny_llm()
+    flipped, recorder = torch.tensor([[1] * 7, [1] * 4 + [0] * 3]), Recorder()
+    with rewrite(model, {1: recorder}):
+        model(IDS, attention_mask=flipped)
+        model(IDS)
+    first, second = recorder.calls
+    assert set(first) == {*sites_of("all", 7, 7, 0), *sites_of("all", 4, 4, 1)}
+    assert set(second) == {*sites_of("all", 7, 7, 0), *sites_of("all", 7, 7, 1)}
+    last = Recorder()
+    with rewrite(model, {1: last}, positions="last"):
+        model(IDS, attention_mask=flipped)
+    assert last.sites() == [(0, 6), (1, 3)]
+
+
+def test_rows_positions_and_values_belong_together(tiny_llm):
+    model, seen = tiny_llm(), {}
+
+    def keep(x: Tensor, site: Site) -> Tensor:
+        assert site.layer == 1 and site.batch == 2
+        seen.update({(int(r), int(p)): value for r, p, value in zip(site.row, site.position, x, strict=True)})
+        return x
+
+    with rewrite(model, {1: keep}):
+        hidden = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states[2]
+    assert len(seen) == 6 + 3
+    for (row, position), value in seen.items():
+        assert torch.equal(value, hidden[row, position + 7 - LENGTHS[row]])
+
+
+def test_input_side_is_the_output_of_the_block_before(tiny_llm):
+    model = tiny_llm()
+    with rewrite(model, {1: Recorder()}):
+        expected = generate(model)
+    with rewrite(model, {2: Recorder()}, side="input"):
+        assert_same(generate(model), expected, 0)
+
+
+def test_layers_after_one_another(tiny_llm):
+    """Each layer gets what the earlier ones made of it, at the same sites."""
+    model = tiny_llm()
+    one, two, alone = Recorder(), Recorder(), Recorder()
+    with rewrite(model, {0: one, 2: two}, positions="last"):
+        together = generate(model)
+    assert one.sites() == two.sites() and len(one.calls) == len(two.calls) == NEW
+    with rewrite(model, {0: Recorder()}, positions="last"), rewrite(model, {2: alone}, positions="last"):
+        assert_same(generate(model), together, 0)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("second", [slice(0, 2), slice(1, 2)], ids=["same batch", "other batch"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_two_generations_in_one_context_equal_two_contexts(positions, second, cache, tiny_llm):
+    model = tiny_llm()
+    other = IDS.flip(0)[second], MASK.flip(0)[second]
+    recorders = [Recorder(), Recorder()]
+    with rewrite(model, {1: recorders[0]}, positions=positions):
+        together = [generate(model, use_cache=cache), generate(model, *other, use_cache=cache)]
+    apart = []
+    for prompt in ((IDS, MASK), other):
+        with rewrite(model, {1: recorders[1]}, positions=positions):
+            apart.append(generate(model, *prompt, use_cache=cache))
+    for a, b in zip(together, apart, strict=True):
+        assert_same(a, b, 0)
+    assert recorders[0].calls == recorders[1].calls
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_answer_may_be_the_next_prompt(positions, tiny_llm):
+    """One token longer than what was seen, with the same beginning: a prompt all the same."""
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}, positions=positions):
+        longer = torch.cat([IDS, generate(model)[0]], dim=1), torch.cat([MASK, torch.ones(2, NEW).long()], dim=1)
+        recorder.calls.clear()
+        generate(model, *longer)
+    expected = [s for row, n in enumerate(LENGTHS) for s in sites_of(positions, n + NEW, n + 2 * NEW - 1, row)]
+    assert recorder.sites() == sorted(expected)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_conversation_that_goes_on_with_its_cache(positions, tiny_llm):
+    model, cache, ids = tiny_llm(), transformers.DynamicCache(), IDS[:1]
+    fresh, recorder = Recorder(), Recorder()
+    with rewrite(model, {1: recorder}, positions=positions):
+        for turn in range(2):
+            recorder.calls.clear()
+            seen = cache.get_seq_length()
+            answer, _ = generate(model, ids, torch.ones_like(ids), past_key_values=cache)
+            length = ids.shape[1]
+            ids = torch.cat([ids, answer, torch.tensor([[60 + turn, 61, 62]])], dim=1)
+    with rewrite(model, {1: fresh}, positions=positions):
+        generate(model, ids[:, :length], torch.ones(1, length).long())
+    assert seen == 7 + NEW - 1
+    assert recorder.sites() == [site for site in fresh.sites() if site[1] >= seen]
+
+
+@pytest.mark.parametrize("cached", [0, 3])
+def test_another_prompt_one_token_longer(cached, tiny_llm):
+    """With another beginning, or with a beginning that both take from a cache."""
+    model, recorder = tiny_llm(), Recorder()
+    longer = torch.cat([IDS.flip(0), IDS[:, :1]], dim=1)
+    prompts = (longer[:, :7] if cached else IDS, longer)
+    caches = [model(ids[:, :cached], use_cache=True).past_key_values if cached else None for ids in prompts]
+    with rewrite(model, {1: recorder}, positions="last"):
+        for ids, cache in zip(prompts, caches, strict=True):
+            model(ids[:, cached:], past_key_values=cache, use_cache=bool(cached))
+    assert [sorted(call) for call in recorder.calls] == [[(0, 6), (1, 6)], [(0, 7), (1, 7)]]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_hand_written_loop(positions, tiny_llm):
+    model, recorders = tiny_llm(), [Recorder(), Recorder()]
+    with rewrite(model, {1: recorders[0]}, positions=positions):
+        expected, _ = generate(model)
+    ids, mask, cache = IDS, MASK, None
+    with rewrite(model, {1: recorders[1]}, positions=positions):
+        for _ in range(NEW):
+            new = ids if cache is None else ids[:, -1:]
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            out = model(new, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
+            mask = torch.cat([mask, torch.ones(2, 1).long()], dim=1)
+    assert torch.equal(ids[:, IDS.shape[1] :], expected)
+    assert recorders[0].calls == recorders[1].calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_static_cache(family, positions, tiny_llm):
+    model, recorders = tiny_llm(family), [Recorder(-2.0), Recorder(-2.0)]
+    with rewrite(model, {1: recorders[0]}, positions=positions):
+        dynamic = generate(model)
+    with rewrite(model, {1: recorders[1]}, positions=positions):
+        assert_same(generate(model, cache_implementation="static"), dynamic)
+    assert recorders[0].calls == recorders[1].calls
+
+
+@pytest.mark.parametrize("window", [3, 5, 9])
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_sliding_windows(window, implementation, positions, tiny_llm):
+    """A window shorter than the prompt hides real tokens from the mask of a static cache."""
+    model, recorders = tiny_llm("mistral"), [Recorder(-2.0), Recorder(-2.0)]
+    model.config.sliding_window = window
+    with rewrite(model, {1: recorders[0]}, positions=positions):
+        found = generate(model, cache_implementation=implementation)
+    with rewrite(model, {1: recorders[1]}, positions=positions):
+        assert_same(generate(model, use_cache=False), found)
+    expected = [s for row, n in enumerate(LENGTHS) for s in sites_of(positions, n, n + NEW - 1, row)]
+    assert recorders[0].sites() == sorted(expected)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_beams(cache, positions, tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}, positions=positions):
+        model.generate(IDS, attention_mask=MASK, num_beams=3, max_new_tokens=NEW, min_new_tokens=NEW, use_cache=cache)
+    steps = [NEW - 1] if cache else range(NEW)
+    rows = [n for n in LENGTHS for _ in range(3)]  # each row's beams lie together
+    expected = [s for k in steps for row, n in enumerate(rows) for s in sites_of(positions, n, n + k, row)]
+    assert recorder.sites() == sorted(expected)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_embeddings_as_the_prompt(positions, tiny_llm):
+    model, recorders = tiny_llm(), [Recorder(), Recorder()]
+    with rewrite(model, {1: recorders[0]}, positions=positions):
+        expected, _ = generate(model)
+    with rewrite(model, {1: recorders[1]}, positions=positions):
+        out = model.generate(
+            inputs_embeds=model.get_input_embeddings()(IDS), attention_mask=MASK, do_sample=False,
+            max_new_tokens=NEW, pad_token_id=2, eos_token_id=None,
+        )  # fmt: skip
+    assert torch.equal(out, expected)
+    assert recorders[0].calls == recorders[1].calls
+
+
+def test_causal_masks_of_the_caller(tiny_llm):
+    """[B, 1, T, T], boolean or additive, or one for all rows."""
+    model, causal = tiny_llm(), torch.ones(7, 7).tril().bool()
+    padded = (causal & MASK[:, None, :].bool())[:, None]
+    additive = torch.where(padded, 0.0, torch.finfo(torch.float32).min)
+    right = (causal & MASK.flip(1)[:, None, :].bool())[:, None]  # here padding sees the tokens before it
+    lengths = {
+        "boolean": (padded, LENGTHS),
+        "additive": (additive, LENGTHS),
+        "right": (right, LENGTHS),
+        "shared": (causal[None, None], (7, 7)),
+    }
+    for kind, (mask, rows) in lengths.items():
+        recorder = Recorder()
+        with rewrite(model, {1: recorder}):
+            model(IDS, attention_mask=mask)
+        assert recorder.sites() == [s for row, n in enumerate(rows) for s in sites_of("all", n, n, row)], kind
+
+
+def test_positions_given_with_a_causal_mask_count(tiny_llm):
+    """Two documents in one row: the first token of each is a first position."""
+    model, recorder = tiny_llm(), Recorder()
+    mask = torch.ones(7, 7).tril().bool()
+    mask[4:, :4] = False
+    with rewrite(model, {1: recorder}):
+        model(IDS, attention_mask=mask[None, None], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+    assert recorder.calls == [Counter({(row, p): n for row in (0, 1) for p, n in ((1, 2), (2, 2), (3, 1))})]
+
+
+def test_a_cache_that_drops_keys_needs_positions(tiny_llm):
+    model, cache = tiny_llm("mistral"), transformers.DynamicCache()
+    with rewrite(model, {0: Recorder()}, side="input"):
+        model(IDS[:, :6], past_key_values=cache)
+        with pytest.raises(InputError, match="positions cannot be told"):
+            model(IDS[:, 6:], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 4).bool())
+
+
+def test_other_masks_are_refused(tiny_llm):
+    model = tiny_llm()
+    with rewrite(model, {0: Recorder()}, side="input"), pytest.raises(InputError, match="neither"):
+        model(IDS, attention_mask=torch.ones(2, 7, 7))
+
+
+def test_the_model_is_left_as_it_was(tiny_llm):
+    model = tiny_llm()
+    logits = model(IDS).logits
+    with rewrite(model, {1: Recorder(), 3: Recorder()}):
+        assert not torch.equal(model(IDS).logits, logits)
+    with pytest.raises(ZeroDivisionError), rewrite(model, {1: lambda x, site: 1 // 0}):
+        model(IDS)
+    with pytest.raises(KeyError), rewrite(model, {1: Recorder()}):
+        raise KeyError
+    assert torch.equal(model(IDS).logits, logits)
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not isinstance(m, nn.ModuleList)
+    )
+    assert not model.generation_config.disable_compile
+
+
+def test_bad_arguments_are_refused(tiny_llm, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    model = tiny_llm()
+    with pytest.raises(InputError, match="unknown positions 'lasst'; did you mean 'last'"):
+        rewrite(model, {1: Recorder()}, positions="lasst").__enter__()
+    with pytest.raises(InputError, match="layer 4 is out of range"):
+        rewrite(model, {4: Recorder()}).__enter__()
+    with pytest.raises(InputError, match="compiled"):
+        rewrite(torch.compile(model, backend="eager"), {1: Recorder()}).__enter__()
+    assert not any(m._forward_pre_hooks for m in model.modules())
