@@ -1,0 +1,268 @@
+"""Recording end to end: the rows are the model's, what is left out is counted, and a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentprior.activations import ActivationBatch, record_activations
+from latentprior.config import LLMConfig, RecordConfig, TextConfig
+from latentprior.errors import InputError
+from latentprior.hooks import edit
+from latentprior.llm import load_llm
+from latentprior.record import record, record_from
+from latentprior.store import ActivationStore
+
+DOCUMENTS = 120
+WORDS = "the fox keeps shells by the shore and knows what language it was best of times in".split()
+
+
+def text_of(number: int) -> str:
+    words = random.Random(number)
+    return f"{number} " + " ".join(words.choices(WORDS, k=words.randint(2, 18)))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [text_of(number) for number in range(DOCUMENTS)]
+
+
+@pytest.fixture
+def config(tmp_path, texts, llm_folder) -> RecordConfig:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    return RecordConfig(
+        output=str(tmp_path / "store"),
+        layers=[1],
+        max_length=40,
+        batch_tokens=256,
+        shard_rows=500,
+        dtype="float32",
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
+        text=TextConfig(dataset=str(file), part="all"),
+    )
+
+
+def contents(store: ActivationStore) -> ActivationBatch:
+    """All rows, in the order of layer, document and position."""
+    rows = store.batch(torch.arange(len(store)))
+    key = (rows.layer * (rows.doc.max() + 1) + rows.doc) * (rows.position.max() + 1) + rows.position
+    return rows.select(key.argsort())
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def direct(config: RecordConfig, texts: list[str], **options) -> ActivationBatch:
+    model, tokenizer = load_llm(config.llm)
+    return record_activations(model, tokenizer, texts, config.layers, max_length=config.max_length, **options)
+
+
+def assert_same_rows(store: ActivationStore, expected: ActivationBatch) -> None:
+    rows = contents(store)
+    for name in ("layer", "doc", "position", "token"):
+        assert torch.equal(getattr(rows, name), getattr(expected, name).long()), name
+    torch.testing.assert_close(rows.x, expected.x, atol=1e-5, rtol=1e-5)
+
+
+def scaled(position: int, factor: float) -> Callable[[Tensor], Tensor]:
+    """An edit that multiplies the hidden state at one place of every document."""
+
+    def scale(h: Tensor) -> Tensor:
+        h[:, position] *= factor
+        return h
+
+    return scale
+
+
+def test_rows_are_the_models(config, texts):
+    seen: list[int] = []
+    store = record(config, report=lambda done, total, _: seen.append(done))
+    assert_same_rows(store, direct(config, texts))
+    assert seen == sorted(seen) and seen[-1] == len(store)
+    assert len(store.manifest["shards"]) > 3 and store.manifest["complete"]
+    assert store.manifest["left_out"] == {"sinks": 0, "nonfinite": 0}
+    moments, rows = store.moments(), contents(store).x
+    torch.testing.assert_close(moments.mean[0], rows.double().mean(0))
+    torch.testing.assert_close(moments.variance()[0], rows.double().var(0, correction=0))
+    torch.testing.assert_close(moments.median_norm[0].float(), rows.norm(dim=1).median())
+    ActivationStore(config.output, verify="full")
+
+
+def test_manifest_says_what_was_recorded_from_what(config, llm_folder):
+    store = record(config)
+    source = store.manifest["source"]
+    assert source["llm"]["model"] == llm_folder and source["text"]["dataset"] == config.text.dataset
+    assert source["blocks"] == 4 and source["max_length"] == 40
+    assert not {"output", "resume"} & source.keys() and "device" not in source["llm"]
+    hookpoint = store.hookpoints[0]
+    assert (hookpoint.layer, hookpoint.width, hookpoint.path) == (1, 32, "model.layers.1")
+    hookpoint.check(load_llm(config.llm)[0])
+
+
+def test_several_layers_in_one_pass(config, texts):
+    model, tokenizer = load_llm(config.llm)
+    passes = 0
+
+    def count(*_) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.model.layers[0].register_forward_pre_hook(count)
+    one = record_from(model, tokenizer, config)
+    passes_of_one, passes = passes, 0
+    three = replace(config, output=config.output + "-3", layers=[3, 0, 1, 3], side="input")
+    store = record_from(model, tokenizer, three)
+    assert passes == passes_of_one and len(store) == 3 * len(one)
+    assert store.layers == (0, 1, 3)
+    assert_same_rows(store, direct(replace(three, layers=[0, 1, 3]), texts, side="input"))
+    for i, layer in enumerate(store.layers):
+        torch.testing.assert_close(store.moments().mean[i], contents(store).at_layer(layer).x.double().mean(0))
+
+
+@pytest.mark.parametrize(("positions", "most"), [("last", 1), ("random", 3)])
+def test_chosen_positions(config, texts, positions, most):
+    config = replace(config, positions=positions, positions_per_document=3, seed=5)
+    store = record(config)
+    assert_same_rows(store, direct(config, texts, positions=positions, positions_per_document=3, seed=5))
+    assert len(store) == most * DOCUMENTS
+
+
+def test_sinks_are_left_out_and_counted(config):
+    model, tokenizer = load_llm(config.llm)
+    config = replace(config, layers=[1, 2])
+    with edit(model, {1: scaled(1, 1000.0)}), edit(model, {2: lambda h: h / 100}):
+        kept = record_from(model, tokenizer, replace(config, sinks="keep", output=config.output + "-kept"))
+        dropped = record_from(model, tokenizer, config)
+    everything = contents(kept)
+    medians = {layer: everything.at_layer(layer).norms().median() for layer in (1, 2)}
+    limits = torch.tensor([10 * medians[layer] for layer in everything.layer.tolist()])
+    ordinary = everything.norms() <= limits
+    assert (everything.position[~ordinary] == 1).all() and set(everything.layer[~ordinary].tolist()) == {1, 2}
+    assert_same_rows(dropped, everything.select(ordinary))
+    assert dropped.manifest["left_out"] == {"sinks": int((~ordinary).sum()), "nonfinite": 0}
+    assert kept.manifest["left_out"]["sinks"] == 0
+    assert kept.manifest["sink_thresholds"] == dropped.manifest["sink_thresholds"]
+    for i, layer in enumerate((1, 2)):
+        assert dropped.manifest["sink_thresholds"][str(layer)] == pytest.approx(10 * float(medians[layer]))
+        assert dropped.moments().median_norm[i] == pytest.approx(float(medians[layer]))
+
+
+def test_rows_that_are_not_finite_are_left_out_and_counted(config, texts):
+    model, tokenizer = load_llm(config.llm)
+    with edit(model, {1: scaled(2, float("nan"))}):
+        store = record_from(model, tokenizer, config)
+    expected = direct(config, texts)
+    assert_same_rows(store, expected.select(expected.position != 2))
+    assert store.manifest["left_out"] == {"sinks": 0, "nonfinite": int((expected.position == 2).sum())}
+    assert store.moments().mean.isfinite().all()
+
+
+def test_nothing_finite_is_one_line(config):
+    model, tokenizer = load_llm(config.llm)
+    for layers in ([1], [0, 1]):
+        with edit(model, {1: lambda h: h / 0}), pytest.raises(InputError, match="^nothing to record: .* of layer 1 "):
+            record_from(model, tokenizer, replace(config, layers=layers))
+
+
+def test_max_activations_stops_after_a_whole_batch(config):
+    everything = record(replace(config, output=config.output + "-all"))
+    store = record(replace(config, max_activations=700))
+    assert 700 <= len(store) < 700 + config.batch_tokens
+    indices = torch.arange(len(store))
+    assert torch.equal(store.rows(indices), everything.rows(indices))
+    assert store.manifest["complete"]
+
+
+def test_train_and_heldout_share_no_document(config, texts):
+    def documents(part: str) -> set[int]:
+        text = replace(config.text, part=part, heldout=0.3)
+        store = record(replace(config, output=f"{config.output}-{part}", text=text))
+        return set(contents(store).doc.tolist())
+
+    train, heldout = documents("train"), documents("heldout")
+    assert not train & heldout
+    assert train | heldout == set(range(DOCUMENTS))
+    assert 0.1 < len(heldout) / DOCUMENTS < 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_between_any_two_changes_of_the_disk(config, run_killed, seed):
+    expected = files(record(replace(config, output=config.output + "-whole")).folder)
+    resuming = replace(config, resume=True)
+    draws, kills, rows = random.Random(seed), 0, [0]
+    while not run_killed(record, resuming, changes=draws.randint(0, 22)):
+        kills += 1
+        if (Path(config.output) / "manifest.json").exists():
+            rows.append(len(ActivationStore(config.output, verify="full")))
+    assert kills >= 3 and rows == sorted(rows) and len(set(rows)) >= 2
+    assert files(config.output) == expected
+
+
+def test_killed_at_random_times(config, run_killed):
+    expected = files(record(replace(config, output=config.output + "-whole")).folder)
+    resuming = replace(config, resume=True)
+    draws = random.Random(0)
+    for _ in range(4):
+        run_killed(record, resuming, seconds=draws.uniform(0.05, 0.6))
+    assert files(record(resuming).folder) == expected
+
+
+def test_a_complete_store_has_nothing_to_resume(config):
+    before = files(record(config).folder)
+    model, tokenizer = load_llm(config.llm)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("ran"))
+    store = record_from(model, tokenizer, replace(config, resume=True))
+    assert len(store) and files(config.output) == before
+    with pytest.raises(InputError, match="holds an activation store: add --resume"):
+        record_from(model, tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"source\.seed is 0 in the store and 1 now"),
+        ({"layers": [2]}, "layer"),
+        ({"max_length": 20}, r"source\.max_length is 40"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32'"),
+        ({"sinks": "keep"}, r"source\.sinks is 'drop'"),
+        ({"text": TextConfig(limit=5)}, r"source\.text"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(config, run_killed, change, message):
+    if "text" in change:
+        change = {"text": replace(config.text, limit=5)}
+    assert not run_killed(record, config, changes=16)
+    before = files(config.output)
+    with pytest.raises(InputError, match=message) as caught:
+        record(replace(config, resume=True, **change))
+    assert "\n" not in str(caught.value)
+    assert files(config.output) == before
+
+
+def test_wrong_input_is_one_line_and_makes_no_folder(config, tmp_path):
+    text, llm = config.text, config.llm
+    (tmp_path / "empty.jsonl").write_text("")
+    for change, message in [
+        ({"text": replace(text, column="txet")}, "unknown column .*'txet'; did you mean 'text'"),
+        ({"text": replace(text, dataset=str(tmp_path / "no.jsonl"))}, "no such file or folder"),
+        ({"text": replace(text, dataset=str(tmp_path / "empty.jsonl"))}, "no documents"),
+        ({"text": replace(text, part="heldout", heldout=0.0)}, "no documents in part 'heldout'"),
+        ({"llm": replace(llm, model=str(tmp_path / "no-model"))}, "no such model"),
+        ({"llm": replace(llm, model="nobody/no-model")}, "cannot load the model 'nobody/no-model'"),
+        ({"layers": [1, 4]}, "layer 4 is out of range: LlamaForCausalLM has layers 0 to 3"),
+        ({"layers": [-1]}, "layer -1 is out of range"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+    ]:
+        with pytest.raises(InputError, match=message) as caught:
+            record(replace(config, **change))
+        assert "\n" not in str(caught.value)
+        assert not Path(config.output).exists()
