@@ -1,0 +1,262 @@
+"""Everything that `latentprior evaluate` measures, as one JSON-ready result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentprior import text, tokens
+from latentprior.config import EvaluateConfig, Solver, to_dict
+from latentprior.errors import InputError
+from latentprior.evaluate.bootstrap import bootstrap_interval
+from latentprior.evaluate.distances import classifier_two_sample, sliced_wasserstein
+from latentprior.evaluate.frechet import GaussianMoments, frechet_parts
+from latentprior.evaluate.gaussian import GaussianPrior
+from latentprior.evaluate.lm_loss import Replacement, delta, lm_losses
+from latentprior.files import replace_text
+from latentprior.llm import fast_dtype, load_llm
+from latentprior.prior import GLP
+from latentprior.progress import Report, silent
+from latentprior.provenance import stamp
+from latentprior.repair import hookpoints_on
+from latentprior.store import ActivationStore
+from latentprior.train import BINS, heldout_errors
+
+PLOTTED = 1000  # points of each kind in the PCA figure
+
+
+def evaluate(config: EvaluateConfig, *, report: Report = silent) -> dict[str, Any]:
+    """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
+
+    Raises:
+        InputError: too few held-out rows, or stores, prior and language model that do not belong together.
+    """
+    began = time.perf_counter()
+    glp = GLP.from_pretrained(config.prior, config.checkpoint)
+    dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
+    glp.cast(dtype)
+    layer = _layer(glp, config)
+    real, other, fitted = _real_rows(config, glp, layer)
+    z_fitted = glp.normalizer.normalize(fitted, layer)
+    gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
+    result: dict[str, Any] = {"kind": "evaluate", "hookpoint": _hookpoint(glp, layer)}
+    result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+    result["distribution"], generated = compare_distributions(config, glp, real, other, gaussians, layer, report=report)
+    result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
+    if config.delta_lm:
+        model, tokenizer = load_llm(config.llm)
+        result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], model, tokenizer, layer, report=report)
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[str, Any]:
+    """Held-out loss, overall and by noise level, with 95% bootstrap intervals over activations."""
+    layers = None if layer is None else torch.full((len(x),), layer)
+    error, bins = heldout_errors(glp.denoiser, glp.normalizer, x, layers, seed=seed)
+    by_t = []
+    for i in range(BINS):
+        part = error[bins == i].double().numpy()
+        low_t, high_t = i / BINS, (i + 1) / BINS
+        by_t.append({"t": [low_t, high_t], "loss": float(part.mean()), "interval": bootstrap_interval(part, seed=seed)})
+    values = error.double().numpy()
+    return {"mean": float(values.mean()), "interval": bootstrap_interval(values, seed=seed), "by_t": by_t}
+
+
+def compare_distributions(
+    config: EvaluateConfig,
+    glp: GLP,
+    real: Tensor,
+    other: Tensor,
+    gaussians: dict[str, GaussianPrior],
+    layer: int | None,
+    *,
+    report: Report = silent,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
+
+    Returns:
+        one row for each source, and the last prior's samples [N, d].
+    """
+    n = len(real)
+    runs: list[tuple[Solver, int]] = [(solver, nfe) for nfe in config.nfes for solver in config.solvers]
+    total = len(runs) + 3
+    z_real = glp.normalizer.normalize(real, layer)
+    references = (GaussianMoments.of(real), GaussianMoments.of(z_real))
+    rows: list[dict[str, Any]] = []
+
+    def add(source: str, x: Tensor, **labels: Any) -> None:
+        z = glp.normalizer.normalize(x, layer)
+        two_sample = classifier_two_sample(z_real, z, seed=config.seed)
+        rows.append(
+            {
+                "source": source,
+                **labels,
+                "frechet_raw": asdict(frechet_parts(references[0], x)),
+                "frechet": asdict(frechet_parts(references[1], z)),
+                "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
+                "two_sample_auc": two_sample.auc,
+                "two_sample_interval": (two_sample.low, two_sample.high),
+            }
+        )
+        report(len(rows), total, {"now": source})
+
+    add("real", other)
+    for kind, gaussian in gaussians.items():
+        z = gaussian.sample(n, generator=torch.Generator().manual_seed(config.seed))
+        add(f"gaussian-{kind}", glp.normalizer.denormalize(z, layer))
+    generated = real
+    for solver, nfe in runs:
+        generated = glp.sample(n, steps=nfe, solver=solver, layer=layer, generator=config.seed)
+        add("prior", generated, solver=solver, nfe=glp.nfe(nfe, solver=solver))
+    return rows, generated
+
+
+def measure_delta_lm(
+    config: EvaluateConfig,
+    glp: GLP,
+    gaussian: GaussianPrior,
+    model: nn.Module,
+    tokenizer: Any,
+    layer: int | None,
+    *,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Delta LM loss of the prior's repair and of its references, at every `t_starts`."""
+    hookpoint = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0]
+    documents = text.documents(config.text)
+    batches = list(
+        tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
+    )
+    replacements: dict[str, Replacement] = {}
+    labels: dict[str, dict[str, Any]] = {}
+    for t_start in config.t_starts:
+        for method, replacement in lm_replacements(glp, gaussian, t_start, config, layer).items():
+            name = f"{method} {t_start}"
+            replacements[name], labels[name] = replacement, {"method": method, "t_start": t_start}
+    replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: _mean_activation(glp, x, layer))
+    labels["mean"] = {"method": "mean", "t_start": None}
+    losses = lm_losses(
+        model, batches, hookpoint.layer, replacements, side=hookpoint.side, seed=config.seed, report=report
+    )
+    clean = losses.pop("clean")
+    rows = []
+    for name, loss in losses.items():
+        by_token = delta(loss, clean, per_document=False, seed=config.seed)
+        by_document = delta(loss, clean, per_document=True, seed=config.seed)
+        headline = by_document if config.per_document else by_token
+        rows.append(
+            {
+                **labels[name],
+                **asdict(headline),
+                "per_token": asdict(by_token),
+                "per_document": asdict(by_document),
+            }
+        )
+    return {
+        "clean_loss": clean.mean(per_document=config.per_document),
+        "weighted_by": "document" if config.per_document else "token",
+        "tokens": int(clean.tokens.sum()),
+        "documents": len(clean.tokens),
+        "steps": config.steps,
+        "solver": config.solver,
+        "nfe": glp.nfe(config.steps, solver=config.solver),
+        "rows": rows,
+    }
+
+
+def lm_replacements(
+    glp: GLP, gaussian: GaussianPrior, t_start: float, config: EvaluateConfig, layer: int | None
+) -> dict[str, Replacement]:
+    """The prior's repair and its references at one noise level; sinks pass through all of them untouched."""
+    normalizer = glp.normalizer
+
+    def noised(x: Tensor, eps: Tensor) -> Tensor:
+        return torch.lerp(normalizer.normalize(x, layer), eps, t_start)
+
+    def prior(x: Tensor, eps: Tensor) -> Tensor:
+        return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
+
+    def posterior(x: Tensor, eps: Tensor) -> Tensor:
+        return normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer)
+
+    def noise(x: Tensor, eps: Tensor) -> Tensor:
+        return normalizer.denormalize(noised(x, eps), layer)
+
+    references = {"gaussian": posterior, "noise": noise}
+    return {"prior": prior} | {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
+
+
+def pca_points(z_real: Tensor, z_generated: Tensor) -> dict[str, Any]:
+    """Real and generated activations on the two leading principal components of the real ones."""
+    mean = z_real.mean(dim=0)
+    centred = (z_real - mean).double()
+    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    axes = vectors[:, -2:].flip(1)
+    share = (eigenvalues[-2:].flip(0) / eigenvalues.sum()).tolist()
+
+    def points(z: Tensor) -> list[list[float]]:
+        return [[round(v, 3) for v in row] for row in ((z[:PLOTTED] - mean).double() @ axes).tolist()]
+
+    return {"real": points(z_real), "generated": points(z_generated), "variance_share": share}
+
+
+def _mean_activation(glp: GLP, x: Tensor, layer: int | None) -> Tensor:
+    return glp.normalizer.denormalize(torch.zeros(x.shape), layer)
+
+
+def _spare_sinks(glp: GLP, layer: int | None, replacement: Replacement) -> Replacement:
+    def spared(x: Tensor, eps: Tensor) -> Tensor:
+        return torch.where(glp.normalizer.sinks(x, layer)[:, None], x, replacement(x, eps).to(x.dtype))
+
+    return spared
+
+
+def _layer(glp: GLP, config: EvaluateConfig) -> int | None:
+    """The layer to evaluate; None for a single-layer prior."""
+    layers: Sequence[int] = glp.normalizer.layers.tolist()
+    if len(layers) == 1:
+        return None
+    if config.layer is None:
+        raise InputError(f"this prior serves layers {layers}: choose one with --layer")
+    glp.normalizer.rows(config.layer)
+    return config.layer
+
+
+def _hookpoint(glp: GLP, layer: int | None) -> dict[str, Any] | None:
+    return next((h.to_dict() for h in glp.hookpoints if layer is None or h.layer == layer), None)
+
+
+def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Two disjoint sets of held-out activations, and the rows that the Gaussians are fitted to."""
+    heldout = _rows_of(config.heldout, glp, layer, 2 * config.samples, config.seed)
+    if len(heldout) < 2 * config.samples:
+        raise InputError(
+            f"{config.heldout} holds {len(heldout)} rows of this layer; {config.samples} samples need twice as many"
+        )
+    real, other = heldout[: config.samples], heldout[config.samples :]
+    fitted = other if config.train is None else _rows_of(config.train, glp, layer, config.fit_rows, config.seed)
+    return real, other, fitted
+
+
+def _rows_of(folder: str, glp: GLP, layer: int | None, most: int, seed: int) -> Tensor:
+    """At most `most` rows of a layer of a store, chosen at random, float32."""
+    store = ActivationStore(folder)
+    known = {(h.model, h.layer, h.side) for h in glp.hookpoints}
+    for h in store.hookpoints:
+        if known and (h.model, h.layer, h.side) not in known:
+            raise InputError(f"{folder} was recorded at {h.model} layer {h.layer} {h.side}, not where this prior was")
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))
+    if layer is not None:
+        order = order[store.metadata(order)[0] == layer]
+    return store.rows(order[:most]).float()

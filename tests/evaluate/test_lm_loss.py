@@ -1,0 +1,72 @@
+"""Delta LM loss: against a direct computation, and on replacements whose cost is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from latentprior.errors import InputError
+from latentprior.evaluate.lm_loss import LMLoss, delta, lm_losses
+from latentprior.text import Document
+from latentprior.tokens import tokenize
+
+LAYER = 1
+
+
+@pytest.fixture
+def batches(tiny_tokenizer, sentences):
+    documents = (Document(i, text) for i, text in enumerate(sentences))
+    return list(tokenize(documents, tiny_tokenizer, batch_tokens=60, max_length=24))
+
+
+def direct(model, batches) -> float:
+    """Mean next-token loss, a document at a time and without padding."""
+    losses = []
+    for batch in batches:
+        for ids, mask in zip(batch.ids, batch.mask, strict=True):
+            row = ids[mask][None]
+            losses.append(F.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_clean_loss_is_the_models(tiny_llm, batches):
+    model = tiny_llm("llama")
+    losses = lm_losses(model, batches, LAYER, {"same": lambda x, eps: x})
+    assert losses["clean"].mean() == pytest.approx(direct(model, batches), abs=1e-5)
+    assert torch.equal(losses["same"].total, losses["clean"].total)
+    assert losses["clean"].tokens.sum() == sum(int(b.mask[:, 1:].sum()) for b in batches)
+
+
+def test_replacement_reaches_the_loss_and_sees_every_position_but_the_first(tiny_llm, batches):
+    seen = []
+
+    def zero(x, eps):
+        seen.append((x.shape[0], eps.clone()))
+        return torch.zeros_like(x)
+
+    def zero_again(x, eps):
+        seen.append((x.shape[0], eps.clone()))
+        return torch.zeros_like(x)
+
+    losses = lm_losses(tiny_llm("llama"), batches, LAYER, {"zero": zero, "again": zero_again})
+    assert not torch.allclose(losses["zero"].total, losses["clean"].total)
+    assert torch.equal(losses["zero"].total, losses["again"].total)
+    assert [n for n, _ in seen[::2]] == [int((b.position > 0).sum()) for b in batches]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(seen[::2], seen[1::2], strict=True)), "noise differs by method"
+
+
+def test_weighting():
+    clean = LMLoss(torch.tensor([1.0, 10.0]).double(), torch.tensor([1, 10]))
+    worse = LMLoss(torch.tensor([3.0, 15.0]).double(), torch.tensor([1, 10]))
+    by_token, by_document = delta(worse, clean), delta(worse, clean, per_document=True)
+    assert by_token.delta == pytest.approx(7 / 11)
+    assert by_document.delta == pytest.approx((2 + 0.5) / 2)
+    assert by_token.interval[0] <= by_token.delta <= by_token.interval[1]
+
+
+def test_messages(tiny_llm, batches):
+    with pytest.raises(InputError, match="choose another name"):
+        lm_losses(tiny_llm("llama"), batches, LAYER, {"clean": lambda x, eps: x})
+    with pytest.raises(InputError, match="no document"):
+        lm_losses(tiny_llm("llama"), [], LAYER, {})
