@@ -1,0 +1,292 @@
+"""The report page: every part optional, nothing executable, nothing loaded, the same bytes every time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from latentprior.errors import InputError
+from latentprior.report import figures, render, write_report
+from latentprior.report.markup import duration, interval, number, table
+
+SAMPLE = Path(__file__).parent / "data" / "report" / "demo.json"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+EVIL = "\"'><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)></style></svg>&\x00\ud800\u202e"
+
+
+class Page(HTMLParser):
+    """A page's elements; fails on tags that do not match."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, attribute, value in self.attributes if attribute == name]
+
+
+@pytest.fixture
+def demo() -> dict[str, Any]:
+    return json.loads(SAMPLE.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def demo_page() -> str:
+    return render(json.loads(SAMPLE.read_text(encoding="utf-8")))
+
+
+def without(result: dict[str, Any], *path: str) -> dict[str, Any]:
+    result = copy.deepcopy(result)
+    part = result
+    for key in path[:-1]:
+        part = part[key]
+    del part[path[-1]]
+    return result
+
+
+def headings(page: str) -> list[str]:
+    return re.findall("<h2>(.*?)</h2>", page)
+
+
+def check_page(page: str) -> Page:
+    """What holds for every page."""
+    parsed = Page(page)
+    ids = parsed.values("id")
+    assert len(ids) == len(set(ids)), [name for name, n in Counter(ids).items() if n > 1]
+    for value in parsed.values("href") + parsed.values("src") + parsed.values("xlink:href"):
+        assert value == "data:," or (value[0] == "#" and value[1:] in ids), value
+    assert all(target in ids for target in re.findall(r"url\(#([^)]+)\)", page))
+    assert not re.search(r"url\((?!#)|@import|[ \">]nan\b", page)
+    assert not parsed.tags.keys() & {"script", "img", "iframe", "object", "embed", "form", "base"}
+    assert not [name for _, name, _ in parsed.attributes if name.startswith("on")]
+    assert parsed.tags["h1"] == parsed.tags["main"] == parsed.tags["title"] == 1
+    assert all(scope in ("col", "row") for scope in parsed.values("scope"))
+    assert len(parsed.values("scope")) == parsed.tags["th"]
+    labelled = {value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"}
+    assert len(labelled) == parsed.tags["svg"]
+    return parsed
+
+
+def test_demo_page_has_every_section_and_figure(demo: dict[str, Any], tmp_path: Path) -> None:
+    path = write_report(demo, tmp_path / "new" / "report.html")
+    page = path.read_text(encoding="utf-8")
+    parsed = check_page(page)
+    assert headings(page) == ["Training", "Distribution", "Language model loss", "Steering", "Provenance"]
+    assert parsed.tags["svg"] == 6
+    assert parsed.text.count("A latent prior of smollm2-135m, layer 15") == 2
+    assert page.count('class="value"') == 4
+    for figure in ("0.476", "2.20", "4.28", "1.27", "0f3c9e1d5b7a4c2e8f6071829a3b4c5d6e7f8091+", "11 min 43 s"):
+        assert figure in parsed.text
+
+
+def test_colours_are_variables_that_the_page_defines(demo_page: str) -> None:
+    used = set(re.findall(r"var\(--([a-z]+)\)", demo_page))
+    light, dark = demo_page.split("prefers-color-scheme: dark", 1)
+    for name in used - {"series"}:
+        assert f"--{name}: #" in light and f"--{name}: #" in dark
+    drawings = "".join(re.findall("<svg.*?</svg>", demo_page, flags=re.DOTALL))
+    assert not re.findall(r"(?:fill|stroke): #\w+", drawings)
+
+
+@pytest.mark.parametrize("part", ["record", "train", "evaluate", "steer"])
+def test_any_part_is_enough(demo: dict[str, Any], part: str) -> None:
+    page = render({"kind": "demo", part: demo[part]})  # nor is there config, versions, git, seed or wall time
+    assert "Version: " not in check_page(page).text
+
+
+def test_a_demo_without_parts_is_a_page() -> None:
+    assert headings(render({"kind": "demo"})) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("train", "log"),
+        ("train", "summary"),
+        ("train", "seconds"),
+        ("train", "config"),
+        ("evaluate", "heldout_loss"),
+        ("evaluate", "distribution"),
+        ("evaluate", "pca"),
+        ("evaluate", "delta_lm"),
+        ("evaluate", "hookpoint"),
+        ("evaluate", "wall_seconds"),
+        ("steer", "unsteered"),
+        ("steer", "classifier"),
+        ("steer", "examples"),
+        ("steer", "rows"),
+    ],
+)
+def test_a_piece_of_a_part_may_be_missing(demo: dict[str, Any], path: tuple[str, str]) -> None:
+    check_page(render({"kind": "demo", path[0]: without(demo, *path)[path[0]]}))
+
+
+def test_rows_may_be_missing(demo: dict[str, Any]) -> None:
+    evaluate = demo["evaluate"]
+    evaluate["distribution"] = [row for row in evaluate["distribution"] if row["source"] == "prior"]
+    evaluate["delta_lm"]["rows"] = evaluate["delta_lm"]["rows"][:1]
+    demo["steer"]["rows"] = [row for row in demo["steer"]["rows"] if row["method"] == "plain"]
+    check_page(render(demo))
+
+
+@pytest.mark.parametrize(
+    ("part", "sections"),
+    [
+        ("train", ["Training", "Provenance"]),
+        ("evaluate", ["Training", "Distribution", "Language model loss", "Provenance"]),
+        ("steer", ["Steering"]),
+    ],
+)
+def test_a_lone_result_gives_a_page(demo: dict[str, Any], part: str, sections: list[str]) -> None:
+    page = render(demo[part] | {"kind": part})
+    check_page(page)
+    assert headings(page) == sections
+
+
+def test_train_json_names_its_hookpoint(demo: dict[str, Any]) -> None:
+    hookpoint = demo["record"]["hookpoint"]
+    result = demo["train"] | {"kind": "train", "settings": {"hookpoints": [hookpoint]}}
+    assert "<h1>A latent prior of smollm2-135m, layer 15</h1>" in render(result)
+
+
+def test_smallest_run_draws_without_a_warning(demo: dict[str, Any]) -> None:
+    demo["train"]["log"] = [{"step": 1, "activations": 64, "loss": 2.0}]
+    demo["steer"]["rows"] = [row for row in demo["steer"]["rows"] if row["strength"] == 0.6][:1]
+    demo["evaluate"]["delta_lm"]["rows"] = demo["evaluate"]["delta_lm"]["rows"][:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_page(render(demo))
+
+
+def test_figures_that_are_not_numbers_show_as_dashes(demo: dict[str, Any]) -> None:
+    row = demo["evaluate"]["distribution"][1] | {"sliced_wasserstein": float("nan"), "two_sample_interval": None}
+    page = render({"kind": "evaluate", "distribution": [row]})
+    assert check_page(page).text.count("–") == 3  # times the lower bound is unknown too
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # names as long as a sentence leave an axis no room
+def test_generated_text_is_shown_and_never_executed(demo: dict[str, Any], demo_page: str) -> None:
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: poisoned(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [poisoned(entry) for entry in value]
+        return EVIL if isinstance(value, str) else value
+
+    elements = check_page(demo_page).tags.keys()
+    page = render({**poisoned(demo), "kind": "demo"})
+    assert check_page(page).tags.keys() <= elements
+    page.encode("utf-8")
+    demo["steer"]["examples"][0]["text"] = EVIL
+    shown = check_page(render({"kind": "demo", "steer": demo["steer"]})).text
+    assert EVIL.replace("\x00", "\ufffd").replace("\ud800", "\ufffd") in shown
+
+
+def test_same_result_same_bytes_whatever_the_global_style(demo: dict[str, Any], demo_page: str) -> None:
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        styled = dict(matplotlib.rcParams)
+        assert render(demo) == demo_page
+        assert dict(matplotlib.rcParams) == styled
+
+
+@pytest.mark.parametrize("result", [{}, {"kind": "demmo"}])
+def test_unknown_kind_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="demo, train, evaluate, steer"):
+        write_report(result, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_malformed_part_is_refused_by_name(demo: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="demo result lacks 'frechet_raw'"):
+        render(without(demo, "evaluate", "distribution") | {"evaluate": {"distribution": [
+            {key: value for key, value in demo["evaluate"]["distribution"][0].items() if key != "frechet_raw"}
+        ]}})  # fmt: skip
+
+
+def test_headline_samplers_and_strength_follow_the_rules(demo_page: str) -> None:
+    page = Page(demo_page).text
+    assert "Prior, AB2, 20\N{NO-BREAK SPACE}NFE, best of 8" in page  # least Fréchet distance
+    assert "a token, at strength 1; plain 6.31" in page  # the largest strength, not the kindest
+
+
+def test_bars_are_logarithmic_only_if_all_are_positive() -> None:
+    rows = [
+        {"method": "prior", "delta": 0.02, "interval": [-0.01, 0.05]},
+        {"method": "mean", "delta": 6.4, "interval": [6, 7]},
+    ]
+    log = figures.delta_bars(rows, ["a", "b"], ["0.0200", "6.40"])
+    assert "log scale" in log and ">0.0200<" in log and ">6.40<" in log
+    rows[0] |= {"delta": -0.02}
+    assert "log scale" not in figures.delta_bars(rows, ["a", "b"], ["x", "y"])
+
+
+def test_crowded_labels_are_left_out_rather_than_written_over() -> None:
+    rows = [
+        {"method": "plain", "strength": 10.0 + i, "nll": 2 + 1e-3 * i, "concept": 0.5 + 1e-4 * i * i} for i in range(30)
+    ]
+    rows.append({"method": "plain", "strength": 90.0, "nll": 9.0, "concept": 0.9})
+    labels = re.findall(r">([1-9]\d)<", figures.steering_curves(rows, None))
+    assert "90" in labels and 2 <= len(labels) < 31
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0.00"),
+        (1, "1.00"),
+        (0.4764, "0.476"),
+        (-1.905, "−1.91"),
+        (9.999, "10.0"),
+        (21649.9, "21,600"),
+        (999_999, "1.00 × 10⁶"),
+        (1.234e7, "1.23 × 10⁷"),
+        (0.000123, "0.000123"),
+        (-4.56e-7, "−4.56 × 10⁻⁷"),
+        (float("inf"), "–"),
+        (float("nan"), "–"),
+        (None, "–"),
+    ],
+)
+def test_numbers_have_three_significant_digits(value: float | None, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_intervals_and_durations() -> None:
+    assert interval([-0.1, 2]) == "[−0.100, 2.00]"
+    assert interval(None) == "–"
+    assert [duration(s) for s in (0.5, 59.94, 61, 3725)] == ["0.500 s", "59.9 s", "1 min 1 s", "1 h 2 min"]
+
+
+def test_table_aligns_decimal_points() -> None:
+    page = table("T", "", ["a", "b"], [["x", "301"], ["y", "0.25"], ["z", "–"]])
+    assert re.findall("<td>(.*?)</td>", page) == ["301\u2008\u2007\u2007", "0.25", "–"]
