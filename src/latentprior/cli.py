@@ -1,0 +1,365 @@
+"""The command line: parse, one call, print. Every option is a field of a dataclass in `config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from latentprior import config
+from latentprior.errors import InputError, unknown
+from latentprior.progress import Report
+
+out = Console()
+err = Console(stderr=True)
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its configuration and what it does with it."""
+
+    config: type
+    run: Callable[[Any], None]
+
+    @property
+    def help(self) -> str:
+        return (self.config.__doc__ or "").strip()
+
+
+# -- commands. Their imports are inside: torch takes seconds, --help should not ------------------------------------
+
+
+def record(options: config.RecordConfig) -> None:
+    from latentprior.record import record
+
+    with bars() as phase:
+        store = record(options, report=phase("record"))
+    left_out = ", ".join(f"{count} {reason}" for reason, count in store.manifest["left_out"].items() if count)
+    table(
+        "Activation store",
+        {
+            "folder": options.output,
+            "rows": len(store),
+            "width": store.width,
+            "layers": ", ".join(map(str, store.layers)),
+            "left out": left_out or "none",
+        },
+    )
+
+
+def train(options: config.TrainConfig) -> None:
+    from latentprior.fit import fit
+
+    with bars() as phase:
+        glp = fit(options, report=phase("train"))
+    training = glp.provenance["training"]
+    table(
+        "Prior",
+        {
+            "folder": options.output,
+            "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
+            "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
+            "held-out loss": figure(training.get("heldout_loss")),
+        },
+    )
+
+
+def sample(options: config.SampleConfig) -> None:
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import save_file
+
+    from latentprior.llm import resolve_device
+    from latentprior.prior import GLP
+
+    glp = GLP.from_pretrained(
+        options.prior,
+        options.checkpoint,
+        device=resolve_device(options.device),
+        dtype=getattr(torch, options.precision),
+    )
+    x = glp.sample(
+        options.n,
+        steps=options.steps,
+        solver=options.solver,
+        grid=options.grid,
+        layer=options.layer,
+        generator=options.seed,
+    )
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nfe = glp.nfe(options.steps, solver=options.solver, grid=options.grid)
+    save_file({"activations": x.float().cpu()}, path, metadata={"prior": options.prior, "nfe": str(nfe)})
+    table(
+        "Samples",
+        {
+            "file": path,
+            "activations": len(x),
+            "width": x.shape[1],
+            "NFE": nfe,
+            "mean norm": figure(float(x.norm(dim=1).mean())),
+        },
+    )
+
+
+def evaluate(options: config.EvaluateConfig) -> None:
+    from pathlib import Path
+
+    from latentprior.evaluate.run import evaluate
+    from latentprior.report import write_report
+
+    with bars() as phase:
+        result = evaluate(options, report=phase("evaluate"))
+    page = write_report(result, Path(options.output) / "report.html")
+    print_evaluation(result)
+    out.print(f"report: {page}")
+
+
+def convert(options: config.ConvertConfig) -> None:
+    from latentprior.convert import convert
+
+    table("Converted", convert(options))
+
+
+def demo(options: config.DemoConfig) -> None:
+    from latentprior.demo import demo
+
+    began = time.monotonic()
+    with bars() as phase:
+        result = demo(options, phase=phase)
+    print_evaluation(result["evaluate"])
+    print_steering(result["steer"])
+    out.print(f"report: {options.output}/report.html ({time.monotonic() - began:.0f} s)")
+
+
+COMMANDS = {
+    "record": Command(config.RecordConfig, record),
+    "train": Command(config.TrainConfig, train),
+    "sample": Command(config.SampleConfig, sample),
+    "evaluate": Command(config.EvaluateConfig, evaluate),
+    "convert": Command(config.ConvertConfig, convert),
+    "demo": Command(config.DemoConfig, demo),
+}
+
+
+# -- parsing -------------------------------------------------------------------------------------------------------
+
+
+class Parser(ArgumentParser):
+    """Reports a wrong command line in one line, with the nearest valid names."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise InputError(mended(message, self))
+
+
+def mended(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's message on one line; unknown names get their nearest valid ones."""
+    text = " ".join(message.split())
+    options = [option for action in parser._actions for option in action.option_strings]
+    if found := re.search(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE):
+        return str(unknown("option", found[1], options))
+    if found := re.search(r"invalid choice: '([^']*)'", text):
+        return str(unknown("command", found[1], COMMANDS))
+    if found := re.search(r'key "([^"]+)".*?Literal\[([^\]]*)\]\. Got value: (.*)', text):
+        return str(unknown(found[1], found[3], re.findall(r"'([^']*)'", found[2])))
+    if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", text):
+        return str(unknown("key", found[2], [name for name, _ in _kinds(COMMANDS[found[1]].config)]))
+    return text
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """Arguments as jsonargparse takes them.
+
+    Hyphens in option names are underscores, a bare flag means true, and a list needs no brackets: ``--layers 7,15``.
+    """
+    kinds = {f"--{name}": kind for command in COMMANDS.values() for name, kind in _kinds(command.config)}
+    spelled = []
+    remaining = deque(arguments)
+    while remaining:
+        name, equals, value = remaining.popleft().partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            following = bool(remaining) and not remaining[0].startswith("--")
+            if kinds.get(name) == "bool" and not equals and not (following and remaining[0] in ("true", "false")):
+                equals, value = "=", "true"
+            elif kinds.get(name, "").startswith("list") and (equals or following):
+                equals, value = "=", value if equals else remaining.popleft()
+                value = value if value.startswith("[") else f"[{value}]"
+        spelled.append(name + equals + value)
+    return spelled
+
+
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and types of all options of a configuration."""
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name, str(f.type)
+        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(nested := f.default_factory()):
+            yield from _kinds(type(nested), f"{prefix}{f.name}.")
+
+
+def build_parser() -> Parser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog="latentprior",
+        description="Generative models of a language model's internal activations.",
+        version=package_version(),
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        sub = Parser(description=command.help)
+        sub.add_argument("--config", action="config", help="YAML file with any of these options.")
+        sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+        sub.add_class_arguments(command.config)
+        commands.add_subcommand(name, sub, help=command.help)
+    return parser
+
+
+def package_version() -> str:
+    from latentprior.provenance import versions
+
+    return versions().get("latentprior", "unknown")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors are one line on standard error, unless --debug is given."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        values = build_parser().parse_args(spelled_out(arguments))
+        command = COMMANDS[values.command]
+        options = values[values.command].as_dict()
+        for key in ("config", "debug"):
+            options.pop(key, None)
+        command.run(config.from_dict(command.config, options))
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command continues where it can")
+        return INTERRUPTED
+    except (InputError, OSError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+        return USAGE if isinstance(error, InputError) else FAILED
+    return 0
+
+
+# -- showing -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str], Report]]:
+    """Progress bars with rate and time left; gives a function from a phase's name to its `Report`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left {task.fields[figures]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+
+        def phase(name: str) -> Report:
+            tasks: list[TaskID] = []
+            first: list[tuple[int, float]] = []  # a resumed phase starts in the middle: its rate counts from there
+
+            def report(done: int, total: int | None, figures: Mapping[str, Any]) -> None:
+                now = time.monotonic()
+                if not tasks:  # a phase that reuses what is there, or fails before it starts, shows no bar
+                    tasks.append(progress.add_task(name, total=total, completed=done, amount="", figures=""))
+                    first.append((done, now))
+                rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
+                shown = [f"{rate:,.0f}/s"] if rate >= 1 else []
+                shown += [f"{k} {figure(v) if isinstance(v, float) else v}" for k, v in figures.items()]
+                amount = f"{done:,}" if total is None else f"{min(done, total):,}/{total:,}"
+                progress.update(tasks[0], completed=done, total=total, amount=amount, figures="  ".join(shown))
+
+            return report
+
+        yield phase
+
+
+def table(title: str, values: Mapping[str, Any]) -> None:
+    """A two-column table."""
+    shown = Table(title=title, show_header=False, title_justify="left")
+    for key, value in values.items():
+        shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    out.print(shown)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Distances and delta LM loss as tables."""
+    shown = Table(title="Real against generated activations (held-out, standardised)", title_justify="left")
+    for column in ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC"):
+        shown.add_column(column, justify="left" if column in ("source", "solver") else "right")
+    bound = result["distribution"][0]["frechet"]["total"]
+    for row in result["distribution"]:
+        total = row["frechet"]["total"]
+        shown.add_row(
+            row["source"],
+            row.get("solver", ""),
+            str(row.get("nfe", "")),
+            figure(total),
+            figure(total / bound),
+            figure(row["sliced_wasserstein"]),
+            figure(row["two_sample_auc"]),
+        )
+    out.print(shown)
+    if "delta_lm" in result:
+        lm = result["delta_lm"]
+        shown = Table(
+            title=f"Delta LM loss (nats, by {lm['weighted_by']}; clean {figure(lm['clean_loss'])})",
+            title_justify="left",
+        )
+        for column in ("replacement", "t_start", "delta", "95% interval"):
+            shown.add_column(column, justify="left" if column == "replacement" else "right")
+        for row in lm["rows"]:
+            low, high = row["interval"]
+            shown.add_row(
+                row["method"],
+                "" if row["t_start"] is None else str(row["t_start"]),
+                figure(row["delta"]),
+                f"{figure(low)} to {figure(high)}",
+            )
+        out.print(shown)
+
+
+def print_steering(result: dict[str, Any]) -> None:
+    """Concept and fluency by method and strength."""
+    shown = Table(title=f"Steering ({result['task']}, {result['prompts']} prompts)", title_justify="left")
+    for column in ("method", "strength", "concept", "NLL", "distinct-2", "retention"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for row in [{"method": "unsteered", "strength": 0.0} | result["unsteered"], *result["rows"]]:
+        shown.add_row(
+            row["method"], *(figure(row[k]) for k in ("strength", "concept", "nll", "distinct_2", "retention"))
+        )
+    out.print(shown)
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits."""
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def escape(text: str) -> str:
+    """`text` with nothing that rich would take for markup."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The main job end to end on a real language model, in parts that a second run reuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentprior import corpus, text
+from latentprior.activations import record_activations
+from latentprior.config import DemoConfig, EvaluateConfig, LLMConfig, RecordConfig, TextConfig, TrainConfig, to_dict
+from latentprior.errors import InputError
+from latentprior.evaluate.run import evaluate
+from latentprior.files import replace_text
+from latentprior.fit import fit
+from latentprior.llm import fast_dtype, load_llm
+from latentprior.prior import GLP
+from latentprior.progress import Report, silent
+from latentprior.provenance import stamp
+from latentprior.record import record_from
+from latentprior.report import write_report
+from latentprior.steer import difference_of_means, sweep
+from latentprior.steer.judge import NAME, ConceptClassifier
+from latentprior.track import read_log
+
+TASK = "92_glue_sst2"
+MAX_LENGTH = 128
+PROMPT_WORDS = 10
+LABELLED = 2000  # SST-2 sentences for direction and classifier
+
+Phase = Callable[[str], Report]
+"""Called with a phase's name; gives the `Report` of that phase."""
+
+TINY: dict[str, Any] = {
+    "rows": 6000,
+    "activations": 12_288,
+    "heldout_rows": 2600,
+    "samples": 1200,
+    "lm_documents": 6,
+    "prompts": 4,
+    "strengths": [0.6],
+    "new_tokens": 6,
+}
+
+
+def demo(config: DemoConfig, *, phase: Phase = lambda name: silent) -> dict[str, Any]:
+    """Record, train, evaluate, steer and write ``report.html`` and ``demo.json`` into ``config.output``.
+
+    Raises:
+        InputError: the asset packages are missing, or the folder holds a demo of other settings.
+    """
+    if config.tiny:
+        config = dataclasses.replace(config, **TINY)
+    began = time.perf_counter()
+    run = _Demo(config, Path(config.output))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "kind": "demo",
+        "record": run.part("record", lambda: run.record(phase)),
+        "train": run.part("train", lambda: run.train(phase)),
+        "evaluate": run.part("evaluate", lambda: run.evaluate(phase)),
+        "steer": run.part("steer", lambda: run.steer(phase)),
+    }
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    replace_text(run.folder / "demo.json", json.dumps(result, indent=1) + "\n")
+    write_report(result, run.folder / "report.html")
+    return result
+
+
+@dataclass
+class _Demo:
+    config: DemoConfig
+    folder: Path
+
+    @cached_property
+    def llm(self) -> tuple[Any, Any]:
+        return load_llm(self.config.llm)
+
+    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a part, from its file if it was made with these settings."""
+        path = self.folder / f"{name}.json"
+        settings = {k: v for k, v in to_dict(self.config).items() if k not in ("output", "tiny")}
+        if path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["settings"] != settings:
+                raise InputError(f"{self.folder} holds a demo of other settings: choose another --output")
+            return saved["result"]
+        began = time.perf_counter()
+        result = make() | {"seconds": round(time.perf_counter() - began, 1)}
+        replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
+        return result
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def record(self, phase: Phase) -> dict[str, Any]:
+        for part, rows in (("heldout", self.config.heldout_rows), ("train", self.config.rows)):
+            name = {"heldout": "held-out activations", "train": "activations"}[part]
+            store = record_from(*self.llm, self._record_config(part, rows), report=phase(f"record {name}"))
+        documents = store.metadata(torch.arange(len(store)))[1].unique().numel()
+        hookpoint = store.hookpoints[0].to_dict()
+        return {
+            "rows": len(store),
+            "documents": documents,
+            "hookpoint": hookpoint,
+            "left_out": store.manifest["left_out"],
+        }
+
+    def _record_config(self, part: Any, rows: int) -> RecordConfig:
+        return RecordConfig(
+            output=self.path("heldout" if part == "heldout" else "activations"),
+            layers=[self.config.layer],
+            max_length=MAX_LENGTH,
+            batch_tokens=2048,
+            max_activations=rows,
+            seed=self.config.seed,
+            resume=True,
+            llm=self.config.llm,
+            text=TextConfig(part=part),
+        )
+
+    def train(self, phase: Phase) -> dict[str, Any]:
+        width = self.llm[0].config.hidden_size
+        config = TrainConfig(
+            store=self.path("activations"),
+            heldout=self.path("heldout"),
+            output=self.path("prior"),
+            activations=self.config.activations,
+            d_model=width,
+            seed=self.config.seed,
+        )
+        fit(config, report=phase("train the prior"))
+        result = json.loads((self.folder / "prior" / "train.json").read_text(encoding="utf-8"))
+        return {
+            "summary": result["summary"],
+            "config": result["config"],
+            "log": read_log(self.folder / "prior" / "log.jsonl"),
+        }
+
+    def evaluate(self, phase: Phase) -> dict[str, Any]:
+        config = EvaluateConfig(
+            prior=self.path("prior"),
+            heldout=self.path("heldout"),
+            train=self.path("activations"),
+            output=self.path("evaluation"),
+            samples=self.config.samples,
+            solvers=["euler", "ab2"],
+            nfes=[4, 20],
+            max_length=MAX_LENGTH,
+            seed=self.config.seed,
+            llm=self.config.llm,
+            text=TextConfig(part="heldout", limit=self.config.lm_documents),
+        )
+        return evaluate(config, report=phase("evaluate"))
+
+    def steer(self, phase: Phase) -> dict[str, Any]:
+        model, tokenizer = self.llm
+        texts, labels = corpus.labelled(TASK)
+        texts, labels = texts[:LABELLED], labels[:LABELLED]
+        half = len(texts) // 2
+        direction = sentiment_direction(model, tokenizer, texts[:half], labels[:half], self.config.layer)
+        judge = ConceptClassifier(texts, labels)
+        glp = GLP.from_pretrained(self.path("prior"))
+        glp.cast(fast_dtype(glp.device))
+        result = sweep(
+            glp,
+            model,
+            tokenizer,
+            direction,
+            neutral_prompts(self.config.prompts),
+            judge,
+            strengths=self.config.strengths,
+            new_tokens=self.config.new_tokens,
+            seed=self.config.seed,
+            report=phase("steer"),
+        )
+        return {
+            "kind": "steer",
+            "task": TASK,
+            "classifier": {"name": NAME, "heldout_accuracy": judge.heldout_accuracy},
+            **result,
+        }
+
+
+def sentiment_direction(model: Any, tokenizer: Any, texts: list[str], labels: list[int], layer: int) -> Tensor:
+    """Difference of means of last-token activations of positive and negative texts (paper, sentiment steering)."""
+    batch = record_activations(model, tokenizer, texts, [layer], positions="last", max_length=MAX_LENGTH)
+    positive = torch.tensor(labels)[batch.doc].bool()
+    return difference_of_means(batch.x[positive], batch.x[~positive])
+
+
+def neutral_prompts(count: int) -> list[str]:
+    """The first words of held-out news articles."""
+    news = (d.text.split() for d in text.documents(TextConfig(part="heldout")) if "news" in d.source)
+    long = (words[:PROMPT_WORDS] for words in news if len(words) >= 2 * PROMPT_WORDS)
+    return [" ".join(words) for words in islice(long, count)]
+
+
+__all__ = ["LLMConfig", "demo", "neutral_prompts", "sentiment_direction"]

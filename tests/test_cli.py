@@ -1,0 +1,169 @@
+"""The command line: what it says when all is well and when it is not, and that its options are the configuration's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from latentprior import cli
+from latentprior.cli import main, spelled_out
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(40):
+        (folder / f"{i:02}.txt").write_text(
+            f"Text number {i}. " + "The quick brown fox jumps over the dog. " * (1 + i % 5)
+        )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, texts, llm_folder) -> Path:
+    """A store, a held-out store and a prior, all made by the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    llm = ["--llm.model", llm_folder, "--text.dataset", texts, "--text.heldout", "0.3", "--max-length", "40"]
+    record = ["record", "--layers", "1", *llm]
+    assert main([*record, "--output", str(folder / "activations")]) == 0
+    assert main([*record, "--output", str(folder / "heldout"), "--text.part", "heldout"]) == 0
+    train = ["train", "--store", str(folder / "activations"), "--heldout", str(folder / "heldout")]
+    recipe = ["--recipe", '{"batch_size": 128, "distinct_times": 16}']
+    assert main([*train, "--output", str(folder / "prior"), "--activations", "1024", *recipe]) == 0
+    return folder
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a failing command prints."""
+    assert main(list(arguments)) in (cli.USAGE, cli.FAILED)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_documents_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(cli.COMMANDS[command].config):
+        assert f"--{field.name}" in shown
+    assert cli.COMMANDS[command].help[:30] in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["recrod"], "did you mean 'record'"),
+        (["record", "--max-lenght", "3"], "did you mean '--max_length'"),
+        (["record", "--llm.dtype", "float61"], "(valid: auto, float32, bfloat16)"),
+        (["record", "--max-length", "0"], "RecordConfig.max_length must be positive"),
+        (["train", "--recipe", '{"learning_rat": 1}'], "did you mean 'learning_rate'"),
+        (["train", "--store", "nowhere"], "nowhere"),
+        (["record", "--text.dataset", "nofile.jsonl"], "no such file or folder: 'nofile.jsonl'"),
+        (["record", "--llm.model", "../no model"], "no such model"),
+        (["convert", "--output", "x"], "name a folder with --source"),
+        (["sample", "--prior", "/"], "holds no prior"),
+    ],
+)
+@pytest.mark.assets
+def test_mistakes_take_one_line(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in failure(capsys, *arguments)
+
+
+def test_mistake_in_a_yaml_file_is_named(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("layerz: [3]\n")
+    assert "did you mean 'layers'" in failure(capsys, "record", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_yaml_cannot_run_code(capsys, tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "c.yaml").write_text(f"output: !!python/object/apply:os.system ['touch {marker}']\n")
+    failure(capsys, "record", "--config", str(tmp_path / "c.yaml"))
+    assert not marker.exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="holds no prior"):
+        main(["sample", "--debug", "--prior", str(tmp_path)])
+
+
+def test_markup_in_messages_is_text(capsys, tmp_path):
+    assert "[bold]x[/bold]" in failure(capsys, "sample", "--prior", "[bold]x[/bold]")
+
+
+def test_shorthands_are_spelled_out():
+    assert spelled_out(["record", "--resume", "--layers", "3,7", "--max-length", "5"]) == [
+        "record", "--resume=true", "--layers=[3,7]", "--max_length", "5",
+    ]  # fmt: skip
+    assert spelled_out(["record", "--resume", "false", "--layers=[1]"]) == [
+        "record",
+        "--resume",
+        "false",
+        "--layers=[1]",
+    ]
+    assert spelled_out(["record", "--chat=true"]) == ["record", "--chat=true"]
+
+
+def test_printed_config_is_a_config(capsys, tmp_path, texts):
+    with pytest.raises(SystemExit):
+        main(["record", "--max-length", "77", "--text.dataset", texts, "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["max_length"] == 77
+
+
+def test_record_and_train_print_what_they_made(runs, capsys):
+    assert (runs / "activations" / "manifest.json").is_file()
+    assert (runs / "prior" / "model.safetensors").is_file()
+    assert main(["train", "--store", str(runs / "activations"), "--heldout", str(runs / "heldout"), "--output",
+                 str(runs / "prior"), "--activations", "1024", "--recipe",
+                 '{"batch_size": 128, "distinct_times": 16}']) == 0  # fmt: skip
+    assert "held-out loss" in capsys.readouterr().out
+
+
+def test_sample(runs, tmp_path, capsys):
+    path = tmp_path / "samples.safetensors"
+    assert (
+        main(
+            [
+                "sample",
+                "--prior",
+                str(runs / "prior"),
+                "--n",
+                "7",
+                "--steps",
+                "3",
+                "--solver",
+                "heun",
+                "--output",
+                str(path),
+            ]
+        )
+        == 0
+    )
+    assert load_file(path)["activations"].shape == (7, 32)
+    assert "NFE" in capsys.readouterr().out
+
+
+def test_evaluate_writes_json_and_page(runs, tmp_path, texts, llm_folder, capsys):
+    assert main(["evaluate", "--prior", str(runs / "prior"), "--heldout", str(runs / "heldout"), "--train",
+                 str(runs / "activations"), "--output", str(tmp_path), "--samples", "100", "--nfes", "2", "--solvers",
+                 "euler,ab2", "--projections", "8", "--llm.model", llm_folder, "--text.dataset", texts,
+                 "--text.heldout", "0.3", "--text.limit", "5", "--steps", "2"]) == 0  # fmt: skip
+    result = json.loads((tmp_path / "evaluate.json").read_text())
+    assert {"config", "versions", "git", "seed", "wall_seconds"} <= result.keys()
+    assert [row["source"] for row in result["distribution"]] == [
+        "real", "gaussian-full", "gaussian-diagonal", "prior", "prior",
+    ]  # fmt: skip
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert "Delta LM loss" in capsys.readouterr().out
