@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 from latentprior.errors import InputError, unknown
 
@@ -169,7 +169,7 @@ class Recipe:
     """Average the weights with this decay; the average is what is evaluated and saved."""
     times: Literal["grid", "stratified"] = "grid"
     """Noise levels: independent draws from the official grid of 1000, or one draw in each of equal strata of [0, 1]."""
-    distinct_times: int = 128
+    distinct_times: int = 64
     """How many strata "stratified" has; the time path is computed once for each."""
 
     def __post_init__(self) -> None:
@@ -184,9 +184,7 @@ class Recipe:
 
 PRESETS: dict[str, Recipe] = {
     "official": Recipe(),
-    "quick": Recipe(
-        batch_size=1024, learning_rate=2e-3, warmup=0.02, final_rate=0.0, ema=0.99, times="stratified"
-    ),
+    "quick": Recipe(batch_size=512, learning_rate=3e-3, warmup=0.02, final_rate=0.0, times="stratified"),
 }
 
 
@@ -418,9 +416,13 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     for key in values:
         if key not in fields:
             raise unknown(f"{cls.__name__} key", key, fields)
+    types = get_type_hints(cls)
     built = {}
     for key, value in values.items():
-        factory = fields[key].default_factory
-        nested = factory if isinstance(factory, type) and dataclasses.is_dataclass(factory) else None
-        built[key] = from_dict(nested, value) if nested and isinstance(value, dict) else value
+        kind = types[key]
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = from_dict(kind, value)
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            value = tuple(value)  # JSON and YAML have lists only
+        built[key] = value
     return cls(**built)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from latentprior import official
-from latentprior.activations import ActivationBatch, sink_threshold, split_sinks
+from latentprior.activations import ActivationBatch, finite_rows, sink_threshold, split_sinks
 from latentprior.config import ConvertConfig
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
@@ -77,17 +77,17 @@ def _official_to_store(config: ConvertConfig) -> dict[str, Any]:
     medians: dict[int, float] = {}
     with StoreWriter(config.output, [hookpoint], source={"converted": config.source}) as writer:
         for number, begin in enumerate(range(0, len(read), CHUNK)):
-            batch = _unplaced(read.rows(torch.arange(begin, min(begin + CHUNK, len(read)))), layer)
-            if not medians:
-                writer.sink_thresholds[layer] = sink_threshold(batch.norms())
-                medians[layer] = float(batch.norms().median())
+            batch, nonfinite = finite_rows(
+                _unplaced(read.rows(torch.arange(begin, min(begin + CHUNK, len(read)))), layer)
+            )
+            if not medians and len(batch):
+                norms = batch.norms()
+                medians[layer] = float(norms.median())
                 writer.moments.median_norm[0] = medians[layer]
-            finite = batch.x.isfinite().all(dim=1)
-            kept, sinks = split_sinks(batch.select(finite), medians)
-            left_out = {"sinks": len(sinks), "nonfinite": int((~finite).sum())}
-            writer.append(kept, next_batch=number + 1, left_out=left_out)
-        rows = writer.rows
-    return {"activations": config.source, "written": config.output, "rows": rows}
+                writer.sink_thresholds[layer] = sink_threshold(norms)
+            kept, sinks = split_sinks(batch, medians)
+            writer.append(kept, next_batch=number + 1, left_out={"sinks": len(sinks), "nonfinite": nonfinite})
+    return {"activations": config.source, "written": config.output, "rows": writer.rows}
 
 
 def _unplaced(x: torch.Tensor, layer: int) -> ActivationBatch:

@@ -122,10 +122,9 @@ def _dequantise(folder: Path) -> None:
 @contextmanager
 def _loading(config: LLMConfig) -> Iterator[None]:
     """No progress bars, and transformers' long messages as one line."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     except InputError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -134,6 +133,15 @@ def _loading(config: LLMConfig) -> Iterator[None]:
         else:
             reason = _reason(error)
         raise InputError(f"cannot load the model {config.model!r}: {reason}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers without its progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentprior import flow
 from latentprior.config import Recipe
@@ -107,19 +107,26 @@ def train(
         rate = learning_rate(state.step, steps, recipe)
         draws = Draws.of(seed, state.step, x.shape, recipe)
         loss = backward(state.denoiser, normalizer, x, layer, draws, precision=precision, micro_batch=micro_batch)
-        norm = float(torch.nn.utils.clip_grad_norm_(state.denoiser.parameters(), recipe.clip))
+        norm = gradient_norm(state.denoiser)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"step {state.step}: loss {loss}, gradient norm {norm}; the last saved state is kept")
+        if norm > recipe.clip:  # else scaling would only read and write every gradient
+            torch.nn.utils.clip_grads_with_norm_(state.denoiser.parameters(), recipe.clip, torch.tensor(norm))
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=False)  # the buffers are reused
+        state.optimizer.zero_grad()  # to none: the next gradients are then taken over, not added to zeros
         if state.average is not None:
             state.average.update(state.denoiser, state.step)
         state.step += 1
         if after_step is not None:
             after_step(state, {"loss": loss, "gradient_norm": norm, "learning_rate": rate})
     return state
+
+
+def gradient_norm(model: nn.Module) -> float:
+    """Euclidean norm of all gradients together."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def backward(

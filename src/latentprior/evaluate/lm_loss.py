@@ -103,6 +103,7 @@ def delta(loss: LMLoss, clean: LMLoss, *, per_document: bool = False, seed: int 
 def _document_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Summed next-token loss [B] float64 of each document."""
     inputs = model_inputs(model, batch)
+    inputs["attention_mask"] = batch.mask.to(inputs["input_ids"].device, torch.long)  # tells `rewrite` the padding
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     targets = inputs["input_ids"][:, 1:]
     scored = batch.mask[:, 1:].to(logits.device)
