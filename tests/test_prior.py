@@ -577,3 +577,21 @@ def test_push_uploads_what_save_writes(glp, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "HfApi", Api)
     assert glp.push_to_hub("someone/prior", private=True, revision="main") == "hub/someone/prior/main"
     assert_equal(GLP.from_pretrained(tmp_path / "hub"), glp)
+
+
+def test_checkpoint_of_a_run_that_is_not_finished(tmp_path, tiny_glp):
+    glp = tiny_glp(8)
+    glp.save_pretrained(tmp_path / "checkpoints" / "65536")
+    assert torch.equal(GLP.from_pretrained(tmp_path, checkpoint="65536").sample(2), glp.sample(2))
+    with pytest.raises(InputError, match="unknown checkpoint 'final'.*65536"):
+        GLP.from_pretrained(tmp_path)
+
+
+def test_features_at_one_time_for_each_activation(tiny_glp):
+    glp = tiny_glp(8)
+    x, t = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.1, 0.5, 0.9]] * 2)
+    noise = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    together = glp.features(x, t=t, noise=noise)
+    for column in range(3):
+        alone = glp.features(x[:, column], t=float(t[0, column]), noise=noise[:, column])
+        assert torch.allclose(together[:, column], alone, atol=1e-5)

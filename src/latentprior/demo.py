@@ -35,6 +35,8 @@ from latentprior.track import read_log
 TASK = "92_glue_sst2"
 MAX_LENGTH = 128
 PROMPT_WORDS = 10
+PROMPT_CHARACTERS = 70  # one long prompt would pad all the others
+HELDOUT_POSITIONS = 16  # of each document: many documents, as rows of one are alike
 LABELLED = 2000  # SST-2 sentences for direction and classifier
 
 Phase = Callable[[str], Report]
@@ -120,6 +122,8 @@ class _Demo:
             output=self.path("heldout" if part == "heldout" else "activations"),
             layers=[self.config.layer],
             max_length=MAX_LENGTH,
+            positions="random" if part == "heldout" else "all",
+            positions_per_document=HELDOUT_POSITIONS,
             batch_tokens=2048,
             max_activations=rows,
             seed=self.config.seed,
@@ -135,7 +139,8 @@ class _Demo:
             heldout=self.path("heldout"),
             output=self.path("prior"),
             activations=self.config.activations,
-            d_model=width,
+            blocks=2,
+            d_mlp=2 * width,
             seed=self.config.seed,
         )
         fit(config, report=phase("train the prior"))
@@ -201,8 +206,8 @@ def sentiment_direction(model: Any, tokenizer: Any, texts: list[str], labels: li
 def neutral_prompts(count: int) -> list[str]:
     """The first words of held-out news articles."""
     news = (d.text.split() for d in text.documents(TextConfig(part="heldout")) if "news" in d.source)
-    long = (words[:PROMPT_WORDS] for words in news if len(words) >= 2 * PROMPT_WORDS)
-    return [" ".join(words) for words in islice(long, count)]
+    beginnings = (" ".join(words[:PROMPT_WORDS]) for words in news if len(words) >= 2 * PROMPT_WORDS)
+    return list(islice((text for text in beginnings if len(text) <= PROMPT_CHARACTERS), count))
 
 
 __all__ = ["LLMConfig", "demo", "neutral_prompts", "sentiment_direction"]

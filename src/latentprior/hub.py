@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from latentprior.errors import InputError
 
-CONFIGS = ("config.json", "config.yaml")
+CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")
 
 
 def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
@@ -22,7 +22,7 @@ def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) ->
     """
     folder = Path(path_or_repo)
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in CONFIGS):
+        if not any(any(folder.glob(pattern)) for pattern in CONFIGS):
             raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
         return folder
     skip = ["checkpoints/*"] if checkpoint == "final" else None  # intermediate weights are many and large

@@ -42,7 +42,7 @@ def read(folder: Path, checkpoint: str) -> Parts:
     Raises:
         InputError: an unknown checkpoint, or files that are missing, damaged or do not fit together.
     """
-    return _read_own(folder, checkpoint) if (folder / CONFIG).is_file() else _read_official(folder, checkpoint)
+    return _read_own(folder, checkpoint) if _own_checkpoints(folder) else _read_official(folder, checkpoint)
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -93,9 +93,15 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
     )
 
 
+def _own_checkpoints(folder: Path) -> dict[str, Path]:
+    """Folders of the weights that are there, by name; a run that goes on has no final ones yet."""
+    files = [folder / CONFIG, *folder.glob(f"checkpoints/*/{CONFIG}")]
+    return {"final" if f.parent == folder else f.parent.name: f.parent for f in files if f.is_file()}
+
+
 def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
     """The folder of a checkpoint, found among those that exist: no name can lead out of the prior's folder."""
-    folders = {"final": folder} | {file.parent.name: file.parent for file in folder.glob(f"checkpoints/*/{CONFIG}")}
+    folders = _own_checkpoints(folder)
     if checkpoint not in folders:
         raise unknown("checkpoint", checkpoint, sorted(sorted(folders), key=len))
     return folders[checkpoint]

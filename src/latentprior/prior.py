@@ -191,18 +191,19 @@ class GLP(nn.Module):
         self,
         x: Float[Tensor, "*n d"],
         *,
-        t: float = 0.1,
+        t: Float[Tensor, ...] | float = 0.1,
         noise: Float[Tensor, "*n d"] | None = None,
         layer: Layer = None,
         generator: Seed = None,
     ) -> Float[Tensor, "*n blocks d_mlp"]:
         """Meta-neurons of raw activations: the post-gate hidden units of every block, ``[..., blocks, d_mlp]``.
 
-        One denoiser pass at noise level `t` (paper, 1-D probing: t = 0.1 with fixed noise).
+        One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise).
         """
-        z_0 = self.normalizer.normalize(x, layer)
-        z_t = flow.interpolate(z_0, self._noise(z_0.shape, noise, generator), t).reshape(-1, self.width)
-        times = torch.full((), float(t), device=x.device)
+        z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
+        eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
+        times = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        z_t = flow.interpolate(z_0, eps, times)
         units: list[Tensor] = []
         self.denoiser.run(z_t, self.denoiser.gathered(times, self._layers(layer, x.shape[:-1])), hidden=units)
         stacked = torch.stack(units, dim=1)

@@ -238,25 +238,46 @@ def _hookpoint(glp: GLP, layer: int | None) -> dict[str, Any] | None:
 
 
 def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Two disjoint sets of held-out activations, and the rows that the Gaussians are fitted to."""
-    heldout = _rows_of(config.heldout, glp, layer, 2 * config.samples, config.seed)
-    if len(heldout) < 2 * config.samples:
+    """Two sets of held-out activations from disjoint documents, and the rows that the Gaussians are fitted to."""
+    heldout = _open(config.heldout, glp)
+    halves = document_halves(heldout, layer, config.seed)
+    if (least := min(map(len, halves))) < config.samples:
         raise InputError(
-            f"{config.heldout} holds {len(heldout)} rows of this layer; {config.samples} samples need twice as many"
+            f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
+            "samples: record more held-out documents or lower --samples"
         )
-    real, other = heldout[: config.samples], heldout[config.samples :]
-    fitted = other if config.train is None else _rows_of(config.train, glp, layer, config.fit_rows, config.seed)
-    return real, other, fitted
+    real, other = (heldout.rows(half[: config.samples]).float() for half in halves)
+    if config.train is None:
+        return real, other, other
+    train = _open(config.train, glp)
+    return real, other, train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows]).float()
 
 
-def _rows_of(folder: str, glp: GLP, layer: int | None, most: int, seed: int) -> Tensor:
-    """At most `most` rows of a layer of a store, chosen at random, float32."""
+def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of a layer in random order, parted so that no document is on both sides.
+
+    Rows of one document are alike: sets that share documents are closer than two samples of the same distribution.
+    """
+    rows = _shuffled(store, layer, seed)
+    doc = store.metadata(rows)[1]
+    documents, which = torch.unique(doc, return_inverse=True)
+    rank = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    rows_before = torch.bincount(rank[which], minlength=len(documents)).cumsum(0)
+    first = (rows_before <= (len(rows) + 1) // 2)[rank[which]]
+    return rows[first], rows[~first]
+
+
+def _shuffled(store: ActivationStore, layer: int | None, seed: int) -> Tensor:
+    """Row numbers of a layer in random order."""
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))
+    return order if layer is None else order[store.metadata(order)[0] == layer]
+
+
+def _open(folder: str, glp: GLP) -> ActivationStore:
+    """A store of activations from where the prior was trained."""
     store = ActivationStore(folder)
     known = {(h.model, h.layer, h.side) for h in glp.hookpoints}
     for h in store.hookpoints:
         if known and (h.model, h.layer, h.side) not in known:
             raise InputError(f"{folder} was recorded at {h.model} layer {h.layer} {h.side}, not where this prior was")
-    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))
-    if layer is not None:
-        order = order[store.metadata(order)[0] == layer]
-    return store.rows(order[:most]).float()
+    return store
