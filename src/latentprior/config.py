@@ -377,11 +377,11 @@ class DemoConfig:
     """A run of under a minute that only shows that everything works."""
     layer: int = 15
     """Block whose output is modelled."""
-    rows: int = 230_000
+    rows: int = 220_000
     """Activations to record for training."""
-    activations: int = 1_350_000
+    activations: int = 1_300_000
     """Activations to train on; recorded ones are used several times."""
-    heldout_rows: int = 14_000
+    heldout_rows: int = 24_000
     """Activations to record from held-out documents."""
     samples: int = 6000
     """Generated activations of the evaluation."""
@@ -389,7 +389,7 @@ class DemoConfig:
     """Held-out documents of the delta LM loss."""
     prompts: int = 32
     """Prompts of the steering part."""
-    strengths: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9, 1.2])
+    strengths: list[float] = field(default_factory=lambda: [0.4, 0.8, 1.2])
     """Steering strengths in units of the mean activation norm."""
     new_tokens: int = 20
     """Tokens to generate after each prompt."""

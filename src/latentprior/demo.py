@@ -36,7 +36,6 @@ TASK = "92_glue_sst2"
 MAX_LENGTH = 128
 PROMPT_WORDS = 10
 PROMPT_CHARACTERS = 70  # one long prompt would pad all the others
-HELDOUT_POSITIONS = 16  # of each document: many documents, as rows of one are alike
 LABELLED = 2000  # SST-2 sentences for direction and classifier
 
 Phase = Callable[[str], Report]
@@ -122,8 +121,6 @@ class _Demo:
             output=self.path("heldout" if part == "heldout" else "activations"),
             layers=[self.config.layer],
             max_length=MAX_LENGTH,
-            positions="random" if part == "heldout" else "all",
-            positions_per_document=HELDOUT_POSITIONS,
             batch_tokens=2048,
             max_activations=rows,
             seed=self.config.seed,

@@ -1,0 +1,49 @@
+"""How the evaluation parts its real activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latentprior.activations import ActivationBatch
+from latentprior.evaluate.run import document_halves, pca_points
+from latentprior.hooks import Hookpoint
+from latentprior.store import ActivationStore, StoreWriter
+
+
+@pytest.fixture
+def store(tmp_path) -> ActivationStore:
+    """Two layers of documents of 1 to 9 rows."""
+    generator = torch.Generator().manual_seed(0)
+    doc = torch.arange(80).repeat_interleave(torch.randint(1, 10, (80,), generator=generator)).repeat(2)
+    layer = torch.tensor([1, 2]).repeat_interleave(len(doc) // 2)
+    x = torch.randn(len(doc), 4, generator=generator)
+    index = torch.arange(len(doc))
+    with StoreWriter(tmp_path / "store", [Hookpoint("m", n, 4) for n in (1, 2)], source={}) as writer:
+        writer.append(ActivationBatch(x, layer, doc, index, index), next_batch=1, left_out={})
+    return ActivationStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_halves_share_no_document_and_lose_no_row(store, layer):
+    a, b = document_halves(store, layer, seed=0)
+    layers, docs, _, _ = store.metadata(torch.cat([a, b]))
+    wanted = (
+        torch.arange(len(store)) if layer is None else (store.metadata(torch.arange(len(store)))[0] == layer).nonzero()
+    )
+    assert torch.equal(torch.cat([a, b]).sort().values, wanted.flatten())
+    assert layer is None or (layers == layer).all()
+    assert not set(docs[: len(a)].tolist()) & set(docs[len(a) :].tolist())
+    assert abs(len(a) - len(b)) <= 40
+    assert not torch.equal(a, a.sort().values), "rows are not shuffled"
+    assert torch.equal(document_halves(store, layer, seed=0)[0], a)
+    assert not torch.equal(document_halves(store, layer, seed=1)[0].sort().values, a.sort().values)
+
+
+def test_pca_axes_are_those_of_the_real_activations():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3000, 5, generator=generator) * torch.tensor([0.1, 5.0, 0.2, 3.0, 0.1])
+    points = pca_points(z, z + torch.tensor([0.0, 10.0, 0.0, 0.0, 0.0]))
+    shift = torch.tensor(points["generated"]).mean(0) - torch.tensor(points["real"]).mean(0)
+    assert shift[0].abs() == pytest.approx(10.0, abs=0.1) and shift[1].abs() < 0.5
+    assert points["variance_share"][0] == pytest.approx(25 / 34.06, abs=0.03)
