@@ -28,10 +28,13 @@ RESULTS = Path(__file__).parent / "results"
 
 Measure = Callable[[], dict[str, Any]]
 BENCHMARKS: dict[str, tuple[Measure, Measure]] = {  # full size, quick
-    "training": (bench_training.measure, lambda: bench_training.measure(d=64, batch=256, repeats=1)),
+    "training": (lambda: bench_training.measure(repeats=3), lambda: bench_training.measure(d=64, batch=256, repeats=1)),
     "loading": (bench_loading.measure, lambda: bench_loading.measure(8192)),
     "sampling": (bench_sampling.measure, lambda: bench_sampling.measure(d=64, n=64, repeats=1)),
-    "recording": (bench_recording.measure, lambda: bench_recording.measure(batches=1, batch_tokens=512, repeats=1)),
+    "recording": (
+        lambda: bench_recording.measure(batches=4),
+        lambda: bench_recording.measure(batches=1, batch_tokens=512, repeats=1),
+    ),
     "frechet": (bench_frechet.measure, lambda: bench_frechet.measure(d=64, n=256)),
 }
 
@@ -61,7 +64,10 @@ def main() -> None:
     if not options.quick:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{today}-{kind}.json").write_text(json.dumps(record, indent=2) + "\n")
+        path = RESULTS / f"{today}-{kind}.json"
+        if path.exists():  # of the day's runs, the last of each benchmark
+            record["results"] = json.loads(path.read_text())["results"] | results
+        path.write_text(json.dumps(record, indent=2) + "\n")
     print("| benchmark | ratio |\n|---|---|")
     for name, result in results.items():
         print(f"| {name} | {result['ratio']} |")
