@@ -422,7 +422,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     built = {}
     for key, value in values.items():
         kind = types[key]
-        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = from_dict(kind, value)
         elif get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)  # JSON and YAML have lists only

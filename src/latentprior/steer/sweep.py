@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from latentprior.errors import InputError
 from latentprior.evaluate.bootstrap import bootstrap_interval
@@ -37,7 +36,7 @@ class Continuations:
 
 def sweep(
     glp: GLP,
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     direction: Tensor,
     prompts: Sequence[str],
