@@ -19,7 +19,7 @@ from rich.table import Table
 
 from latentprior import config
 from latentprior.errors import InputError, unknown
-from latentprior.progress import Report
+from latentprior.progress import Phase, Report
 
 out = Console()
 err = Console(stderr=True)
@@ -123,7 +123,7 @@ def evaluate(options: config.EvaluateConfig) -> None:
     from latentprior.report import write_report
 
     with bars() as phase:
-        result = evaluate(options, report=phase("evaluate"))
+        result = evaluate(options, phase=phase)
     page = write_report(result, Path(options.output) / "report.html")
     print_evaluation(result)
     out.print(f"report: {page}")
@@ -261,14 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str], Report]]:
+def bars() -> Iterator[Phase]:
     """Progress bars with rate and time left; gives a function from a phase's name to its `Report`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("left {task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=err) as progress:
 
@@ -282,7 +282,8 @@ def bars() -> Iterator[Callable[[str], Report]]:
                     tasks.append(progress.add_task(name, total=total, completed=done, amount="", figures=""))
                     first.append((done, now))
                 rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
-                shown = [f"{rate:,.0f}/s"] if rate >= 1 else []
+                shown = [] if total is None else ["left"]  # belongs to the time before it
+                shown += [f"{rate:,.0f}/s"] if rate >= 1 else []
                 shown += [f"{k} {figure(v) if isinstance(v, float) else v}" for k, v in figures.items()]
                 amount = f"{done:,}" if total is None else f"{min(done, total):,}/{total:,}"
                 progress.update(tasks[0], completed=done, total=total, amount=amount, figures="  ".join(shown))

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from latentprior import corpus, text
 from latentprior.activations import record_activations
-from latentprior.config import DemoConfig, EvaluateConfig, LLMConfig, RecordConfig, TextConfig, TrainConfig, to_dict
+from latentprior.config import DemoConfig, EvaluateConfig, RecordConfig, TextConfig, TrainConfig, to_dict
 from latentprior.errors import InputError
 from latentprior.evaluate.run import evaluate
 from latentprior.files import replace_text
 from latentprior.fit import fit
 from latentprior.llm import fast_dtype, load_llm
 from latentprior.prior import GLP
-from latentprior.progress import Report, silent
+from latentprior.progress import Phase, unseen
 from latentprior.provenance import stamp
 from latentprior.record import record_from
 from latentprior.report import write_report
@@ -38,9 +38,6 @@ PROMPT_WORDS = 10
 PROMPT_CHARACTERS = 70  # one long prompt would pad all the others
 LABELLED = 2000  # SST-2 sentences for direction and classifier
 
-Phase = Callable[[str], Report]
-"""Called with a phase's name; gives the `Report` of that phase."""
-
 TINY: dict[str, Any] = {
     "rows": 6000,
     "activations": 12_288,
@@ -53,7 +50,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def demo(config: DemoConfig, *, phase: Phase = lambda name: silent) -> dict[str, Any]:
+def demo(config: DemoConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     """Record, train, evaluate, steer and write ``report.html`` and ``demo.json`` into ``config.output``.
 
     Raises:
@@ -162,7 +159,7 @@ class _Demo:
             llm=self.config.llm,
             text=TextConfig(part="heldout", limit=self.config.lm_documents),
         )
-        return evaluate(config, report=phase("evaluate"))
+        return evaluate(config, phase=phase)
 
     def steer(self, phase: Phase) -> dict[str, Any]:
         model, tokenizer = self.llm
@@ -205,6 +202,3 @@ def neutral_prompts(count: int) -> list[str]:
     news = (d.text.split() for d in text.documents(TextConfig(part="heldout")) if "news" in d.source)
     beginnings = (" ".join(words[:PROMPT_WORDS]) for words in news if len(words) >= 2 * PROMPT_WORDS)
     return list(islice((text for text in beginnings if len(text) <= PROMPT_CHARACTERS), count))
-
-
-__all__ = ["LLMConfig", "demo", "neutral_prompts", "sentiment_direction"]

@@ -23,7 +23,7 @@ from latentprior.evaluate.lm_loss import Replacement, delta, lm_losses
 from latentprior.files import replace_text
 from latentprior.llm import fast_dtype, load_llm
 from latentprior.prior import GLP
-from latentprior.progress import Report, silent
+from latentprior.progress import Phase, Report, silent, unseen
 from latentprior.provenance import stamp
 from latentprior.repair import hookpoints_on
 from latentprior.store import ActivationStore
@@ -32,7 +32,7 @@ from latentprior.train import BINS, heldout_errors
 PLOTTED = 1000  # points of each kind in the PCA figure
 
 
-def evaluate(config: EvaluateConfig, *, report: Report = silent) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
 
     Raises:
@@ -48,11 +48,15 @@ def evaluate(config: EvaluateConfig, *, report: Report = silent) -> dict[str, An
     gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
     result: dict[str, Any] = {"kind": "evaluate", "hookpoint": _hookpoint(glp, layer)}
     result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
-    result["distribution"], generated = compare_distributions(config, glp, real, other, gaussians, layer, report=report)
+    result["distribution"], generated = compare_distributions(
+        config, glp, real, other, gaussians, layer, report=phase("compare distributions")
+    )
     result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
     if config.delta_lm:
         model, tokenizer = load_llm(config.llm)
-        result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], model, tokenizer, layer, report=report)
+        result["delta_lm"] = measure_delta_lm(
+            config, glp, gaussians["full"], model, tokenizer, layer, report=phase("delta LM loss")
+        )
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
