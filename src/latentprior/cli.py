@@ -14,6 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -353,13 +354,6 @@ def print_steering(result: dict[str, Any]) -> None:
 def figure(value: float | None) -> str:
     """Three significant digits."""
     return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def escape(text: str) -> str:
-    """`text` with nothing that rich would take for markup."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from latentprior.progress import Report, silent
 from latentprior.provenance import stamp, versions
 from latentprior.store import ActivationStore
 from latentprior.track import Log, read_log
-from latentprior.train import Diverged, State, heldout_loss, train
+from latentprior.train import State, heldout_loss, train
 
 FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 CPU_MICRO_BATCH = 1024
@@ -218,6 +218,3 @@ def _finished(output: Path, settings: dict[str, Any]) -> GLP:
     if difference := changed_setting(before, settings):
         raise InputError(f"{output} holds a finished run with {difference}: choose another output")
     return GLP.from_pretrained(output)
-
-
-__all__ = ["Diverged", "fit", "initial_denoiser"]

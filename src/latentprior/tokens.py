@@ -71,26 +71,33 @@ def tokenize(
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template: set chat to false")
 
     def batches() -> Iterator[TokenBatch]:
-        pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
+        filler = padding_id(tokenizer)
         remaining = iter(documents)
         index = 0
         while block := list(islice(remaining, window)):
-            rows = _encode([document.text for document in block], tokenizer, max_length, chat)
+            rows = encode([document.text for document in block], tokenizer, max_length, chat)
             lengths = np.array([len(row) for row in rows])
             order = [int(i) for i in np.argsort(lengths, kind="stable") if lengths[i] > 1]
             runs = list(_cut(order, lengths, batch_tokens))
             for turn in np.random.default_rng(index).permutation(len(runs)):
                 chosen = runs[turn]
                 doc = torch.tensor([block[i].index for i in chosen])
-                ids, mask, position = _pad([rows[i] for i in chosen], pad, padding_side)
+                ids, mask, position = pad([rows[i] for i in chosen], filler, padding_side)
                 yield TokenBatch(ids, mask, doc, position, index)
                 index += 1
 
     return batches()
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, chat: bool) -> list[list[int]]:
-    """Token ids of each text, BOS first, cut to `max_length`."""
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with; masks tell it from text, so any will do where there is none for it."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
+
+
+def encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, chat: bool = False
+) -> list[list[int]]:
+    """Token ids of each text, BOS first, cut to `max_length` (None: whole)."""
     rows: Any  # transformers' annotations cover every form of output
     if chat:
         messages = [[{"role": "user", "content": text}] for text in texts]
@@ -115,7 +122,7 @@ def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[l
         yield run
 
 
-def _pad(
+def pad(
     rows: list[list[int]], pad: int, side: str
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Int64[Tensor, "B T"]]:
     """Padded ids, mask and positions of `rows`."""

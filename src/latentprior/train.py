@@ -150,14 +150,22 @@ def backward(
         # One autocast region for all micro-batches: weights are cast once, not once for each.
         for begin in range(0, len(x), rows):
             part = slice(begin, begin + rows)
-            chosen = None if layer is None else layer[part].to(device)
-            z_0 = normalizer.normalize(x[part].to(device), chosen)
-            noise, t = draws.noise[part].to(device), draws.t[part].to(device)
-            predicted = denoiser(flow.interpolate(z_0, noise, t), t, chosen)
-            loss = F.mse_loss(predicted.float(), flow.target(z_0, noise)) * (len(z_0) / len(x))
+            predicted, target = _predict(denoiser, normalizer, x, layer, draws, part)
+            loss = F.mse_loss(predicted, target) * (len(target) / len(x))
             loss.backward()
             total += float(loss.detach())
     return total
+
+
+def _predict(
+    denoiser: Denoiser, normalizer: Normalizer, x: Tensor, layer: Tensor | None, draws: Draws, part: slice
+) -> tuple[Tensor, Tensor]:
+    """Predicted and true velocity [n, d] float32 of some rows, on the normalizer's device."""
+    device = normalizer.mean.device
+    chosen = None if layer is None else layer[part].to(device)
+    z_0 = normalizer.normalize(x[part].to(device), chosen)
+    noise, t = draws.noise[part].to(device), draws.t[part].to(device)
+    return denoiser(flow.interpolate(z_0, noise, t), t, chosen).float(), flow.target(z_0, noise)
 
 
 @torch.no_grad()
@@ -185,11 +193,8 @@ def heldout_errors(
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for begin in range(0, len(x), chunk):
             part = slice(begin, begin + chunk)
-            chosen = None if layer is None else layer[part].to(device)
-            z_0 = normalizer.normalize(x[part].to(device), chosen)
-            eps, times = noise[part].to(device), t[part].to(device)
-            predicted = denoiser(flow.interpolate(z_0, eps, times), times, chosen)
-            errors.append((predicted.float() - flow.target(z_0, eps)).square().mean(dim=1).cpu())
+            predicted, target = _predict(denoiser, normalizer, x, layer, Draws(noise, t), part)
+            errors.append((predicted - target).square().mean(dim=1).cpu())
     return torch.cat(errors), (t * BINS).long().clamp_(max=BINS - 1)
 
 

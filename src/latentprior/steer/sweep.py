@@ -17,6 +17,7 @@ from latentprior.prior import GLP
 from latentprior.progress import Report, silent
 from latentprior.repair import PositionNoise, hookpoints_on
 from latentprior.rewrite import Site, rewrite
+from latentprior.tokens import encode, pad, padding_id
 
 Judge = Callable[[Sequence[str]], np.ndarray]  # texts -> probability of the concept [N]
 Method = Literal["plain", "repaired", "paired"]
@@ -154,14 +155,8 @@ class _Repair:
 
 def _prompt_inputs(tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Left-padded prompts, BOS first."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [ids if ids[:1] == bos else bos + ids for ids in tokenizer(list(prompts))["input_ids"]]
-    width = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
+    ids, mask, _ = pad(encode(list(prompts), tokenizer), padding_id(tokenizer), "left")
+    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def _decoded(tokenizer: Any, ids: Tensor) -> tuple[list[str], Tensor]:
