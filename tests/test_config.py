@@ -30,6 +30,7 @@ CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and dataclasse
 REQUIRED = {
     "DenoiserConfig": {"d_input": 8, "d_model": 16, "d_mlp": 32},
     "ConvertConfig": {"source": "a", "output": "b"},
+    "TextSource": {"dataset": "a.txt"},
 }
 
 
@@ -44,8 +45,9 @@ def test_frozen_and_every_field_documented(cls: type):
     """A field that holds another configuration is documented by that one's docstring."""
     names = {c.__name__ for c in CLASSES}
     assert cls.__doc__ and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    tree = ast.parse(inspect.getsource(config))
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls.__name__).body
+    definition = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    body = definition.body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in names:
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

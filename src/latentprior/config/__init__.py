@@ -1,0 +1,29 @@
+"""Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
+
+from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
+from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
+from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SampleConfig
+from latentprior.config.training import PRESETS, DenoiserConfig, Recipe, TrainConfig
+
+__all__ = [
+    "GRIDS",
+    "PRESETS",
+    "SOLVERS",
+    "ConvertConfig",
+    "DemoConfig",
+    "DenoiserConfig",
+    "EvaluateConfig",
+    "Grid",
+    "LLMConfig",
+    "Recipe",
+    "RecordConfig",
+    "SampleConfig",
+    "Side",
+    "Solver",
+    "StreamConfig",
+    "TextConfig",
+    "TextSource",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]

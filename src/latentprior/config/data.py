@@ -1,0 +1,163 @@
+"""Where activations come from: language model, text, store or live stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from latentprior.config.base import Side, one_of, positive, size_of, unit_interval
+from latentprior.errors import InputError
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Which language model, and how it is held."""
+
+    model: str = "smollm2-135m"
+    """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
+    device: str = "auto"
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships. Off: such models are refused."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "dtype", ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One of several sources of documents that are mixed."""
+
+    dataset: str
+    """As `TextConfig.dataset`."""
+    subset: str | None = None
+    """Configuration name of the Hugging Face dataset."""
+    split: str = "train"
+    """Split of the Hugging Face dataset."""
+    column: str | None = None
+    """Column that holds the text."""
+    weight: float = 1.0
+    """Documents from this source in proportion to the others' weights, until it ends."""
+
+    def __post_init__(self) -> None:
+        positive(self, "weight")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which documents."""
+
+    dataset: str = "sae-probes"
+    """The embedded corpus "sae-probes", a Hugging Face dataset id, or a txt, jsonl, csv or parquet file
+    (also .zst), or a folder of them."""
+    subset: str | None = None
+    """Configuration name of the Hugging Face dataset."""
+    split: str = "train"
+    """Split of the Hugging Face dataset."""
+    column: str | None = None
+    """Column that holds the text; by default "text", "prompt" or "content", or the only text column."""
+    part: Literal["train", "heldout", "all"] = "train"
+    """Documents to train on, documents held out of training, or both."""
+    heldout: float = 0.05
+    """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
+    limit: int | None = None
+    """Stop after this many documents of the chosen part."""
+    mix: list[TextSource] = field(default_factory=list)
+    """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "part", ("train", "heldout", "all"))
+        unit_interval(self, "heldout")
+        positive(self, "limit")
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Record activations of a language model into a store on disk."""
+
+    output: str = "runs/activations"
+    """Folder of the store."""
+    layers: list[int] = field(default_factory=lambda: [15])
+    """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
+    side: Side = "output"
+    """Record a block's output or its input."""
+    max_length: int = 2048
+    """Documents are cut to this many tokens, the beginning-of-sequence token included."""
+    positions: Literal["all", "last", "random"] = "all"
+    """Positions of a document to record; the first one never is."""
+    positions_per_document: int = 8
+    """How many positions "random" draws for each document."""
+    chat: bool = False
+    """Wrap every document as a user message in the tokenizer's chat template."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass, padding included."""
+    max_activations: int | None = None
+    """Stop once this many rows are recorded."""
+    shard_rows: int = 65536
+    """A shard is closed once it holds at least this many rows."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage precision."""
+    sinks: Literal["drop", "keep"] = "drop"
+    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
+    seed: int = 0
+    """Seed of the random positions."""
+    resume: bool = False
+    """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        one_of(self, "side", ("output", "input"))
+        one_of(self, "positions", ("all", "last", "random"))
+        one_of(self, "dtype", ("bfloat16", "float32"))
+        one_of(self, "sinks", ("drop", "keep"))
+        positive(self, "max_length", "positions_per_document", "batch_tokens", "max_activations", "shard_rows")
+        if not self.layers:
+            raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Live activations: the language model fills a mixing buffer, the trainer draws from it; no disk is needed."""
+
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    layers: list[int] = field(default_factory=lambda: [15])
+    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch."""
+    side: Side = "output"
+    """A block's output or its input."""
+    max_length: int = 2048
+    """Documents are cut to this many tokens, the beginning-of-sequence token included."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass of the language model, padding included."""
+    buffer: str = "65536"
+    """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB"). Batches are
+    drawn at random from what it holds; it is refilled when it is empty."""
+    buffer_device: Literal["auto", "cpu"] = "auto"
+    """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
+    statistics: int = 65536
+    """Activations of each layer in the warm-up pass that takes the normalizer's statistics, over all processes."""
+    sinks: Literal["drop", "keep"] = "drop"
+    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
+    lanes: int | None = None
+    """Independent streams of documents that make up every batch. A process serves a share of them, so batches do not
+    depend on the number of processes, which may be at most this; by default 24, or the least multiple that suffices."""
+    record_to: str | None = None
+    """Also keep what is streamed in this activation store (with several processes: one for each, below this folder)."""
+    disk_budget: str | None = None
+    """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "side", ("output", "input"))
+        one_of(self, "buffer_device", ("auto", "cpu"))
+        one_of(self, "sinks", ("drop", "keep"))
+        positive(self, "max_length", "batch_tokens", "statistics", "lanes")
+        size_of("buffer", self.buffer)
+        if self.disk_budget is not None:
+            size_of("disk_budget", self.disk_budget)
+        if not self.layers:
+            raise InputError(f"{type(self).__name__}.layers is empty: name at least one block, for example [15]")

@@ -1,0 +1,163 @@
+"""What is done with a prior: evaluate, sample, convert, and the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from latentprior.config.base import GRIDS, SOLVERS, Grid, Solver, one_of, positive
+from latentprior.config.data import LLMConfig, TextConfig
+from latentprior.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a prior against real activations and in the language model."""
+
+    prior: str = "runs/prior"
+    """Folder or repository of the prior."""
+    checkpoint: str = "final"
+    """Which of its weights."""
+    heldout: str = "runs/heldout"
+    """Activation store of held-out documents; it needs a little over twice `samples` rows."""
+    train: str | None = "runs/activations"
+    """Store to which the Gaussian baselines are fitted; None fits them to the half of the held-out rows that the
+    samples are not compared with."""
+    output: str = "runs/evaluation"
+    """Folder of evaluate.json."""
+    layer: int | None = None
+    """Which layer of a multi-layer prior."""
+    samples: int = 6000
+    """Generated activations, and real ones in each of the two disjoint sets."""
+    solvers: list[Solver] = field(default_factory=lambda: list(SOLVERS))
+    """Solvers to compare."""
+    nfes: list[int] = field(default_factory=lambda: [4, 20])
+    """Numbers of denoiser evaluations to compare."""
+    projections: int = 512
+    """Random directions of the sliced Wasserstein distance."""
+    fit_rows: int = 100_000
+    """Most rows that the Gaussian baselines are fitted to."""
+    delta_lm: bool = True
+    """Measure what repairing every position costs the language model."""
+    per_document: bool = False
+    """Headline the delta LM loss as a mean over documents (the official definition), not over tokens."""
+    t_starts: list[float] = field(default_factory=lambda: [0.5])
+    """Noise levels of the repair."""
+    steps: int = 20
+    """Denoiser evaluations of the repair."""
+    solver: Solver = "euler"
+    """Solver of the repair."""
+    max_length: int = 128
+    """Tokens of a document in the delta LM loss."""
+    batch_tokens: int = 1024
+    """Most tokens of one forward pass."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
+    seed: int = 0
+    """Seed of samples, noise, projections and resampling."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    text: TextConfig = field(default_factory=lambda: TextConfig(part="heldout", limit=128))
+
+    def __post_init__(self) -> None:
+        positive(self, "samples", "projections", "fit_rows", "steps", "max_length", "batch_tokens")
+        for solver in (*self.solvers, self.solver):
+            if solver not in SOLVERS:
+                raise unknown("solver", solver, SOLVERS)
+        for name in ("nfes", "t_starts"):
+            if any(not value > 0 for value in getattr(self, name)):
+                raise InputError(f"EvaluateConfig.{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw activations from a prior into a safetensors file."""
+
+    prior: str = "runs/prior"
+    """Folder or repository of the prior."""
+    checkpoint: str = "final"
+    """Which of its weights."""
+    output: str = "runs/samples.safetensors"
+    """File to write: `activations` [n, d] float32."""
+    n: int = 1024
+    """How many activations."""
+    steps: int = 20
+    """Denoiser evaluations for each."""
+    solver: Solver = "euler"
+    """How to integrate the flow."""
+    grid: Grid = "uniform"
+    """Times of the evaluations; "official" are those of the official sampler."""
+    layer: int | None = None
+    """Which layer of a multi-layer prior."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the denoiser."""
+    device: str = "auto"
+    """Torch device."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self) -> None:
+        positive(self, "n", "steps")
+        one_of(self, "solver", SOLVERS)
+        one_of(self, "grid", GRIDS)
+        one_of(self, "precision", ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a prior or recorded activations between this project's files and the official ones."""
+
+    source: str = ""
+    """Folder (or repository, for a prior) to read."""
+    output: str = ""
+    """Folder to write."""
+    to: Literal["latentprior", "official"] = "latentprior"
+    """Format to write."""
+    checkpoint: str = "final"
+    """Which weights of a prior."""
+    model: str = ""
+    """Model that official activations, which do not say, come from."""
+    layer: int | None = None
+    """Layer that official activations come from, if their folder's name does not say; or the one to write out of a
+    store of several layers."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "to", ("latentprior", "official"))
+        for name in ("source", "output"):
+            if not getattr(self, name):
+                raise InputError(f"name a folder with --{name}")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The main job end to end on the embedded model and corpus: record, train, evaluate, steer, report."""
+
+    output: str = "runs/demo"
+    """Folder of everything; a second run reuses what is there. The page is report.html, its data demo.json."""
+    tiny: bool = False
+    """A run of under a minute that only shows that everything works."""
+    layer: int = 15
+    """Block whose output is modelled."""
+    rows: int = 220_000
+    """Activations to record for training."""
+    activations: int = 1_300_000
+    """Activations to train on; recorded ones are used several times."""
+    heldout_rows: int = 24_000
+    """Activations to record from held-out documents."""
+    samples: int = 6000
+    """Generated activations of the evaluation."""
+    lm_documents: int = 64
+    """Held-out documents of the delta LM loss."""
+    prompts: int = 32
+    """Prompts of the steering part."""
+    strengths: list[float] = field(default_factory=lambda: [0.4, 0.8, 1.2])
+    """Steering strengths in units of the mean activation norm."""
+    new_tokens: int = 20
+    """Tokens to generate after each prompt."""
+    seed: int = 0
+    """Seed of everything."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+
+    def __post_init__(self) -> None:
+        positive(self, "rows", "activations", "heldout_rows", "samples", "lm_documents", "prompts", "new_tokens")
+        if not self.strengths:
+            raise InputError("DemoConfig.strengths is empty: name at least one, for example [0.6]")

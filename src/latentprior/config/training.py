@@ -1,0 +1,153 @@
+"""The denoiser's shape, recipes, and a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from latentprior.config.base import one_of, positive, unit_interval
+from latentprior.config.data import StreamConfig
+from latentprior.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Shape of the denoiser (paper, section on architecture)."""
+
+    d_input: int
+    """Width of the activations."""
+    d_model: int
+    """Width of the denoiser's residual stream; the paper takes 2 d_input."""
+    d_mlp: int
+    """Hidden units of each block; the paper takes 2 d_model."""
+    n_layers: int = 3
+    """Residual blocks."""
+    multi_layer_n_layers: int | None = None
+    """Blocks of the language model if one denoiser serves several of its layers, else None."""
+
+    def __post_init__(self) -> None:
+        positive(self, "d_input", "d_model", "d_mlp", "n_layers", "multi_layer_n_layers")
+        if self.d_model % 2:
+            raise InputError(f"DenoiserConfig.d_model must be even (half cosines, half sines), got {self.d_model}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a prior is trained. `PRESETS` holds complete ones."""
+
+    batch_size: int = 4096
+    """Activations of one optimizer step."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    warmup: float = 0.01
+    """Share of the steps over which the rate rises, from 1% of its peak."""
+    final_rate: float = 0.1
+    """Share of the peak rate that the cosine decays to."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging rates."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+    ema: float | None = None
+    """Average the weights with this decay; the average is what is evaluated and saved."""
+    times: Literal["grid", "stratified"] = "grid"
+    """Noise levels: independent draws from the official grid of 1000, or one draw in each of equal strata of [0, 1]."""
+    distinct_times: int = 64
+    """How many strata "stratified" has; the time path is computed once for each."""
+
+    def __post_init__(self) -> None:
+        positive(self, "batch_size", "learning_rate", "clip", "distinct_times")
+        unit_interval(self, "warmup", "final_rate")
+        one_of(self, "times", ("grid", "stratified"))
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"Recipe.ema must lie between 0 and 1, got {self.ema}")
+        if self.times == "stratified" and self.batch_size % self.distinct_times:
+            raise InputError(f"batch_size {self.batch_size} is not a multiple of distinct_times {self.distinct_times}")
+
+
+PRESETS: dict[str, Recipe] = {
+    "official": Recipe(),
+    "quick": Recipe(
+        batch_size=1024, learning_rate=2e-3, warmup=0.02, final_rate=0.0, betas=(0.9, 0.95), times="stratified"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(StreamConfig):
+    """Train a prior on an activation store, or on the live activations of a language model."""
+
+    source: Literal["store", "llm"] = "store"
+    """Train on `store`, or on what the language model computes meanwhile (also spelled --from)."""
+    store: str = "runs/activations"
+    """Activation store to train on."""
+    follow: bool = False
+    """The store is still being recorded: use every row once, in the order of the shards, and wait for more."""
+    wait_seconds: float = 600.0
+    """With `follow`: give up when nothing new was recorded for this long."""
+    heldout: str | None = None
+    """Activation store of held-out documents, for the held-out loss."""
+    output: str = "runs/prior"
+    """Folder of the prior, its checkpoints and its log. The same command continues an interrupted run in it."""
+    activations: int = 4_000_000
+    """Activations to train on in all; the store is gone through as often as that takes."""
+    preset: Literal["official", "quick"] = "quick"
+    """"official" is the paper's recipe; "quick" suits runs of minutes to hours."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
+    blocks: int = 3
+    """Residual blocks of the denoiser."""
+    d_model: int | None = None
+    """Width of the denoiser; by default twice the activations' width."""
+    d_mlp: int | None = None
+    """Hidden units of each block; by default twice d_model."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
+    micro_batch: int | None = None
+    """Activations of one forward and backward pass; by default 1024 on a CPU (cache-sized), all on a GPU."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
+    from a billion parameters on."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the denoiser's blocks; "auto" does on a GPU."""
+    float8: bool = False
+    """Matrix products of the blocks in float8 (needs torchao and a GPU that has it)."""
+    heldout_activations: int = 4096
+    """Activations of the held-out loss."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
+    save_seconds: float = 120.0
+    """Seconds between two saved training states."""
+    track: Literal["none", "wandb", "trackio"] = "none"
+    """Also log to one of these; log.jsonl is always written."""
+    device: str = "auto"
+    """Torch device."""
+    seed: int = 0
+    """Seed of initial weights, order of the data, noise and times."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, "source", ("store", "llm"))
+        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
+        one_of(self, "compile", ("auto", "on", "off"))
+        positive(self, "wait_seconds")
+        one_of(self, "preset", tuple(PRESETS))
+        one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        one_of(self, "track", ("none", "wandb", "trackio"))
+        positive(self, "activations", "blocks", "d_model", "d_mlp", "micro_batch", "heldout_activations", "log_every")
+        self.resolved_recipe()
+
+    def resolved_recipe(self) -> Recipe:
+        """The preset with this configuration's changes."""
+        valid = [f.name for f in dataclasses.fields(Recipe)]
+        for key in self.recipe:
+            if key not in valid:
+                raise unknown("recipe key", key, valid)
+        return dataclasses.replace(PRESETS[self.preset], **self.recipe)
+
+    def denoiser(self, width: int, multi_layer_n_layers: int | None = None) -> DenoiserConfig:
+        """The denoiser's shape for activations of `width`."""
+        d_model = self.d_model or 2 * width
+        return DenoiserConfig(width, d_model, self.d_mlp or 2 * d_model, self.blocks, multi_layer_n_layers)
