@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentprior.activations import ActivationBatch
 from latentprior.hooks import Hookpoint
-from latentprior.store import ActivationStore, StoreWriter
+from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 WIDTH = 576
 BATCH = 4096

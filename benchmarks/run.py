@@ -17,6 +17,7 @@ from typing import Any
 
 import bench_frechet
 import bench_loading
+import bench_plan
 import bench_recording
 import bench_sampling
 import bench_training
@@ -34,6 +35,10 @@ BENCHMARKS: dict[str, tuple[Measure, Measure]] = {  # full size, quick
     "recording": (
         lambda: bench_recording.measure(batches=4),
         lambda: bench_recording.measure(batches=1, batch_tokens=512, repeats=1),
+    ),
+    "plan": (
+        bench_plan.measure,
+        lambda: bench_plan.measure(steps=4, blocks=1, batch=128, batches=1, batch_tokens=512),
     ),
     "frechet": (bench_frechet.measure, lambda: bench_frechet.measure(d=64, n=256)),
 }

@@ -14,7 +14,9 @@ import functools  # noqa: E402
 import importlib.util  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
+import socket  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import pytest  # noqa: E402
@@ -184,6 +186,51 @@ def _run_killed(
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"the process failed with exit code {process.exitcode}")
     return process.exitcode == 0
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[int]]:
+    """A function that calls another in several processes, which find one another as under torchrun; see
+    `_run_ranks`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "latentprior.record", "latentprior.fit"])
+    return functools.partial(_run_ranks, context)
+
+
+def _run_ranks(
+    context, size: int, function: Callable, *arguments, signals: Callable | None = None, timeout: float = 120.0
+) -> list[int]:
+    """Exit codes of `size` processes that each call `function(*arguments)`.
+
+    Args:
+        signals: called with the started processes; may send them signals.
+        timeout: all must have ended by themselves after this many seconds; else they hang, which is an error.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_as_rank, args=(rank, size, port, function, arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    if signals is not None:
+        signals(processes)
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+        process.join()
+    if hanging:
+        raise RuntimeError(f"{len(hanging)} of {size} processes hang")
+    return [process.exitcode for process in processes]
+
+
+def _as_rank(rank: int, size: int, port: int, function: Callable, arguments: tuple) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def _die_at_change(changes: int | None, function: Callable, arguments: tuple) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentprior.checkpoint import KEPT, MARKER, complete_states, load_latest, save_state
+from latentprior.checkpoint import KEPT, MARKER, complete_states, latest, load_state, save_state
 from latentprior.config import DenoiserConfig, Recipe
 from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError
@@ -31,6 +31,14 @@ def new_state(recipe: Recipe = AVERAGED, seed: int = 0) -> State:
         return State.start(Denoiser(DenoiserConfig(4, 8, 16, 2)), recipe)
 
 
+def load_latest(folder: Path, state: State, settings: dict) -> bool:
+    """Bring `state` to the newest complete one, if there is one."""
+    saved = latest(folder, settings)
+    if saved is not None:
+        load_state(saved, state)
+    return saved is not None
+
+
 def trained(state: State, recipe: Recipe, steps: int) -> State:
     """Train to step `steps` of a run of 20."""
     normalizer = Normalizer(torch.zeros(1, 4), torch.ones(1, 4), [0])
@@ -46,7 +54,7 @@ def tensors(state: State) -> dict[str, Tensor]:
     """Everything in a state that is a tensor, by name."""
     named = {f"denoiser.{name}": p for name, p in state.denoiser.named_parameters()}
     for name, p in state.denoiser.named_parameters():
-        named |= {f"optimizer.{name}.{key}": value for key, value in state.optimizer.state[p].items()}
+        named |= {f"optimizer.{name}.{key}": value for key, value in state.optimizers[0].state[p].items()}
     if state.average is not None:
         named |= {f"average.{name}": value for name, value in state.average.state_dict().items()}
     return {name: value.detach().clone() for name, value in named.items()}
@@ -78,7 +86,7 @@ def test_a_loaded_state_trains_on_as_if_nothing_had_happened(tmp_path, recipe):
     save_state(tmp_path, state, SETTINGS)
     other = new_state(recipe, seed=1)
     load_latest(tmp_path, other, SETTINGS)
-    assert other.optimizer.param_groups[0]["betas"] == recipe.betas
+    assert other.optimizers[0].param_groups[0]["betas"] == recipe.betas
     assert all(p.grad is None or not p.grad.any() for p in other.denoiser.parameters())
     assert_equal(trained(other, recipe, 12), trained(state, recipe, 12))
     assert_equal(trained(new_state(recipe), recipe, 12), state)
@@ -211,4 +219,4 @@ def test_saving_and_loading_are_silent(tmp_path, capfd):
         save_state(tmp_path, new_state(), SETTINGS)
         load_latest(tmp_path, new_state(), SETTINGS)
     assert capfd.readouterr() == ("", "")
-    assert json.loads((tmp_path / "0" / MARKER).read_text()) == {"step": 0, "settings": SETTINGS}
+    assert json.loads((tmp_path / "0" / MARKER).read_text()) == {"step": 0, "settings": SETTINGS, "position": None}

@@ -11,6 +11,7 @@ from latentprior import official
 from latentprior.config import ConvertConfig
 from latentprior.convert import convert
 from latentprior.errors import InputError
+from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
 
@@ -28,6 +29,18 @@ def test_prior_to_ours_and_back(tmp_path):
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     a, b = GLP.from_pretrained(GOLDEN), GLP.from_pretrained(tmp_path / "ours")
     assert torch.equal(a.project(x), b.project(x))
+
+
+def test_a_whitened_prior_is_not_written_officially(tiny_glp, tmp_path):
+    glp = tiny_glp(4)
+    old = glp.normalizer
+    glp.normalizer = Normalizer(old.mean, old.var, old.layers.tolist(), basis=2 * torch.eye(4)[None])
+    glp.save_pretrained(tmp_path / "ours")
+    with pytest.raises(InputError, match="is whitened, and the official format"):
+        convert(ConvertConfig(source=str(tmp_path / "ours"), output=str(tmp_path / "x"), to="official"))
+    assert not (tmp_path / "x").exists()
+    convert(ConvertConfig(source=str(tmp_path / "ours"), output=str(tmp_path / "copy")))
+    assert torch.equal(GLP.from_pretrained(tmp_path / "copy").sample(2), glp.sample(2))
 
 
 def official_folder(folder: Path, rows: int = 500, width: int = 6) -> torch.Tensor:

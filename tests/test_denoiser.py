@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentprior.config import DenoiserConfig
-from latentprior.denoiser import Denoiser, flops_per_activation
+from latentprior.denoiser import Condition, Denoiser
 from latentprior.errors import InputError
 
 SINGLE = DenoiserConfig(d_input=6, d_model=12, d_mlp=20, n_layers=3)
 MULTI = DenoiserConfig(d_input=6, d_model=12, d_mlp=20, n_layers=2, multi_layer_n_layers=5)
-PAPER = DenoiserConfig(d_input=4096, d_model=8192, d_mlp=16384, n_layers=6)
 
 
 def make(config: DenoiserConfig, dtype: torch.dtype = torch.float64) -> Denoiser:
@@ -135,8 +134,23 @@ def test_meta_neurons_are_the_inputs_of_down_proj():
 
 
 def test_block_called_alone_adds_its_hidden_units():
-    block, x, factor = make(SINGLE).layers[0], draw(5, 12), draw(1, 20)
-    torch.testing.assert_close(block(x, factor), x + block.down_proj(block.hidden(x, factor)))
+    block, x, e = make(SINGLE).layers[0], draw(5, 12), draw(2, 12)
+    index = torch.tensor([0, 1, 1, 0, 1])
+    expected = x + block.down_proj(block.hidden(x, block.time_proj(e[index])))
+    torch.testing.assert_close(block(x, Condition(e, index)), expected)
+
+
+@pytest.mark.parametrize("config", [SINGLE, MULTI], ids=["one layer", "several layers"])
+def test_distinct_times_and_layers_with_an_index_are_times_and_layers_of_each_row(config: DenoiserConfig):
+    denoiser, z = make(config), draw(6, config.d_input)
+    t, index = torch.tensor([0.1, 0.7]).double(), torch.tensor([1, 0, 1, 1, 0, 0])
+    layer = torch.tensor([2, 0]) if config.multi_layer_n_layers else None
+    rows = None if layer is None else layer[index]
+    expected = denoiser(z, t[index], rows)
+    torch.testing.assert_close(
+        denoiser(z, t, layer, time_index=index, layer_index=None if layer is None else index), expected
+    )
+    torch.testing.assert_close(denoiser.run(z, denoiser.gathered(t[index], rows)), expected)
 
 
 def test_low_precision_weights_keep_the_dtype_of_the_state():
@@ -162,30 +176,3 @@ def test_layers_must_fit_the_denoiser():
 def test_one_layer_of_one():
     denoiser = make(DenoiserConfig(6, 12, 20, 1, multi_layer_n_layers=1))
     assert denoiser(draw(2, 6), torch.tensor(0.5), torch.tensor(0)).isfinite().all()
-
-
-def test_parameters_and_flops_of_the_papers_largest():
-    """3.4 B parameters and 20.5 GFLOP for each training activation (6 N of the paper's scaling law)."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Denoiser(PAPER).parameters())
-    assert parameters == pytest.approx(3.4e9, rel=0.02)
-    forward = flops_per_activation(PAPER, distinct_times=1.0)
-    assert forward == pytest.approx(2 * parameters, rel=1e-3)
-    assert 3 * forward == pytest.approx(20.5e9, rel=0.01)
-
-
-def test_flops_count_every_matrix_product_that_runs():
-    denoiser, counted = make(SINGLE), []
-    for module in denoiser.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, args, _out: counted.append(2 * m.weight.numel() * len(args[0])))
-    for distinct in (1, 2, 8):
-        counted.clear()
-        denoiser(draw(8, 6), torch.linspace(0, 1, distinct).repeat(8 // distinct))
-        assert sum(counted) / 8 == flops_per_activation(SINGLE, distinct_times=distinct / 8)
-
-
-def test_sharing_the_time_path_saves_a_quarter():
-    assert 1 - flops_per_activation(PAPER) / flops_per_activation(PAPER, distinct_times=1.0) == pytest.approx(
-        0.27, abs=0.01
-    )

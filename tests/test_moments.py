@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 
 from latentprior import moments as moments_module
 from latentprior.errors import InputError
-from latentprior.moments import Moments
+from latentprior.moments import Covariance, Moments
 
 LAYERS = (3, 15)
 
@@ -192,3 +192,56 @@ def test_variance_is_never_negative():
     moments = Moments([0], 64)
     moments.update(x)
     assert (moments.m2 >= 0).all() and moments.m2.max() < 1e-28
+
+
+# covariance
+
+
+def covariance_of(x: np.ndarray, layer: np.ndarray) -> Covariance:
+    streamed = Covariance(LAYERS, x.shape[1])
+    streamed.update(torch.from_numpy(x), torch.from_numpy(layer))
+    return streamed
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    width=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+    offset=st.sampled_from([0.0, -3.0, 1e4]),
+)
+def test_covariance_equals_the_direct_one_however_the_rows_are_cut(sizes, width, seed, offset):
+    x, layer = draw(sum(sizes), width, seed, offset)
+    streamed, merged = Covariance(LAYERS, width), Covariance(LAYERS, width)
+    bounds = np.cumsum([0, *sizes])
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        streamed.update(torch.from_numpy(x[a:b]), torch.from_numpy(layer[a:b]))
+        merged.merge(covariance_of(x[a:b], layer[a:b]))
+    for found in (streamed, merged):
+        for slot, number in enumerate(LAYERS):
+            rows = x[layer == number]
+            assert found.count[slot] == len(rows)
+            if len(rows):
+                expected = np.cov(rows - offset, rowvar=False, bias=True).reshape(width, width)
+                np.testing.assert_allclose(found.covariance()[slot].numpy(), expected, rtol=1e-9, atol=1e-9)
+            else:
+                assert found.covariance()[slot].isnan().all()
+
+
+def test_covariance_has_the_variances_on_its_diagonal(monkeypatch):
+    x, layer = draw(1000, 4, seed=2, offset=3.0)
+    monkeypatch.setattr(moments_module, "_CHUNK_ROWS", 7)
+    matrix = covariance_of(x, layer).covariance()
+    torch.testing.assert_close(matrix.diagonal(dim1=1, dim2=2), of(x, layer).variance(), rtol=1e-12, atol=0)
+    assert matrix.dtype == torch.float64 and torch.equal(matrix, matrix.mT)
+
+
+def test_covariance_refuses_what_does_not_fit():
+    with pytest.raises(InputError, match="width 4"):
+        Covariance(LAYERS, 4).update(torch.ones(2, 3), torch.tensor([3, 3]))
+    with pytest.raises(InputError, match="unknown layer '4'"):
+        Covariance(LAYERS, 3).update(torch.ones(2, 3), torch.tensor([3, 4]))
+    with pytest.raises(InputError, match="cannot merge a covariance"):
+        Covariance(LAYERS, 3).merge(Covariance(LAYERS, 4))
+    with pytest.raises(InputError, match="distinct"):
+        Covariance([3, 3], 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from latentprior.errors import InputError
-from latentprior.moments import Moments
-from latentprior.normalizer import Normalizer
+from latentprior.moments import Covariance, Moments
+from latentprior.normalizer import LEAST_VARIANCE, Normalizer
 
 D = 5
 
@@ -146,3 +149,106 @@ def test_bad_statistics_are_refused(mean, var, layers, message):
 
 def test_state_dict_holds_the_statistics_alone():
     assert set(make().state_dict()) == {"mean", "var", "layers", "mean_norm", "median_norm"}
+
+
+# whitened
+
+
+def correlated(rows: int = 3000, width: int = D) -> Tensor:
+    """Activations with strong correlations, a large mean and very different variances."""
+    mixing = draw(width, width) * torch.logspace(0, 2, width)
+    return draw(rows, width) @ mixing + 100 * draw(width)
+
+
+def whitening(x: Tensor, layer: Tensor | None = None, layers: tuple[int, ...] = (7,)) -> Normalizer:
+    moments, products = Moments(layers, x.shape[1]), Covariance(layers, x.shape[1])
+    moments.update(x, layer)
+    products.update(x, layer)
+    return Normalizer.whitened(moments, products.covariance())
+
+
+def test_whitened_training_data_have_unit_covariance():
+    x = correlated()
+    normalizer = whitening(x)
+    z = normalizer.normalize(x.double())
+    torch.testing.assert_close(z.mean(0), torch.zeros(D, dtype=torch.float64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.T.cov(correction=0), torch.eye(D, dtype=torch.float64), atol=1e-3, rtol=0)
+    assert not torch.allclose(make().normalize(x.double()).T.cov(), torch.eye(D, dtype=torch.float64), atol=0.1)
+    assert (normalizer.scale.diff() <= 0).all()  # in descending order of variance
+
+
+@pytest.mark.parametrize("shape", [(D,), (4, D), (2, 3, D), (0, D)])
+def test_whitened_round_trip(shape):
+    normalizer, x = whitening(correlated()), 20 * draw(*shape)
+    for wide, digits in ((x, 1e-3), (x.double(), 1e-4)):  # the statistics are float32
+        z = normalizer.normalize(wide)
+        assert z.shape == x.shape and z.dtype == wide.dtype
+        torch.testing.assert_close(normalizer.denormalize(z), wide, atol=digits, rtol=digits)
+
+
+def test_whitening_without_variance_stays_finite_and_comes_back():
+    x = correlated()
+    x[:, 1] = 3.0  # one dimension constant,
+    x[:, 4] = x[:, 0] + x[:, 2]  # one that follows from others
+    normalizer = whitening(x)
+    least = math.sqrt(LEAST_VARIANCE) * float(normalizer.scale.max())
+    assert normalizer.scale.min() == pytest.approx(least, rel=1e-5)
+    z = normalizer.normalize(x)
+    assert z.isfinite().all() and z.abs().max() < 10
+    torch.testing.assert_close(normalizer.denormalize(z)[:, 1], x[:, 1], atol=1e-2, rtol=0)
+    edited = x + torch.tensor([0.0, 5, 0, 0, -5])  # off the data
+    torch.testing.assert_close(normalizer.denormalize(normalizer.normalize(edited)), edited, atol=2e-2, rtol=1e-4)
+    constant = whitening(torch.full((10, D), 2.0))
+    assert not constant.normalize(draw(3, D)).any()
+    assert (constant.denormalize(draw(3, D)) == 2.0).all()
+
+
+def test_whitened_rows_get_their_layers_statistics():
+    layers = (2, 5, 9)
+    layer = torch.tensor(layers).repeat(1000)
+    normalizer = whitening(correlated() * layer[:, None], layer, layers)
+    x, layer = draw(2, 3, D), torch.tensor([[9, 2, 5], [2, 2, 9]])
+    for function in (normalizer.normalize, normalizer.denormalize):
+        found = function(x, layer)
+        for i in range(2):
+            for j in range(3):
+                expected = function(x[i, j], int(layer[i, j]))
+                torch.testing.assert_close(found[i, j], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(function(x, layer[0]), function(x, layer[0].expand(2, 3)))
+        torch.testing.assert_close(function(x[0, 0], layer), function(x[0, 0].expand(2, 3, D), layer))
+
+
+def test_autocast_does_not_round_whitened_activations():
+    normalizer, x = whitening(correlated()), correlated()[:50]
+    z = normalizer.normalize(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(normalizer.normalize(x), z)
+        assert torch.equal(normalizer.denormalize(z), normalizer.denormalize(z.clone()))
+        torch.testing.assert_close(normalizer.denormalize(z), x, atol=1e-2, rtol=1e-4)
+
+
+def test_directions_are_unique():
+    """Eigenvectors come with either sign; a resumed run must find the same."""
+    x = correlated()
+    first, second = whitening(x), whitening(x.flip(0))
+    torch.testing.assert_close(first.basis, second.basis, atol=1e-2, rtol=1e-4)
+
+
+def test_whitening_state_dict():
+    normalizer = whitening(correlated())
+    assert set(normalizer.state_dict()) == {"mean", "var", "layers", "mean_norm", "median_norm", "basis"}
+    assert make().basis is None
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, D, D - 1), torch.zeros(2, D, D), torch.full((1, D, D), torch.nan)])
+def test_a_bad_covariance_is_refused(bad):
+    moments = Moments([7], D)
+    moments.update(draw(10, D))
+    jaxtyping.config.update("jaxtyping_disable", True)  # as outside of tests
+    try:
+        with pytest.raises(InputError, match="a covariance"):
+            Normalizer.whitened(moments, bad)
+        with pytest.raises(InputError, match="basis of shape"):
+            Normalizer(moments.mean, moments.variance(), (7,), basis=bad)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -18,6 +18,8 @@ from torch import Tensor
 from latentprior import flow, hub
 from latentprior.config import GRIDS, SOLVERS
 from latentprior.errors import InputError
+from latentprior.moments import Covariance, Moments
+from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 
 D = 8
@@ -422,6 +424,44 @@ def test_saved_and_loaded_priors_are_equal(tiny_glp, tmp_path, layers, dtype):
     assert names == {"config.json", "model.safetensors", "README.md"}
 
 
+def whitened(glp: GLP) -> GLP:
+    """The same prior with another normalizer, of strongly correlated activations."""
+    layers = glp.normalizer.layers.tolist()
+    x, layer = draw(400, D) @ (torch.eye(D) + draw(D, D, seed=1)), torch.tensor(layers).repeat(400)[:400]
+    moments, products = Moments(layers, D), Covariance(layers, D)
+    moments.update(x, layer)
+    products.update(x, layer)
+    normalizer = Normalizer.whitened(moments, products.covariance())
+    return GLP(glp.denoiser, normalizer, glp.hookpoints, glp.provenance)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_whitened_priors_are_saved_and_loaded(tiny_glp, tmp_path, layers):
+    glp = whitened(tiny_glp(D, layers, "someone/model"))
+    loaded = GLP.from_pretrained(glp.save_pretrained(tmp_path))
+    assert_equal(loaded, glp)
+    x = draw(6, D)
+    layer = None if len(layers) == 1 else torch.tensor(layers).repeat(3)
+    assert torch.equal(loaded.project(x, layer=layer), glp.project(x, layer=layer))
+    plain = GLP(glp.denoiser, tiny_glp(D, layers).normalizer)
+    assert not torch.allclose(plain.project(x, layer=layer), glp.project(x, layer=layer))
+
+
+def test_a_reader_that_knows_no_whitening_refuses_a_whitened_prior(tiny_glp, tmp_path):
+    plain, white = tiny_glp(D).save_pretrained(tmp_path / "a"), whitened(tiny_glp(D)).save_pretrained(tmp_path / "b")
+    formats = [json.loads((folder / "config.json").read_text())["format"] for folder in (plain, white)]
+    assert formats == [1, 2]
+
+
+def test_a_whitened_prior_repairs_in_raw_space(tiny_glp):
+    glp = whitened(tiny_glp(D))
+    x = draw(6, D) + 3
+    assert torch.equal(glp.project(x, t_start=0.0), x)
+    assert torch.equal(glp.project(x, reference=x.clone()), x)
+    nearly = glp.project(x, t_start=1e-4, steps=1)
+    torch.testing.assert_close(nearly, x, atol=1e-2, rtol=0)
+
+
 def test_the_card_says_what_it_was_trained_on(saved):
     card = (saved / "README.md").read_text()
     assert "| someone/model | 2 | output | 8 |" in card and '"corpus": "none"' in card
@@ -508,7 +548,8 @@ DAMAGE = {
     "truncated config": (lambda f: truncate(f / "config.json", 40), "holds no readable prior"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "holds no readable prior"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "has prior format None"),
-    "other format": (lambda f: rewrite_config(f, format=2), "has prior format 2, this version reads 1"),
+    "other format": (lambda f: rewrite_config(f, format=3), "has prior format 3, this version reads 1 and 2"),
+    "no basis": (lambda f: rewrite_config(f, format=2), "lacks the statistic 'basis'"),
     "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json lacks the key 'denoiser'"),
     "no hookpoints": (lambda f: rewrite_config(f, hookpoints=None), "config.json lacks the key 'hookpoints'"),
     "no provenance": (lambda f: rewrite_config(f, provenance=None), "config.json lacks the key 'provenance'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from latentprior.activations import ActivationBatch, record_activations
-from latentprior.config import LLMConfig, RecordConfig, TextConfig
+from latentprior.config import LLMConfig, RecordConfig, TextConfig, TextSource
 from latentprior.errors import InputError
+from latentprior.follow import Follower, wait_for_rows
 from latentprior.hooks import edit
 from latentprior.llm import load_llm
 from latentprior.record import record, record_from
 from latentprior.store import ActivationStore
+from latentprior.text import documents
 
 DOCUMENTS = 120
 WORDS = "the fox keeps shells by the shore and knows what language it was best of times in".split()
@@ -102,7 +105,8 @@ def test_manifest_says_what_was_recorded_from_what(config, llm_folder):
     source = store.manifest["source"]
     assert source["llm"]["model"] == llm_folder and source["text"]["dataset"] == config.text.dataset
     assert source["blocks"] == 4 and source["max_length"] == 40
-    assert not {"output", "resume"} & source.keys() and "device" not in source["llm"]
+    assert not {"output", "resume", "disk_budget", "wait"} & source.keys() and "device" not in source["llm"]
+    assert "mix" not in source["text"]  # as in recordings from before there were mixtures, which can be resumed
     hookpoint = store.hookpoints[0]
     assert (hookpoint.layer, hookpoint.width, hookpoint.path) == (1, 32, "model.layers.1")
     hookpoint.check(load_llm(config.llm)[0])
@@ -266,3 +270,90 @@ def test_wrong_input_is_one_line_and_makes_no_folder(config, tmp_path):
             record(replace(config, **change))
         assert "\n" not in str(caught.value)
         assert not Path(config.output).exists()
+
+
+# --- A disk budget
+
+
+@pytest.fixture
+def budgeted(config) -> RecordConfig:
+    """A budget of three shards, of the five and more that there are."""
+    return replace(config, shard_rows=300, batch_tokens=64, max_length=40, disk_budget="140 KiB")
+
+
+def shard_bytes(folder: str | Path) -> int:
+    return sum(path.stat().st_size for path in Path(folder).glob("shard-*"))
+
+
+def test_the_newest_rows_are_kept_within_the_budget(budgeted):
+    whole = record(replace(budgeted, output=budgeted.output + "-whole", disk_budget=None))
+    store = record(budgeted)
+    assert shard_bytes(whole.folder) > 143_360 >= shard_bytes(store.folder) > 80_000
+    evicted = store.manifest["evicted"]
+    assert evicted > 0 and evicted + len(store) == len(whole)
+    indices = torch.arange(len(store))
+    assert torch.equal(store.rows(indices), whole.rows(indices + evicted))
+    assert torch.equal(store.moments().mean, whole.moments().mean)
+    assert store.manifest["source"] == whole.manifest["source"]
+
+
+def test_a_recording_with_a_budget_is_resumed_exactly(budgeted, run_killed):
+    expected = files(record(replace(budgeted, output=budgeted.output + "-whole")).folder)
+    resuming = replace(budgeted, resume=True)
+    draws, kills = random.Random(0), 0
+    while not run_killed(record, resuming, changes=draws.randint(15, 45)):
+        kills += 1
+    assert kills >= 2 and files(budgeted.output) == expected
+
+
+def test_max_activations_counts_what_was_removed(budgeted):
+    store = record(replace(budgeted, max_activations=1500))
+    assert 1500 <= store.manifest["evicted"] + len(store) < 1600 and store.manifest["evicted"] > 0
+
+
+def test_waits_for_a_trainer_or_gives_up(budgeted):
+    with pytest.raises(InputError, match="no trainer has released a shard for 0.1 seconds: continue with --resume"):
+        record(replace(budgeted, wait=True, wait_seconds=0.1))
+    whole = record(replace(budgeted, output=budgeted.output + "-whole", disk_budget=None))
+    recorder = multiprocessing.get_context("forkserver").Process(
+        target=record, args=(replace(budgeted, wait=True, wait_seconds=60.0, resume=True),)
+    )
+    recorder.start()
+    store = wait_for_rows(budgeted.output, 10**6, 60.0, poll=0.01)
+    assert len(store) < len(whole)  # no more would come before a release
+    follower = Follower(store.folder, 100, seed=0, wait_seconds=60.0, poll=0.01)
+    follower.on_wait = lambda: follower.release(follower.state())
+    rows = torch.cat([x for x, _ in follower])
+    recorder.join()
+    assert recorder.exitcode == 0
+    expected = whole.rows(torch.arange(len(whole)))
+    assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, expected.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"disk_budget": "5000"}, "RecordConfig.disk_budget needs a unit, such as '20GB', got '5000'"),
+        ({"disk_budget": "a lot"}, "RecordConfig.disk_budget must be"),
+        ({"disk_budget": None, "wait": True}, "RecordConfig.wait needs a disk_budget"),
+        ({"disk_budget": "1GB", "wait_seconds": 0.0}, "RecordConfig.wait_seconds must be positive"),
+        ({"disk_budget": "60KB"}, "a disk budget of 60,000 bytes does not hold two shards, which take up to"),
+    ],
+)
+def test_an_unusable_budget_is_one_line_and_makes_no_folder(budgeted, change, message):
+    with pytest.raises(InputError, match=message):
+        record(replace(budgeted, **change))
+    assert not Path(budgeted.output).exists()
+
+
+def test_several_sources(config, texts, tmp_path):
+    paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for path, part in zip(paths, (texts[:80], texts[80:]), strict=True):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    mix = [TextSource(str(paths[0]), weight=2.0), TextSource(str(paths[1]))]
+    mixed = replace(config, text=TextConfig(mix=mix, part="all"))
+    order = [document.text for document in documents(mixed.text)]
+    assert sorted(order) == sorted(texts)
+    store = record(mixed)
+    assert_same_rows(store, direct(config, order))
+    assert [source["weight"] for source in store.manifest["source"]["text"]["mix"]] == [2.0, 1.0]

@@ -23,7 +23,8 @@ from latentprior import manifest as files
 from latentprior.activations import ActivationBatch
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
-from latentprior.store import ActivationStore, StoreWriter
+from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 WIDTH = 8
 SHARD_ROWS = 16

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -17,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentprior import assets, corpus
-from latentprior.config import TextConfig
+from latentprior.config import TextConfig, TextSource
 from latentprior.errors import InputError
-from latentprior.text import Document, documents, is_heldout
+from latentprior.text import Document, Reader, documents, is_heldout
 
 TEXTS = ["First one.", 'With "quotes", commas\nand a newline.', "  padded  ", "naïve 日本語 😀", "12.50", "NA"]
 
@@ -176,6 +178,178 @@ def test_hub_dataset(monkeypatch, schema):
     assert not datasets.are_progress_bars_disabled()
     with pytest.raises(InputError, match="unknown column of some/data 'text'"):
         documents(TextConfig(dataset="some/data", column="text"))
+
+
+# --- Several sources
+
+
+def mixture(folder: Path, sizes: dict[str, int], weights: list[float]) -> TextConfig:
+    """Sources "a.jsonl", ... of "a0", "a1", ..."""
+    paths = [write(folder / name, [f"{name[0]}{i}" for i in range(size)]) for name, size in sizes.items()]
+    mix = [TextSource(str(path), weight=float(weight)) for path, weight in zip(paths, weights, strict=True)]
+    return TextConfig(mix=mix, part="all")
+
+
+def test_sources_are_interleaved_by_their_weights(tmp_path):
+    config = mixture(tmp_path, {"a.jsonl": 60, "b.csv": 30, "c.parquet": 10}, [6, 3, 1])
+    found = list(documents(config))
+    assert "".join(d.text[0] for d in found[:20]) == "aabaabaabc" * 2
+    assert [d.index for d in found] == list(range(100))
+    for name in "abc":  # each in its own order, each once
+        own = [d for d in found if d.text[0] == name]
+        assert [d.text for d in own] == [f"{name}{i}" for i in range(len(own))]
+        assert {d.source[0] for d in own} == {name}
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 10)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=25)
+def test_every_document_once_and_no_source_falls_behind(tmp_path_factory, sources):
+    sizes = {f"{name}.jsonl": size for name, (size, _) in zip("abcd", sources, strict=False)}
+    config = mixture(tmp_path_factory.mktemp("mix"), sizes, [weight for _, weight in sources])
+    found = [d.text for d in documents(config)]
+    assert sorted(found) == sorted(f"{name[0]}{i}" for name, size in sizes.items() for i in range(size))
+    first_end = min(found.index(f"{name[0]}{size - 1}") for name, size in sizes.items())
+    total = sum(weight for _, weight in sources)
+    for n in range(1, first_end + 1):
+        taken = Counter(text[0] for text in found[:n])
+        for name, (_, weight) in zip("abcd", sources, strict=False):
+            assert taken[name] > n * weight / total - 1 - 1e-9
+
+
+def test_split_and_limit_are_of_the_mixture(tmp_path):
+    config = mixture(tmp_path, {"a.jsonl": 300, "b.jsonl": 200}, [1, 2])
+
+    def part(**options) -> list[Document]:
+        return list(documents(TextConfig(mix=config.mix, heldout=0.3, **options)))
+
+    every, train, heldout = part(part="all"), part(part="train"), part(part="heldout")
+    assert sorted(train + heldout, key=lambda d: d.index) == every
+    assert {d.text[0] for d in heldout} == {"a", "b"} and not {d.text for d in train} & {d.text for d in heldout}
+    assert part(part="heldout", limit=7) == heldout[:7]
+
+
+def test_every_source_is_checked_before_the_first_document(tmp_path):
+    good = TextSource(str(write(tmp_path / "good.jsonl", TEXTS)))
+    write(tmp_path / "empty.jsonl", ["", " "])
+    write(tmp_path / "body.jsonl", TEXTS)
+    (tmp_path / "bad.jsonl").write_text("not json")
+    for bad, message in [
+        (TextSource(str(tmp_path / "empty.jsonl")), r"no documents in part 'all' of '.*empty\.jsonl'"),
+        (
+            TextSource(str(tmp_path / "body.jsonl"), column="boddy"),
+            r"unknown column of '.*body\.jsonl', line 1 'boddy'",
+        ),
+        (TextSource(str(tmp_path / "bad.jsonl")), r"bad\.jsonl', line 1 is not JSON"),
+        (TextSource(str(tmp_path / "none.jsonl")), r"no such file or folder: '.*none\.jsonl'"),
+        (good, r"a source is twice in the mix"),
+    ]:
+        with pytest.raises(InputError, match=message) as error:
+            documents(TextConfig(mix=[good, bad], part="all"))  # at the call
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"no documents in part 'heldout' of '.*good"):
+        documents(TextConfig(mix=[good], part="heldout", heldout=0.0))
+
+
+# --- Positions to continue at
+
+
+def assert_continues(config: TextConfig, at: Iterator[int] | range) -> None:
+    """A reader stopped after any number of documents continues exactly there, also one that was itself continued."""
+    whole = list(documents(config))
+    for n in at:
+        first = Reader(config)
+        assert list(itertools.islice(first, n)) == whole[:n]
+        state = json.loads(json.dumps(first.state()))
+        second = Reader(config, state=state)
+        assert second.state() == state
+        assert list(itertools.islice(second, 3)) == whole[n : n + 3]
+        third = Reader(config, state=json.loads(json.dumps(second.state())))
+        assert list(third) == whole[n + 3 :]
+        assert list(Reader(config, state=third.state())) == []
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.zst", "csv", "parquet", "parquet.zst"])
+def test_a_reader_continues_in_files(tmp_path, ending):
+    for name in "abc":
+        write(tmp_path / f"{name}.{ending}", [f"{name} {text}" for text in TEXTS])
+    assert_continues(TextConfig(dataset=str(tmp_path), part="all"), range(19))
+    assert_continues(TextConfig(dataset=str(tmp_path), heldout=0.4), range(8))
+    assert_continues(TextConfig(dataset=str(tmp_path), part="all", limit=2), range(3))
+
+
+def test_the_first_record_still_decides_the_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n\n{"body": "b", "text": "not this"}\n')
+    assert_continues(TextConfig(dataset=str(tmp_path / "a.jsonl"), part="all"), range(3))
+
+
+def local_hub(folder: Path, kind: str) -> Callable[..., datasets.IterableDataset]:
+    """A `load_dataset` that streams three local files of the given kind."""
+    files = [str(write(folder / f"{i}.{kind}", [f"{i} {text}" for text in TEXTS])) for i in range(3)]
+    load, builder = datasets.load_dataset, {"jsonl": "json", "parquet": "parquet"}[kind]
+    return lambda *_, **__: load(builder, data_files=files, split="train", streaming=True, cache_dir=str(folder))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_reader_continues_in_a_hub_dataset(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets, "load_dataset", local_hub(tmp_path, kind))
+    assert_continues(TextConfig(dataset="some/data", part="all"), range(0, 19, 2))
+
+
+def test_a_reader_continues_in_a_mixture(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", local_hub(tmp_path, "jsonl"))
+    config = mixture(tmp_path, {"a.jsonl": 4, "b.csv": 30}, [5, 1.5])
+    mix = [*config.mix, TextSource("some/data", weight=2.0)]
+    assert_continues(TextConfig(mix=mix, heldout=0.3), range(0, 40, 3))
+
+
+def test_what_is_done_is_not_read_again(tmp_path, monkeypatch):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, TEXTS)
+    pq.write_table(pa.table({"text": [f"c{i}" for i in range(100)]}), tmp_path / "c.parquet", row_group_size=10)
+    config = TextConfig(dataset=str(tmp_path), part="all")
+    reader = Reader(config)
+    positions = {}
+    for n in range(70):
+        next(reader)
+        positions[n] = reader.state()
+    (tmp_path / "a.jsonl").write_text("destroyed")
+    lines = (tmp_path / "b.jsonl").read_text().splitlines()
+    (tmp_path / "b.jsonl").write_text("\n".join([lines[0], "destroyed", *lines[2:]]))
+    assert next(Reader(config, state=positions[len(TEXTS) + 1])).text == TEXTS[2]
+    read = []
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, *args, row_groups, **rest: (
+            read.append(row_groups) or original(self, *args, row_groups=row_groups, **rest)
+        ),
+    )
+    assert next(Reader(config, state=positions[2 * len(TEXTS) + 41])).text == "c42"
+    assert read == [[4, 5, 6, 7, 8, 9]]
+
+
+def test_a_position_in_other_sources_is_refused(tmp_path):
+    for name in ("b.jsonl", "c.jsonl"):
+        write(tmp_path / name, TEXTS)
+    config = TextConfig(dataset=str(tmp_path), part="all")
+    reader = Reader(config)
+    next(reader)
+    write(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(InputError, match="its files are not those of the saved position"):
+        Reader(config, state=reader.state())
+    two = TextConfig(mix=[TextSource(str(tmp_path / name)) for name in ("b.jsonl", "c.jsonl")], part="all")
+    with pytest.raises(InputError, match="has 2 sources, its saved position 1"):
+        Reader(two, state=reader.state())
+
+
+@pytest.mark.assets
+def test_a_reader_continues_in_the_corpus():
+    reader = Reader(TextConfig(limit=9000))
+    whole = list(itertools.islice(reader, 8500))
+    state = json.loads(json.dumps(reader.state()))
+    assert list(Reader(TextConfig(limit=9000), state=state)) == list(reader)
+    assert len(whole) == 8500
 
 
 # --- What cannot be read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -14,7 +15,9 @@ from latentprior.config import DenoiserConfig, Recipe
 from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError
 from latentprior.normalizer import Normalizer
-from latentprior.train import BINS, Diverged, Draws, State, backward, heldout_errors, heldout_loss, train
+from latentprior.distributed import Deal
+from latentprior.draws import Draws
+from latentprior.train import BINS, Batch, Diverged, State, backward, heldout_errors, heldout_loss, train
 
 WIDTH = 6
 LAYERS = [1, 3]
@@ -47,6 +50,12 @@ def weights(state: State) -> Tensor:
     return torch.cat([p.detach().flatten() for p in state.denoiser.parameters()])
 
 
+def averaged(state: State) -> Denoiser:
+    """The denoiser with its averaged weights."""
+    with state.evaluated() as net:
+        return copy.deepcopy(net)
+
+
 # --- The optimum
 
 
@@ -64,7 +73,7 @@ def test_learns_the_optimal_velocity_of_normal_data(times):
     state = train(State.start(denoiser(2), recipe), unit, data, recipe, steps=400)
 
     x = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(8))
-    loss, by_t = heldout_loss(state.evaluated(), unit, x)
+    loss, by_t = heldout_loss(averaged(state), unit, x)
     assert 0.99 * math.pi / 2 < loss < 1.03 * math.pi / 2
     t = (torch.arange(1000) + 0.5) / 1000
     optimum = (1 / ((1 - t) ** 2 + t**2)).reshape(BINS, -1).mean(1)
@@ -73,21 +82,32 @@ def test_learns_the_optimal_velocity_of_normal_data(times):
     variance = (1 - t) ** 2 + t**2
     z_t = variance.sqrt()[:, None] * torch.randn(1000, 2, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
-        excess = state.evaluated()(z_t, t) - ((2 * t - 1) / variance)[:, None] * z_t  # over E[u | z_t]
+        excess = averaged(state)(z_t, t) - ((2 * t - 1) / variance)[:, None] * z_t  # over E[u | z_t]
     assert excess.square().mean() < 0.02
 
 
 # --- Gradients
 
 
+def draws_of(seed: int, step: int, rows: int, width: int, recipe: Recipe, lanes: int = 1) -> Draws:
+    return Draws.of(seed, step, Deal(rows, lanes), width, recipe, torch.device("cpu"))
+
+
 def gradient(net: Denoiser, layers: list[int] | None, micro_batch: int | None, **options) -> tuple[float, Tensor]:
     net.zero_grad()
-    x, layer = next(batches(layers=layers))
-    draws = Draws.of(0, 0, x.shape, Recipe())
+    batch = Batch(*next(batches(layers=layers)))
     loss = backward(
-        net, normalizer(layers=layers), x, layer, draws, micro_batch=micro_batch, precision=torch.float32, **options
+        net,
+        normalizer(layers=layers),
+        batch,
+        draws_of(0, 0, 32, WIDTH, Recipe()),
+        32,
+        deal=Deal(32),
+        micro_batch=micro_batch,
+        precision=torch.float32,
+        **options,
     )
-    return loss, torch.cat([p.grad.flatten() for p in net.parameters()])
+    return float(loss), torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("layers", [None, LAYERS])
@@ -105,7 +125,7 @@ def test_gradient_is_that_of_the_papers_loss(layers):
     net, scale = denoiser(layers=5 if layers else None), normalizer(layers=layers)
     loss, ours = gradient(net, layers, 8)
     x, layer = next(batches(layers=layers))
-    draws = Draws.of(0, 0, x.shape, Recipe())
+    draws = draws_of(0, 0, 32, WIDTH, Recipe())
     row = torch.zeros(len(x), dtype=torch.long) if layer is None else (layer == LAYERS[1]).long()
     z_0 = (x - scale.mean[row]) / scale.var[row].sqrt()
     t = draws.t[:, None]
@@ -121,9 +141,8 @@ def test_bfloat16_work_keeps_float32_weights_and_gradients():
     net = denoiser()
     _, exact = gradient(net, None, None)
     net.zero_grad()
-    x, _ = next(batches())
-    draws = Draws.of(0, 0, x.shape, Recipe())
-    backward(net, normalizer(), x, None, draws, precision=torch.bfloat16, micro_batch=8)
+    batch, draws = Batch(*next(batches())), draws_of(0, 0, 32, WIDTH, Recipe())
+    backward(net, normalizer(), batch, draws, 32, deal=Deal(32), precision=torch.bfloat16, micro_batch=8)
     rounded = torch.cat([p.grad.flatten() for p in net.parameters()])
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
@@ -135,23 +154,22 @@ def test_bfloat16_work_keeps_float32_weights_and_gradients():
 @pytest.mark.parametrize("times", ["grid", "stratified"])
 def test_draws_are_a_function_of_seed_and_step(times):
     recipe = Recipe(batch_size=256, times=times)
-    shape = torch.Size([256, WIDTH])
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = Draws.of(3, 10, shape, recipe)
-    Draws.of(3, 11, shape, recipe)
-    again = Draws.of(3, 10, shape, recipe)
+    first = draws_of(3, 10, 256, WIDTH, recipe)
+    draws_of(3, 11, 256, WIDTH, recipe)
+    again = draws_of(3, 10, 256, WIDTH, recipe)
     assert torch.equal(first.noise, again.noise) and torch.equal(first.t, again.t)
     assert torch.equal(torch.get_rng_state(), before)
     for seed, step in [(3, 11), (4, 10), (0, 10)]:
-        other = Draws.of(seed, step, shape, recipe)
+        other = draws_of(seed, step, 256, WIDTH, recipe)
         assert not torch.equal(first.noise, other.noise) and not torch.equal(first.t, other.t)
 
 
 @pytest.mark.parametrize("times", ["grid", "stratified"])
 def test_times_cover_the_unit_interval_evenly(times):
     recipe = Recipe(batch_size=512, times=times)
-    drawn = [Draws.of(0, step, torch.Size([512, 1]), recipe).t for step in range(400)]
+    drawn = [draws_of(0, step, 512, 1, recipe).t for step in range(400)]
     t = torch.cat(drawn)
     assert 0 <= t.min() < 0.01 and 0.99 < t.max() <= 1
     share = torch.histc(t, 20, 0, 1) / len(t)
@@ -162,20 +180,20 @@ def test_times_cover_the_unit_interval_evenly(times):
 
 
 def test_grid_times_lie_on_the_official_grid():
-    t = Draws.of(0, 0, torch.Size([4096, 1]), Recipe()).t
+    t = draws_of(0, 0, 4096, 1, Recipe()).t
     assert torch.isin(t, flow.official_knots(1000)).all() and len(t.unique()) > 900
 
 
 def test_stratified_times_have_one_draw_a_stratum():
     recipe = Recipe(batch_size=512, times="stratified", distinct_times=64)
-    t = Draws.of(0, 0, torch.Size([512, 1]), recipe).t
+    t = draws_of(0, 0, 512, 1, recipe).t
     assert torch.equal((t * 64).long(), torch.arange(64).repeat_interleave(8))
     assert len(t.unique()) == 64
 
 
 def test_times_and_noise_are_not_paired_with_rows():
     """Sorting the times must not tie a row's noise to its time."""
-    draws = Draws.of(0, 0, torch.Size([20_000, 1]), Recipe())
+    draws = draws_of(0, 0, 20_000, 1, Recipe())
     correlation = torch.corrcoef(torch.stack([draws.t, draws.noise[:, 0]]))[0, 1]
     assert abs(float(correlation)) < 0.03
 
@@ -240,7 +258,7 @@ def test_gradients_are_clipped():
     recipe = Recipe(batch_size=32, clip=1e-3)
     state = State.start(denoiser(), recipe)
     norms = []
-    state.optimizer.register_step_pre_hook(
+    state.optimizers[0].register_step_pre_hook(
         lambda *_: norms.append(torch.cat([p.grad.flatten() for p in state.denoiser.parameters()]).norm().item())
     )
     train(state, normalizer(), batches(), recipe, steps=2)
@@ -267,7 +285,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(bad, micro_batch):
     torch.testing.assert_close(weights(state), weights(good), atol=1e-6, rtol=1e-5)
     assert weights(state).isfinite().all()
     assert all(value.isfinite().all() for value in state.average.state_dict().values())
-    moments = [value for values in state.optimizer.state.values() for value in values.values()]
+    moments = [value for values in state.optimizers[0].state.values() for value in values.values()]
     assert all(value.isfinite().all() for value in moments)
 
 
@@ -284,14 +302,17 @@ def test_nothing_is_read_once_the_steps_are_done():
 
 def test_the_average_is_what_is_evaluated():
     plain = State.start(denoiser(), Recipe())
-    assert plain.average is None and plain.evaluated() is plain.denoiser
+    with plain.evaluated() as evaluated:
+        assert plain.average is None and evaluated is plain.denoiser
     recipe = Recipe(batch_size=32, learning_rate=1e-2, ema=0.9)
     state = train(State.start(denoiser(), recipe), normalizer(), batches(), recipe, steps=5)
-    averaged = state.evaluated()
-    assert averaged is not state.denoiser
-    for name, value in averaged.named_parameters():
-        assert torch.equal(value.detach(), state.average.state_dict()[name])
-        assert value.data_ptr() != state.average.state_dict()[name].data_ptr()
+    last = weights(state)
+    with state.evaluated() as evaluated:
+        for name, value in evaluated.named_parameters():
+            assert torch.equal(value.detach(), state.average.state_dict()[name])
+            assert value.data_ptr() != state.average.state_dict()[name].data_ptr()
+        assert not torch.equal(weights(state), last)
+    assert torch.equal(weights(state), last)  # training goes on from the weights themselves
 
 
 # --- Held-out loss

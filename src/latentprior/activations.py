@@ -27,7 +27,7 @@ SINK_FACTOR = 10
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Activations with where each one comes from, one row each, on the CPU."""
+    """Activations with where each one comes from, one row each; `x` may be on another device than the rest."""
 
     x: Float[Tensor, "n d"]
     """The activations, in the model's precision."""
@@ -45,7 +45,8 @@ class ActivationBatch:
 
     def select(self, index: Tensor | slice) -> ActivationBatch:
         """The rows of a boolean mask [N], an index [M] or a slice."""
-        return ActivationBatch(*(getattr(self, f.name)[index] for f in fields(self)))
+        x = self.x[index.to(self.x.device) if isinstance(index, Tensor) else index]
+        return ActivationBatch(x, *(getattr(self, f.name)[index] for f in fields(self)[1:]))
 
     def at_layer(self, layer: int) -> ActivationBatch:
         """The rows of one layer.
@@ -150,11 +151,12 @@ def activations(
     positions: Positions = "all",
     positions_per_document: int = 8,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[ActivationBatch]:
     """One `ActivationBatch` for each `TokenBatch`; the model is cut after the last of `layers`.
 
     Rows are ordered by layer (in the order of `layers`), row of the token batch and position. Which positions "random"
-    draws depends on `seed` and the document's index alone, not on how documents were batched.
+    draws depends on `seed` and the document's index alone, not on how documents were batched. `x` is put on `device`.
 
     Raises:
         InputError: see `record_activations`; raised at the first batch.
@@ -169,7 +171,7 @@ def activations(
         hidden = hooks.run_cut(model, layers, side=side, **model_inputs(model, batch))
         row, column = _recorded(batch, positions, positions_per_document, seed).nonzero(as_tuple=True)
         yield ActivationBatch(
-            x=torch.cat([_rows(state, row, column, batch) for state in hidden.values()]),
+            x=torch.cat([_rows(state, row, column, batch).to(device) for state in hidden.values()]),
             layer=torch.tensor(list(hidden)).repeat_interleave(len(row)),
             doc=batch.doc[row].repeat(len(hidden)),
             position=batch.position[row, column].repeat(len(hidden)),
@@ -208,10 +210,10 @@ def _recorded(batch: TokenBatch, positions: Positions, count: int, seed: int) ->
 
 
 def _rows(state: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
-    """Activations [N, d] of the given places, on the CPU."""
+    """Activations [N, d] of the given places."""
     if state.shape[:2] != batch.ids.shape:
         raise InputError(f"the model turned {list(batch.ids.shape)} tokens into {list(state.shape[:2])} activations")
-    return state[row.to(state.device), column.to(state.device)].cpu()
+    return state[row.to(state.device), column.to(state.device)]
 
 
 def _sorted(batch: ActivationBatch, layers: list[int]) -> ActivationBatch:
@@ -224,7 +226,7 @@ def _sorted(batch: ActivationBatch, layers: list[int]) -> ActivationBatch:
 
 def finite_rows(batch: ActivationBatch) -> tuple[ActivationBatch, int]:
     """The rows without NaN or infinity, and how many others there were."""
-    finite = batch.x.isfinite().all(dim=-1)
+    finite = batch.x.isfinite().all(dim=-1).cpu()
     left_out = len(batch) - int(finite.sum())
     return (batch.select(finite) if left_out else batch), left_out
 
@@ -245,5 +247,5 @@ def split_sinks(batch: ActivationBatch, median_norm: Mapping[int, float]) -> tup
         if layer not in median_norm:
             raise unknown("layer", layer, median_norm)
         limit[batch.layer == layer] = SINK_FACTOR * median_norm[layer]
-    sink = batch.norms() > limit
+    sink = batch.norms().cpu() > limit
     return batch.select(~sink), batch.select(sink)

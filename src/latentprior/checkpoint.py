@@ -1,8 +1,9 @@
 """Training states on disk: complete or invisible, continued bit for bit.
 
 A state is a folder ``steps/<step>``, written under a temporary name and renamed, with a marker file written last.
-Tensors are written by torch's distributed checkpoint as safetensors (its default format would be a pickle); what is
-not a tensor (step, settings) is in the marker, as JSON.
+Tensors are written by torch's distributed checkpoint as safetensors (its default format would be a pickle), by every
+process its own shards; any number of processes can read them again. What is not a tensor (step, settings, position in
+the data) is in the marker, as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from latentprior.distributed import World
 from latentprior.errors import InputError
 from latentprior.files import replace_text, sync_folder
 from latentprior.train import State
@@ -31,26 +34,45 @@ MARKER = "complete.json"
 KEPT = 2  # the newest states; older ones are removed
 
 
-def save_state(folder: Path, state: State, settings: dict[str, Any]) -> Path:
+def save_state(
+    folder: Path,
+    state: State,
+    settings: dict[str, Any],
+    position: dict[str, Any] | None = None,
+    world: World | None = None,
+) -> Path:
     """Write `state` to ``folder/<step>`` and remove all but the newest `KEPT`; returns that folder.
+
+    Called by every process of `world`; the first one makes the state visible once all have written.
+
+    Args:
+        position: where the data are, as JSON values.
 
     Raises:
         InputError: it cannot be written, as on a full disk; the states before it are good.
     """
+    world = world or World()
     target = folder / str(state.step)
     partial = folder / f"{state.step}.partial"
-    _remove_unfinished(folder)
+    if world.main:
+        _remove_unfinished(folder)
+    world.wait()
+    writer = HuggingFaceStorageWriter(str(partial), save_distributed=world.size > 1)
     try:
         with _one_process():
-            save(_tensors(state), storage_writer=HuggingFaceStorageWriter(str(partial)), no_dist=True)
+            save(_tensors(state), storage_writer=writer, no_dist=world.size == 1)
     except (CheckpointException, OSError) as error:
         raise InputError(f"cannot write the training state {target}: {_reason(error)}") from error
-    partial.replace(target)
-    replace_text(target / MARKER, json.dumps({"step": state.step, "settings": settings}))
-    sync_folder(folder)
-    for old in complete_states(folder)[:-KEPT]:
-        (old / MARKER).unlink()  # first, so that what a kill leaves of it is no complete state
-        shutil.rmtree(old)
+    world.wait()
+    if world.main:
+        partial.replace(target)
+        marker = {"step": state.step, "settings": settings, "position": position}
+        replace_text(target / MARKER, json.dumps(marker))
+        sync_folder(folder)
+        for old in complete_states(folder)[:-KEPT]:
+            (old / MARKER).unlink()  # first, so that what a kill leaves of it is no complete state
+            shutil.rmtree(old)
+    world.wait()
     return target
 
 
@@ -60,35 +82,54 @@ def complete_states(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda p: int(p.name))
 
 
-def load_latest(folder: Path, state: State, settings: dict[str, Any]) -> bool:
-    """Bring `state` to the newest complete state in `folder`; False if there is none.
+@dataclass(frozen=True)
+class Saved:
+    """A complete state on disk."""
+
+    folder: Path
+    step: int
+    settings: dict[str, Any]
+    position: dict[str, Any] | None
+
+
+def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None:
+    """The newest complete state in `folder`, its tensors not yet read; None if there is none.
 
     Raises:
-        InputError: it belongs to a run with other settings (the first difference is named), or is damaged.
+        InputError: it belongs to a run with other settings (the first difference is named), or its marker is damaged.
     """
     states = complete_states(folder)
     if not states:
-        return False
+        return None
     newest = states[-1]
     try:
         marker = json.loads((newest / MARKER).read_text(encoding="utf-8"))
-        step, stored = int(marker["step"]), dict(marker["settings"])
+        saved = Saved(newest, int(marker["step"]), dict(marker["settings"]), marker.get("position"))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(newest, error) from error
-    if difference := changed_setting(stored, settings):
+    if settings is not None and (difference := changed_setting(saved.settings, settings)):
         raise InputError(f"{folder.parent} holds a run with {difference}: choose another output")
-    reader = HuggingFaceStorageReader(str(newest))
+    return saved
+
+
+def load_state(saved: Saved, state: State, world: World | None = None) -> None:
+    """Bring `state` to a saved one, whatever number of processes wrote it; called by every process of `world`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    world = world or World()
+    reader = HuggingFaceStorageReader(str(saved.folder))
     tensors = _tensors(state)  # the ones that model, optimizer and average hold: loading fills them in place
     try:
         found = reader.read_metadata().state_dict_metadata  # here, as torch would log a traceback
         if missing := {f"{part}.{name}" for part, values in tensors.items() for name in values} - found.keys():
-            raise _damaged(newest, f"it lacks {sorted(missing)[0]} and {len(missing) - 1} others")
+            raise _damaged(saved.folder, f"it lacks {sorted(missing)[0]} and {len(missing) - 1} others")
         with _one_process():
-            load(tensors, storage_reader=reader, no_dist=True)
+            load(tensors, storage_reader=reader, no_dist=world.size == 1)
     except (CheckpointException, SafetensorError, OSError) as error:
-        raise _damaged(newest, error) from error
-    state.step = step
-    return True
+        raise _damaged(saved.folder, error) from error
+    state.step = saved.step
 
 
 def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -102,7 +143,7 @@ def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 def _tensors(state: State) -> dict[str, dict[str, Any]]:
     """The state's own tensors by name. The optimizer's options are no part of it: they follow from the recipe."""
     flat = get_optimizer_state_dict(
-        state.denoiser, state.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+        state.denoiser, state.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
     )
     return {
         "denoiser": get_model_state_dict(state.denoiser),

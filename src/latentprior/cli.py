@@ -16,16 +16,17 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from latentprior import config
-from latentprior.errors import InputError, unknown
+from latentprior.errors import InputError, Stopped, unknown
 from latentprior.progress import Phase, Report
 
 out = Console()
 err = Console(stderr=True)
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+ALIASES = {"--from": "--source"}  # `from` cannot be the name of a dataclass's field
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,30 @@ def record(options: config.RecordConfig) -> None:
 
 
 def train(options: config.TrainConfig) -> None:
+    import json
+    from pathlib import Path
+
+    from latentprior.distributed import is_main
     from latentprior.fit import fit
 
     with bars() as phase:
         glp = fit(options, report=phase("train"))
+    if not is_main():
+        return
     training = glp.provenance["training"]
-    table(
-        "Prior",
-        {
-            "folder": options.output,
-            "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
-            "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
-            "held-out loss": figure(training.get("heldout_loss")),
-        },
-    )
+    result = json.loads(Path(options.output, "train.json").read_text(encoding="utf-8"))
+    total = sum(result["seconds"].values())
+    times = (f"{part} {seconds:.3g} s ({seconds / total:.1%})" for part, seconds in result["seconds"].items())
+    rows = {
+        "folder": options.output,
+        "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
+        "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
+        "held-out loss": figure(training.get("heldout_loss")),
+        "time": ", ".join(times),
+    }
+    if "ended" in training:
+        rows["ended early"] = training["ended"]
+    table("Prior", rows)
 
 
 def sample(options: config.SampleConfig) -> None:
@@ -136,6 +147,41 @@ def convert(options: config.ConvertConfig) -> None:
     table("Converted", convert(options))
 
 
+def plan(options: config.PlanConfig) -> None:
+    import json
+    from pathlib import Path
+
+    from latentprior.files import replace_text
+    from latentprior.plan import plan, tables
+
+    result = plan(options)
+    for title, rows in tables(result).items():
+        table(title, rows)
+    out.print(result["memory"]["verdict"], soft_wrap=True)
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def sweep(options: config.SweepConfig) -> None:
+    from pathlib import Path
+
+    from latentprior.report import write_report
+    from latentprior.scaling.grid import sweep
+    from latentprior.scaling.tables import tables
+
+    with bars() as phase:
+        result = sweep(options, phase=phase)
+    page = write_report(result, Path(options.output) / "report.html")
+    for title, header, rows in tables(result):
+        shown = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=title)
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        out.print(shown)
+    out.print(f"report: {page}")
+
+
 def demo(options: config.DemoConfig) -> None:
     from latentprior.demo import demo
 
@@ -153,6 +199,8 @@ COMMANDS = {
     "sample": Command(config.SampleConfig, sample),
     "evaluate": Command(config.EvaluateConfig, evaluate),
     "convert": Command(config.ConvertConfig, convert),
+    "plan": Command(config.PlanConfig, plan),
+    "sweep": Command(config.SweepConfig, sweep),
     "demo": Command(config.DemoConfig, demo),
 }
 
@@ -187,12 +235,15 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
     Hyphens in option names are underscores, a bare flag means true, and a list needs no brackets: ``--layers 7,15``.
     """
-    kinds = {f"--{name}": kind for command in COMMANDS.values() for name, kind in _kinds(command.config)}
+    # Of this command alone: `blocks` is a number for one and a list for another.
+    commands = [COMMANDS[word] for word in arguments if word in COMMANDS][:1]
+    kinds = {f"--{name}": kind for command in commands for name, kind in _kinds(command.config)}
     spelled = []
     remaining = deque(arguments)
     while remaining:
         name, equals, value = remaining.popleft().partition("=")
         if name.startswith("--"):
+            name = ALIASES.get(name, name)
             name = "--" + name[2:].replace("-", "_")
             following = bool(remaining) and not remaining[0].startswith("--")
             if kinds.get(name) == "bool" and not equals and not (following and remaining[0] in ("true", "false")):
@@ -249,6 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         err.print("interrupted; the same command continues where it can")
         return INTERRUPTED
+    except Stopped as stopped:
+        err.print(f"terminated: {stopped}; the same command continues")
+        return TERMINATED
     except (InputError, OSError) as error:
         if debug:
             raise

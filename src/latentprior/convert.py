@@ -14,7 +14,8 @@ from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
 from latentprior.manifest import MANIFEST
 from latentprior.prior import GLP
-from latentprior.store import ActivationStore, StoreWriter
+from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 OFFICIAL_INDEX = "data_indices.npy"
 CHUNK = 65536  # rows copied at a time
@@ -38,6 +39,8 @@ def _prior(config: ConvertConfig) -> dict[str, Any]:
     glp = GLP.from_pretrained(config.source, config.checkpoint)
     if config.to == "latentprior":
         glp.save_pretrained(config.output)
+    elif glp.normalizer.basis is not None:
+        raise InputError(f"{config.source} is whitened, and the official format holds a scale of each dimension only")
     else:
         official.write_checkpoint(
             config.output,

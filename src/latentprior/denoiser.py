@@ -7,6 +7,7 @@ the matrix work, so it is computed once for each *distinct* time (`Denoiser.fact
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,15 @@ def sinusoid(value: Float[Tensor, " n"], width: int, max_period: float = 10_000.
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+class Condition(NamedTuple):
+    """Embeddings of the distinct times and layers of a batch, and which of them each row has (None: all the one)."""
+
+    time: Float[Tensor, "u d_model"]
+    time_index: Int[Tensor, " n"] | None = None
+    layer: Float[Tensor, "v d_model"] | None = None
+    layer_index: Int[Tensor, " n"] | None = None
+
+
 class Block(nn.Module):
     """``x + W_down( SiLU( (W_gate h) * (W_time e) ) * (W_up h) )`` with ``h = LN(x)``."""
 
@@ -43,8 +53,17 @@ class Block(nn.Module):
         h = self.ln(x).to(self.up_proj.weight.dtype)
         return F.silu(self.gate_proj(h) * factor) * self.up_proj(h)
 
-    def forward(self, x: Float[Tensor, "n d_model"], factor: Float[Tensor, "m d_mlp"]) -> Float[Tensor, "n d_model"]:
-        return x + self.down_proj(self.hidden(x, factor))
+    def factor(self, condition: Condition) -> Float[Tensor, "m d_mlp"]:
+        """``W_time e`` for every row, from the embeddings of the distinct times and layers."""
+        factor = _gather(self.time_proj(condition.time), condition.time_index)
+        if condition.layer is None:
+            return factor
+        # W_time is linear, so time and layer add up; the bias is in the first term.
+        return factor + _gather(F.linear(condition.layer, self.time_proj.weight), condition.layer_index)
+
+    def forward(self, x: Float[Tensor, "n d_model"], condition: Condition) -> Float[Tensor, "n d_model"]:
+        """One whole block, so that its weights may be sharded or compiled together."""
+        return x + self.down_proj(self.hidden(x, self.factor(condition)))
 
 
 def _embedding(width: int) -> nn.Sequential:
@@ -70,23 +89,22 @@ class Denoiser(nn.Module):
 
     def factors(self, t: Float[Tensor, " u"]) -> list[Float[Tensor, "u d_mlp"]]:
         """The time factor ``W_time e`` of each block at `t`: all that depends on time."""
-        e = self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
+        e = self.embedded_time(t)
         return [block.time_proj(e) for block in self._blocks()]
 
-    def layer_factors(self, layer: Int[Tensor, " u"]) -> list[Float[Tensor, "u d_mlp"]]:
-        """What a layer adds to each block's factor; ``W_time`` is linear, so time and layer add up.
+    def embedded_time(self, t: Float[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
+        return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
+
+    def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
+        """The embedding of layers, by their relative depth.
 
         Raises:
-            InputError: the denoiser serves one layer only, or a layer lies outside the language model.
+            InputError: the denoiser serves one layer only.
         """
-        n_layers = self.config.multi_layer_n_layers
-        if n_layers is None or self.layer_embed is None:
+        if self.config.multi_layer_n_layers is None or self.layer_embed is None:
             raise InputError("this prior has one layer: call it without `layer`")
-        if layer.numel() and not (0 <= int(layer.min()) and int(layer.max()) < n_layers):
-            raise InputError(f"layer must lie in 0..{n_layers - 1}, got {sorted(set(layer.tolist()))}")
-        depth = layer.float() / max(n_layers - 1, 1)
-        e = self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
-        return [F.linear(e, block.time_proj.weight) for block in self._blocks()]
+        depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
+        return self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
 
     def run(
         self,
@@ -108,41 +126,69 @@ class Denoiser(nn.Module):
         z_t: Float[Tensor, "n d"],
         t: Float[Tensor, ...],
         layer: Int[Tensor, ...] | None = None,
+        *,
+        time_index: Int[Tensor, " n"] | None = None,
+        layer_index: Int[Tensor, " n"] | None = None,
     ) -> Float[Tensor, "n d"]:
-        """Velocity at `z_t` [N, d] and time `t` (scalar or [N]); `layer` (scalar or [N]) for a multi-layer prior."""
-        return self.run(z_t, self.gathered(t, layer))
+        """Velocity at `z_t` [N, d] and time `t` (scalar or [N]); `layer` (scalar or [N]) for a multi-layer prior.
+
+        With `time_index`, `t` [U] holds the distinct times and the index says which one each row has; so with
+        `layer_index`. Then nothing has to be looked for in the data: on a GPU that would make the host wait.
+        """
+        condition = self.condition(t, layer, time_index, layer_index)
+        x = self.in_proj(z_t.to(self.dtype))
+        for block in self.layers:
+            x = block(x, condition)
+        return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def condition(
+        self,
+        t: Float[Tensor, ...],
+        layer: Int[Tensor, ...] | None,
+        time_index: Int[Tensor, " n"] | None = None,
+        layer_index: Int[Tensor, " n"] | None = None,
+    ) -> Condition:
+        """Embeddings of the distinct times and layers, once each."""
+        if layer is None and self.layer_embed is not None:
+            raise InputError("this prior serves several layers: say which with `layer`")
+        if time_index is None:
+            t, time_index = _distinct(t)
+        time = self.embedded_time(t)
+        if layer is None:
+            return Condition(time, time_index)
+        if layer_index is None:
+            layer, layer_index = self._distinct_layers(layer)
+        return Condition(time, time_index, self.embedded_layer(layer), layer_index)
 
     def gathered(self, t: Float[Tensor, ...], layer: Int[Tensor, ...] | None) -> list[Float[Tensor, "m d_mlp"]]:
         """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
-        factors = _per_row(self.factors, t)
-        if layer is None:
-            if self.layer_embed is not None:
-                raise InputError("this prior serves several layers: say which with `layer`")
-            return factors
-        return [a + b for a, b in zip(factors, self.gathered_layers(layer), strict=True)]
+        condition = self.condition(t, layer)
+        return [block.factor(condition) for block in self._blocks()]
 
     def gathered_layers(self, layer: Int[Tensor, ...]) -> list[Float[Tensor, "m d_mlp"]]:
         """What its layer adds to every row's factor (or to all, for a scalar)."""
-        return _per_row(self.layer_factors, layer)
+        distinct, index = self._distinct_layers(layer)
+        e = self.embedded_layer(distinct)
+        return [_gather(F.linear(e, block.time_proj.weight), index) for block in self._blocks()]
+
+    def _distinct_layers(self, layer: Int[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        distinct, index = _distinct(layer)
+        n_layers = self.config.multi_layer_n_layers
+        if n_layers is not None and distinct.numel() and not 0 <= int(distinct.min()) <= int(distinct.max()) < n_layers:
+            raise InputError(f"layer must lie in 0..{n_layers - 1}, got {distinct.tolist()}")
+        return distinct, index
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]
 
 
-def _per_row(factors, value: Tensor) -> list[Tensor]:
-    """`factors` of every row of `value`, computed once for each distinct one."""
+def _distinct(value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The distinct values, and each row's place among them; no index for a single one."""
     if value.ndim == 0 or value.shape[0] == 1:
-        return factors(value.reshape(1))
+        return value.reshape(1), None
     distinct, index = torch.unique(value, return_inverse=True)
-    return [table.index_select(0, index) for table in factors(distinct)]
+    return distinct, index
 
 
-def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0) -> float:
-    """Multiply-adds times two of one forward pass for one activation.
-
-    `distinct_times` is the number of distinct times for each activation: 1 if every row has its own time (as the
-    official code executes it), 0 if the time path is shared by very many rows.
-    """
-    d, m, h, n = config.d_input, config.d_model, config.d_mlp, config.n_layers
-    time_path = 2 * m * m + n * m * h
-    return 2.0 * (2 * d * m + 3 * n * m * h + distinct_times * time_path)
+def _gather(table: Tensor, index: Tensor | None) -> Tensor:
+    return table if index is None else table.index_select(0, index)

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Input that cannot be used. The message is one line; the command line prints it without a traceback."""
 
 
+class Stopped(Exception):
+    """Work was asked to stop, as by SIGTERM, and is saved: the same call continues it."""
+
+
 def unknown(kind: str, name: object, valid: Iterable[object], *, most: int = 12) -> InputError:
     """An `InputError` for a name that does not exist, with its nearest valid ones.
 

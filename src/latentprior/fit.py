@@ -1,215 +1,197 @@
-"""A whole training run in a folder: store -> prior, with log, held-out loss, checkpoints and exact resume."""
+"""A whole training run in a folder: store or language model -> prior, with exact resume on any number of processes."""
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from latentprior.checkpoint import changed_setting, load_latest, save_state
+from latentprior.checkpoint import Saved, changed_setting, latest, load_state
 from latentprior.config import TrainConfig, to_dict
 from latentprior.denoiser import Denoiser
-from latentprior.errors import InputError
+from latentprior.distributed import Deal, World, joined, lanes_for
+from latentprior.errors import InputError, Stopped
+from latentprior.feeds import STREAM_ONLY, Feed, FollowFeed, open_feed
 from latentprior.files import replace_text
 from latentprior.llm import fast_dtype, resolve_device
-from latentprior.normalizer import Normalizer
+from latentprior.optim import initialise
+from latentprior.placement import check_float8, placed
 from latentprior.prior import GLP
 from latentprior.progress import Report, silent
-from latentprior.provenance import stamp, versions
+from latentprior.provenance import stamp
+from latentprior.random import generator_of
+from latentprior.run import Run
 from latentprior.store import ActivationStore
-from latentprior.track import Log, read_log
-from latentprior.train import State, heldout_loss, train
+from latentprior.train import Batch, Exhausted, State, train
 
-FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 CPU_MICRO_BATCH = 1024
+IRRELEVANT = (
+    *("source", "store", "follow", "wait_seconds", "heldout", "output", "heldout_activations", "log_every"),
+    *("save_seconds", "track", "device", "preset", "parallel", "compile", "buffer_device", "lanes", "record_to"),
+    "disk_budget",
+)
+"""Options that do not change the weights, or that the feed's identity stands for."""
 
 
 def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
-    """Train a prior on an activation store as `config` says; the same call continues an interrupted run.
+    """Train a prior as `config` says; the same call continues an interrupted run, bit for bit on one process.
 
-    Leaves in ``config.output``: the prior (`GLP.save_pretrained`), ``checkpoints/<activations>`` at doubling counts
-    of activations, ``log.jsonl``, ``train.json`` (result) and ``steps/`` (training states).
+    Under torchrun every process makes this call; a run may be continued by another number of processes. Leaves in
+    ``config.output``: the prior (`GLP.save_pretrained`), ``checkpoints/<activations>`` at doubling counts of
+    activations, ``log.jsonl``, ``train.json`` (result), ``steps/`` (training states) and, of a stream,
+    ``statistics.safetensors``.
 
     Args:
         config: what to train on what.
         report: gets activations done and in all, with the latest losses.
 
     Raises:
-        InputError: an unusable store, held-out activations of another hookpoint, or a folder with another run.
+        InputError: an unusable store, model or text, held-out activations of another hookpoint, or a folder with
+            another run.
         Diverged: a loss that is not finite; the last saved state is kept.
+        Stopped: SIGTERM was received; the state was saved.
     """
+    with joined(config.device) as world, _sigterm() as stop:
+        return _fit(config, world, report if world.main else silent, stop)
+
+
+def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], bool]) -> GLP:
     began = time.perf_counter()
     recipe = config.resolved_recipe()
     device = resolve_device(config.device)
-    precision = fast_dtype(device) if config.precision == "auto" else getattr(torch, config.precision)
-    store = ActivationStore(config.store)
-    heldout = _heldout_rows(config, store)
     output = Path(config.output)
-    settings = _settings(config, store)
+    before = latest(output / "steps")
+    deal = Deal(recipe.batch_size, _lanes(config, before, world), world)
+    if config.float8:
+        check_float8(device)
+    feed = open_feed(config, deal, device)
+    settings = _settings(config, feed, deal)
     if (output / "train.json").is_file():
         return _finished(output, settings)
+    saved = latest(output / "steps", settings)  # refuses the state of another run
+    heldout = _heldout_store(config, feed)
 
-    normalizer = Normalizer.from_moments(store.moments()).to(device)
-    denoiser = initial_denoiser(config, store).to(device)
-    state = State.start(denoiser, recipe)
-    resumed = load_latest(output / "steps", state, settings)
-    batches = store.batches(recipe.batch_size, seed=config.seed, start=state.step)
+    normalizer = feed.normalizer(recipe).to(device)
+    if config.heldout is None:
+        heldout = feed.heldout(config.heldout_activations)
+    precision = fast_dtype(device) if config.precision == "auto" else getattr(torch, config.precision)
+    state = _placed_state(config, feed, world, device, precision)
+    if saved is not None:
+        load_state(saved, state, world)
+    position = saved.position if saved else None
     steps = math.ceil(config.activations / recipe.batch_size)
-    output.mkdir(parents=True, exist_ok=True)
-    log = Log(output / "log.jsonl", track=config.track, config=to_dict(config), resume_step=state.step)
-    run = _Run(config, store, normalizer, heldout, precision, settings, log, report, steps)
+    run = Run(config, feed, normalizer, heldout, precision, settings, deal, report, steps)
+    run.start(state, position)
+    if isinstance(feed, FollowFeed):
+        feed.on_wait = lambda: run.save(state)
     try:
-        if resumed:
-            run.restore(state)
-        else:
-            run.evaluate(state)
         train(
             state,
             normalizer,
-            batches,
+            feed.batches(state.step, position["feed"] if position else None),
             recipe,
             steps=steps,
             precision=precision,
             micro_batch=config.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None),
             seed=config.seed,
+            deal=deal,
             after_step=run.after_step,
+            stop=stop,
         )
+    except Exhausted as ended:
+        if config.source == "store" and not config.follow or not state.step:
+            raise
+        run.end_early(state, str(ended))
+    except Stopped:
+        run.save(state)
+        raise
     finally:
-        log.close()
-    glp = run.prior(state)
-    glp.save_pretrained(output)
+        run.close()
+    feed.close()
+    run.save_prior(state, output)
     result = stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    result |= {"kind": "train", "settings": settings, "summary": run.summary(state)}
-    replace_text(output / "train.json", json.dumps(result, indent=2) + "\n")
-    return glp.eval().requires_grad_(False)  # as it comes back from the folder
+    result |= {
+        "kind": "train",
+        "settings": settings,
+        "summary": run.summary(),
+        "seconds": run.seconds(),
+        "processes": world.size,
+    }
+    if world.main:
+        replace_text(output / "train.json", json.dumps(result, indent=2) + "\n")
+    world.wait()
+    return GLP.from_pretrained(output)
 
 
-def initial_denoiser(config: TrainConfig, store: ActivationStore) -> Denoiser:
-    """A denoiser with seeded initial weights; the global generator is left as it was."""
-    blocks = store.manifest["source"].get("blocks") if len(store.layers) > 1 else None
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """While it is open SIGTERM, by which schedulers pre-empt a job, is noted and not obeyed at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set  # signals reach the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _lanes(config: TrainConfig, before: Saved | None, world: World) -> int:
+    """As many lanes as the interrupted run had, or as asked for."""
+    batch = config.resolved_recipe().batch_size
+    if config.lanes is None and before is not None:
+        return before.settings.get("lanes", 1)
+    return config.lanes or lanes_for(batch, world.size)
+
+
+def _placed_state(config: TrainConfig, feed: Feed, world: World, device: torch.device, precision: torch.dtype) -> State:
+    """The state to start from, with seeded initial weights; the global generator is left as it was."""
+    recipe = config.resolved_recipe()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)  # not torch.manual_seed: that would seed GPUs, too
-        return Denoiser(config.denoiser(store.width, blocks))
+        denoiser = Denoiser(config.denoiser(feed.hookpoints[0].width, feed.blocks))
+    initialise(denoiser, recipe, generator_of(config.seed))
+    denoiser = denoiser.to(device)
+    model = placed(
+        denoiser,
+        world,
+        parallel=config.parallel,
+        precision=precision,
+        compiled=config.compile == "on" or (config.compile == "auto" and device.type == "cuda"),
+        float8=config.float8,
+    )
+    return State.start(denoiser, recipe, model)
 
 
-class _Run:
-    """What happens beside the steps of one run: held-out loss, log, checkpoints, saved states."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        store: ActivationStore,
-        normalizer: Normalizer,
-        heldout: tuple[Tensor, Tensor | None] | None,
-        precision: torch.dtype,
-        settings: dict[str, Any],
-        log: Log,
-        report: Report,
-        steps: int,
-    ) -> None:
-        self.config, self.store, self.normalizer, self.heldout = config, store, normalizer, heldout
-        self.precision, self.settings, self.log, self.report, self.steps = precision, settings, log, report, steps
-        self.batch = config.resolved_recipe().batch_size
-        self.output = Path(config.output)
-        self.shown: dict[str, Any] = {}
-        self.last_evaluation: dict[str, Any] = {}
-        self.window: list[float] = []
-        self.saved_at = time.monotonic()
-        self.logged_at, self.logged_step = time.monotonic(), 0
-
-    def restore(self, state: State) -> None:
-        """Take over what an interrupted run had found when it saved `state`."""
-        self.logged_step = state.step
-        for line in read_log(self.output / "log.jsonl"):
-            if "heldout_loss" in line:
-                self._evaluated({key: line[key] for key in ("heldout_loss", "heldout_loss_by_t")})
-
-    def after_step(self, state: State, figures: dict[str, float]) -> None:
-        done = state.step * self.batch
-        last = state.step == self.steps
-        self.window.append(figures["loss"])
-        if state.step % self.config.log_every == 0 or last:
-            self._log(state, figures)
-        if last or done in self._due(state.step):
-            self.evaluate(state)
-            if not last:
-                self.prior(state).save_pretrained(self.output / "checkpoints" / str(done))
-        if last or time.monotonic() - self.saved_at > self.config.save_seconds:
-            save_state(self.output / "steps", state, self.settings)
-            self.saved_at = time.monotonic()
-        self.report(min(done, self.config.activations), self.config.activations, self.shown)
-
-    def _log(self, state: State, figures: dict[str, float]) -> None:
-        now = time.monotonic()
-        rate = (state.step - self.logged_step) * self.batch / max(now - self.logged_at, 1e-9)
-        self.logged_at, self.logged_step = now, state.step
-        loss = sum(self.window) / len(self.window)
-        self.window.clear()
-        self.shown["loss"] = loss
-        self.log.write(
-            {"step": state.step, "activations": state.step * self.batch, **figures, "loss": loss, "per_second": rate}
-        )
-
-    def _due(self, step: int) -> Iterator[int]:
-        """The checkpoint counts that this step is the first to reach, as this step's count."""
-        before, done = (step - 1) * self.batch, step * self.batch
-        count = FIRST_CHECKPOINT
-        while count <= done:
-            if count > before:
-                yield done
-            count *= 2
-
-    def evaluate(self, state: State) -> None:
-        """Held-out loss of the weights that would be saved now."""
-        if self.heldout is None:
-            return
-        loss, by_t = heldout_loss(state.evaluated(), self.normalizer, *self.heldout, precision=self.precision)
-        self._evaluated({"heldout_loss": loss, "heldout_loss_by_t": by_t})
-        self.log.write({"step": state.step, "activations": state.step * self.batch, **self.last_evaluation})
-
-    def _evaluated(self, figures: dict[str, Any]) -> None:
-        self.shown["held-out"] = figures["heldout_loss"]
-        self.last_evaluation = figures
-
-    def prior(self, state: State) -> GLP:
-        provenance = {
-            "source": self.store.manifest["source"],
-            "training": {"settings": self.settings, **self.summary(state)},
-            "versions": versions(),
-        }
-        return GLP(state.evaluated(), self.normalizer, self.store.hookpoints, provenance)
-
-    def summary(self, state: State) -> dict[str, Any]:
-        return {"activations": state.step * self.batch, "distinct": len(self.store), **self.last_evaluation}
-
-
-def _settings(config: TrainConfig, store: ActivationStore) -> dict[str, Any]:
+def _settings(config: TrainConfig, feed: Feed, deal: Deal) -> dict[str, Any]:
     """What decides the weights: two runs that agree in this are one run."""
     values = to_dict(replace(config, recipe=to_dict(config.resolved_recipe())))
-    for key in ("output", "heldout", "heldout_activations", "log_every", "save_seconds", "track", "device", "preset"):
+    for key in (*IRRELEVANT, *STREAM_ONLY):
         del values[key]
-    values["store"] = store.manifest["statistics"]["sha256"]  # by its rows: the folder may move
-    values["rows"] = len(store)
-    values["hookpoints"] = [h.to_dict() for h in store.hookpoints]
+    values |= feed.identity
+    values |= {"hookpoints": [h.to_dict() for h in feed.hookpoints], "lanes": deal.lanes}
     return json.loads(json.dumps(values))  # tuples to lists, as the saved settings come back
 
 
-def _heldout_rows(config: TrainConfig, store: ActivationStore) -> tuple[Tensor, Tensor | None] | None:
-    """Held-out activations, the same at every call, and their layers."""
+def _heldout_store(config: TrainConfig, feed: Feed) -> Batch | None:
+    """Activations of a held-out store, the same at every call, and their layers."""
     if config.heldout is None:
         return None
     heldout = ActivationStore(config.heldout)
-    if heldout.hookpoints != store.hookpoints:
-        raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
+    if heldout.hookpoints != feed.hookpoints:
+        raise InputError(f"{config.heldout} was recorded at other hookpoints than the activations to train on")
     size = min(config.heldout_activations, len(heldout))
-    return next(heldout.batches(size, seed=0))
+    return Batch(*next(heldout.batches(size, seed=0)))
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> GLP:

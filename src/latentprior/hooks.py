@@ -65,6 +65,17 @@ def _language_model(model: nn.Module) -> Any | None:
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
+def drop_blocks_after(model: nn.Module, layer: int) -> int:
+    """Free the blocks after `layer`, for a model that only runs up to there (`run_cut`); returns how many it had."""
+    blocks = find_blocks(model)
+    count = len(blocks)
+    del blocks[layer + 1 :]
+    config = text_config(model)
+    if config is not None:
+        config.num_hidden_layers = len(blocks)
+    return count
+
+
 def text_config(model: nn.Module) -> Any | None:
     """The transformers config of the model's text decoder; None if there is no transformers model in `model`."""
     language_model = _language_model(model)

@@ -39,7 +39,7 @@ def load_llm(config: LLMConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             _source(config),
             revision=config.revision or "main",
             dtype=dtype,
-            device_map=device,
+            device_map=device if config.device_map == "none" else config.device_map,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )

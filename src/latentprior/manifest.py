@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from latentprior.errors import InputError, unknown
@@ -23,6 +24,8 @@ MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 LEFT_OUT = ("sinks", "nonfinite")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COLUMNS = {"doc": np.int64, "position": np.int32, "token": np.int32, "layer": np.int32}
+"""The metadata of each row."""
 SETTINGS = ("hookpoints", "dtype", "width", "shard_rows", "source")
 """What a resumed recording must share with the stored one."""
 
@@ -32,6 +35,8 @@ _MANIFEST_FIELDS = {
     "dtype": str,
     "width": int,
     "rows": int,
+    "evicted": int,
+    "first_shard": int,
     "shard_rows": int,
     "left_out": dict,
     "sink_thresholds": dict,
@@ -84,6 +89,8 @@ def empty_manifest(fixed: Mapping[str, Any]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         **fixed,
         "rows": 0,
+        "evicted": 0,
+        "first_shard": 0,
         "left_out": dict.fromkeys(LEFT_OUT, 0),
         "sink_thresholds": {},
         "next_batch": 0,
@@ -112,16 +119,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {manifest['format_version']}, this version reads up to {FORMAT_VERSION}: "
             "update latentprior"
         )
+    for key in ("evicted", "first_shard"):  # older stores lack them
+        manifest.setdefault(key, 0)
     _require(path, "the manifest", manifest, _MANIFEST_FIELDS)
     _require(path, "left_out", manifest["left_out"], dict.fromkeys(LEFT_OUT, int))
     thresholds = manifest["sink_thresholds"]
     if not all(layer.isdecimal() and isinstance(norm, int | float) for layer, norm in thresholds.items()):
         raise damaged(path, "sink_thresholds are not one number for each layer")
-    files = [manifest["statistics"]]
     for shard in manifest["shards"]:
         _require(path, "a shard", shard, _SHARD_FIELDS)
-        files += [shard["activations"], shard["metadata"]]
-    for file in files:
+    for file in _files(manifest):
         _require(path, "a file", file, _FILE_FIELDS)
         if not _FILE_NAME.fullmatch(file["file"]):
             raise damaged(path, f"{file['file']!r} is no name of a store's file")
@@ -149,6 +156,19 @@ def read_hookpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Hookpoint
     if len(layers) != len(manifest["hookpoints"]) or widths != {manifest["width"]}:
         raise damaged(folder / MANIFEST, "its hookpoints contradict each other or the width")
     return hookpoints
+
+
+def most_bytes(fixed: Mapping[str, Any], rows: int) -> int:
+    """An upper bound of the bytes of a shard of `rows` rows: parquet may need a little more than the plain columns."""
+    row = fixed["width"] * DTYPES[fixed["dtype"]].itemsize + 2 * sum(
+        np.dtype(kind).itemsize for kind in COLUMNS.values()
+    )
+    return rows * row + 8192
+
+
+def shard_bytes(shard: Mapping[str, Any]) -> int:
+    """Bytes of the files of a shard that a manifest lists."""
+    return shard["activations"]["bytes"] + shard["metadata"]["bytes"]
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -231,6 +251,16 @@ def unwritable(path: Path, error: OSError) -> InputError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "the disk is full" if full else error.strerror or str(error)
     return InputError(f"cannot write {path}: {reason}; earlier shards are whole, continue with --resume")
+
+
+def listed_files(manifest: Mapping[str, Any]) -> set[str]:
+    """The names of all files that a manifest lists."""
+    return {file["file"] for file in _files(manifest) if file}
+
+
+def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shards = manifest["shards"]
+    return [manifest["statistics"], *(shard[kind] for shard in shards for kind in ("activations", "metadata"))]
 
 
 def _total_rows(manifest: Mapping[str, Any]) -> int:

@@ -1,8 +1,12 @@
-"""Streamed moments of raw activations, per layer and in float64: added batch by batch, merged across ranks."""
+"""Streamed moments of raw activations, per layer and in float64: added batch by batch, merged across ranks.
+
+Batches are combined by the pairwise update of Chan, Golub and LeVeque (1979), each batch summarised in two passes, so
+that neither a large mean nor many batches cost precision.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +19,6 @@ _CHUNK_ROWS = 8192  # bounds the float64 copy of what is added
 
 class Moments:
     """Count, mean, sum of squared deviations and norms of the activations of each layer, all float64 on the CPU.
-
-    Batches are combined by the pairwise update of Chan, Golub and LeVeque (1979), each batch summarised in two
-    passes, so that neither a large mean nor many batches cost precision.
 
     Attributes:
         layers: numbers of the LLM's blocks, in the order of the leading dimension below.
@@ -38,9 +39,7 @@ class Moments:
         Raises:
             InputError: no layer, or one named twice.
         """
-        self.layers = tuple(int(layer) for layer in layers)
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise InputError(f"moments need distinct layers, got {list(self.layers)}")
+        self.layers = _distinct(layers)
         n = len(self.layers)
         self.count = torch.zeros(n, dtype=torch.float64)
         self.mean = torch.zeros(n, width, dtype=torch.float64)
@@ -63,24 +62,10 @@ class Moments:
         Raises:
             InputError: wrong shapes, a layer that is not among `layers`, or None where there are several.
         """
-        if x.ndim != 2 or x.shape[1] != self.width:
-            raise InputError(f"moments expect rows of width {self.width}, got shape {list(x.shape)}")
-        if layer is None and len(self.layers) > 1:
-            raise InputError(f"moments of layers {list(self.layers)} need the layer of each row")
-        if layer is not None and layer.shape != x.shape[:1]:
-            raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
-        present = self.layers if layer is None else layer.unique().tolist()
-        for number in present:
-            if number not in self.layers:
-                raise unknown("layer", number, self.layers)
-        for number in present:
-            rows = x if layer is None else x[layer == number]
-            for chunk in rows.split(_CHUNK_ROWS):
-                self._add(self.layers.index(number), chunk.cpu().double())
+        for slot, rows in _by_layer(x, layer, self.layers, self.width):
+            self._add(slot, rows)
 
     def _add(self, slot: int, rows: Tensor) -> None:
-        if not len(rows):
-            return
         mean = rows.mean(0)
         deviation = rows - mean
         # The second term takes out the rounding error of the mean, which a large offset would blow up.
@@ -152,3 +137,90 @@ class Moments:
                 )
             setattr(moments, name, value.clone())
         return moments
+
+
+class Covariance:
+    """Covariance of the activations of each layer, float64 on the CPU: `Moments` for pairs of dimensions.
+
+    Attributes:
+        layers: numbers of the LLM's blocks, in the order of the leading dimension below.
+        count: [L], rows seen.
+        mean: [L, d].
+        comoment: [L, d, d], sum of products of deviations from the mean.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        """No rows yet; arguments and errors are those of `Moments`."""
+        self.layers = _distinct(layers)
+        n = len(self.layers)
+        self.count = torch.zeros(n, dtype=torch.float64)
+        self.mean = torch.zeros(n, width, dtype=torch.float64)
+        self.comoment = torch.zeros(n, width, width, dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """d, dimensions of an activation."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
+        """Add rows: x [N, d], their layers [N], or None if there is one only. Raises as `Moments.update`."""
+        for slot, rows in _by_layer(x, layer, self.layers, self.width):
+            mean = rows.mean(0)
+            deviation = rows - mean
+            self._combine(slot, float(len(rows)), mean, deviation.T @ deviation)
+
+    def _combine(self, slot: int, count: float, mean: Tensor, comoment: Tensor) -> None:
+        before = float(self.count[slot])
+        share = count / max(before + count, 1.0)
+        delta = mean - self.mean[slot]
+        self.mean[slot] += delta * share
+        self.comoment[slot] += comoment + torch.outer(delta, delta) * (share * before)
+        self.count[slot] += count
+
+    def merge(self, other: Covariance) -> Covariance:
+        """Add everything `other` has seen, in place; returns self.
+
+        Raises:
+            InputError: other layers or another width.
+        """
+        if (self.layers, self.width) != (other.layers, other.width):
+            raise InputError(
+                f"cannot merge a covariance of layers {list(other.layers)}, width {other.width} "
+                f"into one of layers {list(self.layers)}, width {self.width}"
+            )
+        for slot in range(len(self.layers)):
+            self._combine(slot, float(other.count[slot]), other.mean[slot], other.comoment[slot])
+        return self
+
+    def covariance(self) -> Tensor:
+        """Population covariance [L, d, d]; nan for a layer without rows."""
+        return self.comoment / self.count[:, None, None]
+
+
+def _distinct(layers: Sequence[int]) -> tuple[int, ...]:
+    distinct = tuple(int(layer) for layer in layers)
+    if not distinct or len(set(distinct)) < len(distinct):
+        raise InputError(f"moments need distinct layers, got {list(distinct)}")
+    return distinct
+
+
+def _by_layer(x: Tensor, layer: Tensor | None, layers: tuple[int, ...], width: int) -> Iterator[tuple[int, Tensor]]:
+    """Chunks of rows [n, d] of one layer each, n > 0, float64 on the CPU, with that layer's place among `layers`.
+
+    Everything is checked before the first chunk comes.
+    """
+    if x.ndim != 2 or x.shape[1] != width:
+        raise InputError(f"moments expect rows of width {width}, got shape {list(x.shape)}")
+    if layer is None and len(layers) > 1:
+        raise InputError(f"moments of layers {list(layers)} need the layer of each row")
+    if layer is not None and layer.shape != x.shape[:1]:
+        raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
+    present = layers if layer is None else layer.unique().tolist()
+    for number in present:
+        if number not in layers:
+            raise unknown("layer", number, layers)
+    for number in present:
+        rows = x if layer is None else x[layer == number]
+        for chunk in rows.split(_CHUNK_ROWS):
+            if len(chunk):
+                yield layers.index(number), chunk.cpu().double()

@@ -1,4 +1,7 @@
-"""Standardisation: raw activations to mean 0 and variance 1 in each dimension, and back, for each layer."""
+"""Standardisation: raw activations to mean 0 and variance 1, and back, for each layer.
+
+Of each dimension by itself, or along the principal directions of the covariance (whitened).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ from latentprior.activations import SINK_FACTOR
 from latentprior.errors import InputError, unknown
 from latentprior.moments import Moments
 
+LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes about this much
+
 
 class Normalizer(nn.Module):
-    """Per-dimension standardisation with the statistics of the training data (paper, section on training).
+    """Standardisation with the statistics of the training data, per dimension (paper, section on training).
 
     Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to
     its mean, never to infinity. The statistics are float32 buffers, one row for each layer.
+
+    With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
+    columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
 
     Args:
         mean: per-layer means.
@@ -25,6 +33,7 @@ class Normalizer(nn.Module):
         layers: the language model's layers that the rows belong to, in order.
         mean_norm: mean norm of an activation, the unit of steering strength; nan where unknown.
         median_norm: median norm, against which attention sinks are told; nan where unknown.
+        basis: orthogonal columns for whitening, see `whitened`; None standardises each dimension by itself.
     """
 
     mean: Tensor
@@ -32,6 +41,7 @@ class Normalizer(nn.Module):
     layers: Tensor
     mean_norm: Tensor
     median_norm: Tensor
+    basis: Tensor | None
     scale: Tensor
     divisor: Tensor
     row_of_layer: Tensor
@@ -44,6 +54,7 @@ class Normalizer(nn.Module):
         *,
         mean_norm: Float[Tensor, " layers"] | None = None,
         median_norm: Float[Tensor, " layers"] | None = None,
+        basis: Float[Tensor, "layers d d"] | None = None,
     ) -> None:
         super().__init__()
         if not layers or len(set(layers)) < len(layers) or min(layers) < 0:
@@ -54,6 +65,8 @@ class Normalizer(nn.Module):
             )
         if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
             raise InputError("statistics must be finite, with no negative variance")
+        if basis is not None and (basis.shape != (*mean.shape, mean.shape[1]) or not basis.isfinite().all()):
+            raise InputError(f"a basis of shape {tuple(basis.shape)} does not whiten statistics {tuple(mean.shape)}")
         missing = torch.full((len(layers),), float("nan"))
         lookup = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         lookup[list(layers)] = torch.arange(len(layers))
@@ -62,7 +75,9 @@ class Normalizer(nn.Module):
         self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
         self.register_buffer("mean_norm", missing.clone() if mean_norm is None else mean_norm.float())
         self.register_buffer("median_norm", missing.clone() if median_norm is None else median_norm.float())
-        self.register_buffer("scale", self.var.sqrt(), persistent=False)
+        self.register_buffer("basis", None if basis is None else basis.float().contiguous())
+        scale = self.var.sqrt() if self.basis is None else self.basis.norm(dim=-2)  # of each coordinate of z
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
         self.register_buffer("row_of_layer", lookup, persistent=False)
 
@@ -77,6 +92,40 @@ class Normalizer(nn.Module):
             median_norm=moments.median_norm,
         )
 
+    @classmethod
+    def whitened(cls, moments: Moments, covariance: Float[Tensor, "layers d d"]) -> Normalizer:
+        """The normalizer that decorrelates: z has mean 0 and covariance 1 over the data.
+
+        Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much, so
+        that no noise is blown up and every activation, also one off the data, comes back as it was. The directions are
+        in descending order of variance; the largest entry of each is positive, so that they are unique.
+
+        Args:
+            moments: of the training data.
+            covariance: of the same rows, for each layer of the moments; see `moments.Covariance`.
+
+        Raises:
+            InputError: a covariance of another shape, or one that is not finite.
+        """
+        if covariance.shape != (*moments.mean.shape, moments.width):
+            raise InputError(
+                f"a covariance of shape {tuple(covariance.shape)} does not fit moments {tuple(moments.mean.shape)}"
+            )
+        if not covariance.isfinite().all():
+            raise InputError("a covariance to whiten with must be finite, and of at least one row for each layer")
+        variance, directions = torch.linalg.eigh(covariance.double())
+        variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
+        largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
+        scale = variance.clamp(min=LEAST_VARIANCE * variance[:, :1]).sqrt()
+        return cls(
+            moments.mean,
+            moments.variance(),
+            moments.layers,
+            mean_norm=moments.mean_norm(),
+            median_norm=moments.median_norm,
+            basis=directions * largest.sign() * scale[:, None, :],
+        )
+
     @property
     def width(self) -> int:
         return self.mean.shape[1]
@@ -89,13 +138,20 @@ class Normalizer(nn.Module):
         """
         self.check_width(x)
         row = self.rows(layer)
-        return (_wide(x) - self.mean[row]) / self.divisor[row]
+        centred = _wide(x) - self.mean[row]
+        if self.basis is None:
+            return centred / self.divisor[row]
+        # The columns are as long as the deviations, so their products carry each twice.
+        return _multiplied(centred, self.basis, row) / self.divisor[row].square()
 
     def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
         """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
         self.check_width(z)
         row = self.rows(layer)
-        return _wide(z) * self.scale[row] + self.mean[row]
+        if self.basis is None:
+            return _wide(z) * self.scale[row] + self.mean[row]
+        mean = self.mean[row]
+        return _multiplied(_wide(z).expand(torch.broadcast_shapes(z.shape, mean.shape)), self.basis.mT, row) + mean
 
     def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
         """Which activations are attention sinks: ``[..., d] -> bool [...]``; none where the median is unknown."""
@@ -126,3 +182,20 @@ class Normalizer(nn.Module):
 def _wide(x: Tensor) -> Tensor:
     """At least float32: bfloat16 cannot hold a difference of large activations."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
+    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics that occurs.
+
+    Never in autocast's precision, which cannot tell small directions from the rounding of large ones.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        matrices = matrices.to(x.dtype)
+        if isinstance(row, int) or row.ndim == 0:
+            return x @ matrices[row]
+        rows = row.expand(x.shape[:-1])
+        result = torch.empty_like(x)
+        for present in rows.unique().tolist():
+            chosen = rows == present
+            result[chosen] = x[chosen] @ matrices[present]
+        return result

@@ -21,6 +21,7 @@ from latentprior.hooks import Hookpoint
 from latentprior.normalizer import Normalizer
 
 FORMAT = 1
+WHITENED_FORMAT = 2  # has the normalizer's basis, which a reader of format 1 would leave out without a word
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -48,7 +49,7 @@ def read(folder: Path, checkpoint: str) -> Parts:
 def write(folder: Path, parts: Parts) -> None:
     """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all."""
     config = {
-        "format": FORMAT,
+        "format": FORMAT if parts.normalizer.basis is None else WHITENED_FORMAT,
         "denoiser": to_dict(parts.denoiser.config),
         "hookpoints": [h.to_dict() for h in parts.hookpoints],
         "provenance": parts.provenance,
@@ -78,8 +79,8 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no readable prior: {' '.join(str(error).split())[:300]}") from error
     found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT:
-        raise InputError(f"{folder} has prior format {found}, this version reads {FORMAT}")
+    if found not in (FORMAT, WHITENED_FORMAT):
+        raise InputError(f"{folder} has prior format {found}, this version reads {FORMAT} and {WHITENED_FORMAT}")
     try:
         shape = from_dict(DenoiserConfig, config["denoiser"])
         hookpoints = tuple(Hookpoint.from_dict(h) for h in config["hookpoints"])
@@ -89,7 +90,10 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
     return Parts(
-        _denoiser(shape, _below("denoiser.", state), folder), _normalizer(state, folder), hookpoints, provenance
+        _denoiser(shape, _below("denoiser.", state), folder),
+        _normalizer(state, folder, whitened=found == WHITENED_FORMAT),
+        hookpoints,
+        provenance,
     )
 
 
@@ -107,7 +111,7 @@ def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
     return folders[checkpoint]
 
 
-def _normalizer(state: dict[str, Tensor], folder: Path) -> Normalizer:
+def _normalizer(state: dict[str, Tensor], folder: Path, *, whitened: bool) -> Normalizer:
     statistics = _below("normalizer.", state)
     try:
         return Normalizer(
@@ -116,6 +120,7 @@ def _normalizer(state: dict[str, Tensor], folder: Path) -> Normalizer:
             statistics["layers"].tolist(),
             mean_norm=statistics["mean_norm"],
             median_norm=statistics["median_norm"],
+            basis=statistics["basis"] if whitened else None,
         )
     except KeyError as error:
         raise InputError(f"{folder / WEIGHTS} lacks the statistic {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -16,7 +15,8 @@ from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, find_blocks
 from latentprior.llm import load_llm
 from latentprior.progress import Report, silent
-from latentprior.store import ActivationStore, StoreWriter
+from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
@@ -28,14 +28,16 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
 
     A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
     counted: rows that are not finite and, unless kept, attention sinks, whose norm is over 10 times the median of the
-    first `CALIBRATION_ROWS` rows.
+    first `CALIBRATION_ROWS` rows. Of a store with a disk budget, the oldest shards go first, or, with ``wait=True``,
+    once the trainer that follows it has released them.
 
     Args:
         config: what to record from what.
         report: gets the number of rows recorded so far.
 
     Raises:
-        InputError: unusable model, text, layer or folder; raised before anything is written.
+        InputError: unusable model, text, layer, folder or budget; raised before anything is written. Later: the disk is
+            full, or no trainer released a shard for `config.wait_seconds`.
     """
     model, tokenizer = load_llm(config.llm)
     return record_from(model, tokenizer, config, report=report)
@@ -45,10 +47,12 @@ def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, repor
     """`record` with a model that is loaded already."""
     layers = sorted(dict.fromkeys(config.layers))
     hookpoints = [Hookpoint.of(model, layer, config.side) for layer in layers]
-    documents = text.documents(config.text)
-    documents = chain([next(documents)], documents)  # wrong files and columns show before the folder is made
     token_batches = tokens.tokenize(
-        documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens, chat=config.chat
+        text.documents(config.text),
+        tokenizer,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        chat=config.chat,
     )
     writer = StoreWriter(
         config.output,
@@ -57,6 +61,9 @@ def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, repor
         shard_rows=config.shard_rows,
         source=source(config) | {"blocks": len(find_blocks(model))},
         resume=config.resume,
+        budget=config.budget_bytes,
+        wait_seconds=config.wait_seconds if config.wait else None,
+        batch_rows=max(config.batch_tokens, config.max_length) * len(layers),
     )
     if writer.complete:
         return ActivationStore(config.output)
@@ -85,11 +92,13 @@ def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, repor
 
 
 def source(config: RecordConfig) -> dict[str, Any]:
-    """What decides the rows of a store: the configuration without the folder, the resume flag and the device."""
+    """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
     values = to_dict(config)
-    for key in ("output", "resume"):
+    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds"):
         del values[key]
-    del values["llm"]["device"]
+    if not config.text.mix:  # as before there were mixtures, so that older recordings can be resumed
+        del values["text"]["mix"]
+    del values["llm"]["device"], values["llm"]["device_map"]
     return values
 
 

@@ -1,16 +1,10 @@
-"""Activations on disk: a folder of shards and a manifest, written so that no kill or full disk can damage it.
-
-Every file is written under a temporary name, fsynced and renamed; a shard counts once the manifest, replaced last,
-lists it. A shard holds whole token batches only, so an interrupted recording resumes from `next_batch` and ends in
-the same bytes as one that was never interrupted.
-"""
+"""Reading activations from disk: a folder of shards and the manifest that lists them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,17 +12,84 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentprior import manifest as files
 from latentprior.activations import ActivationBatch
 from latentprior.errors import InputError, unknown
-from latentprior.hooks import Hookpoint
 from latentprior.moments import Moments
 
-_COLUMNS = {"doc": np.int64, "position": np.int32, "token": np.int32, "layer": np.int32}
 _READ_ERRORS = (SafetensorError, pa.ArrowException, OSError, ValueError)
+
+
+class Shard:
+    """One shard: its activations mapped into memory, its metadata read when they are asked for."""
+
+    def __init__(
+        self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
+    ) -> None:
+        """Open and check the shard that a manifest lists as `entry`.
+
+        Raises:
+            InputError: a file is missing or is not what was written.
+        """
+        self._rows, self._width, self._dtype = entry["rows"], width, dtype
+        self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
+        self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
+        self._check_metadata()
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._rows
+
+    def _open_activations(self, path: Path) -> np.ndarray:
+        """The bytes of each row, [rows, bytes], mapped into memory and not read yet."""
+        try:
+            with safe_open(path, "pt") as file:
+                activations = file.get_tensor("activations")
+        except _READ_ERRORS as error:
+            raise files.damaged(path, error) from error
+        expected = (self._rows, self._width)
+        if activations.shape != expected or activations.dtype != self._dtype:
+            found = f"{activations.dtype} {list(activations.shape)}"
+            raise files.damaged(path, f"it holds {found}, not {self._dtype} {list(expected)}")
+        return activations.view(torch.uint8).numpy()
+
+    def _check_metadata(self) -> None:
+        try:
+            footer = pq.read_metadata(self._metadata)
+            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
+        except _READ_ERRORS as error:
+            raise files.damaged(self._metadata, error) from error
+        if rows != self._rows or not columns >= files.COLUMNS.keys():
+            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
+
+    def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Copy the bytes of rows, [n] int64 and within the shard, to `out` [n, bytes]."""
+        # The mode "raise" would copy once more.
+        self._activations.take(indices, axis=0, out=out, mode="clip")
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Activations [n, d], in the stored dtype, of rows [n] int64 that are within the shard."""
+        rows = torch.empty(len(indices), self._width, dtype=self._dtype)
+        self.gather(indices.numpy(), rows.view(torch.uint8).numpy())
+        return rows
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the metadata, [rows].
+
+        Raises:
+            InputError: a damaged file.
+        """
+        try:
+            # Not read_table: that would take a folder called "layer=15" for a column.
+            column = pq.ParquetFile(self._metadata).read(columns=[name])[name].to_numpy()
+        except _READ_ERRORS as error:
+            raise files.damaged(self._metadata, error) from error
+        if len(column) != len(self):
+            raise files.damaged(self._metadata, f"its column {name!r} holds {len(column)} rows")
+        return column
 
 
 class ActivationStore:
@@ -66,54 +127,34 @@ class ActivationStore:
         self.dtype = files.DTYPES[self.manifest["dtype"]]
         shards, checksum = self.manifest["shards"], verify == "full"
         files.check_file(self.folder, self.manifest["statistics"], checksum=checksum)
-        self._activations = [self._open_activations(shard, checksum) for shard in shards]
-        self._metadata = [self._open_metadata(shard, checksum) for shard in shards]
+        self._shards = [Shard(self.folder, shard, self.width, self.dtype, checksum=checksum) for shard in shards]
         self._starts = np.array([0, *itertools.accumulate(shard["rows"] for shard in shards)])
         self._columns: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         """Rows."""
         return self.manifest["rows"]
 
-    def _open_activations(self, shard: dict[str, Any], checksum: bool) -> np.ndarray:
-        """The bytes of each row, [rows, bytes], mapped into memory and not read yet."""
-        path = files.check_file(self.folder, shard["activations"], checksum=checksum)
-        try:
-            with safe_open(path, "pt") as file:
-                activations = file.get_tensor("activations")
-        except _READ_ERRORS as error:
-            raise files.damaged(path, error) from error
-        expected = (shard["rows"], self.width)
-        if activations.shape != expected or activations.dtype != self.dtype:
-            found = f"{activations.dtype} {list(activations.shape)}"
-            raise files.damaged(path, f"it holds {found}, not {self.dtype} {list(expected)}")
-        return activations.view(torch.uint8).numpy()
-
-    def _open_metadata(self, shard: dict[str, Any], checksum: bool) -> Path:
-        path = files.check_file(self.folder, shard["metadata"], checksum=checksum)
-        try:
-            footer = pq.read_metadata(path)
-            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
-        except _READ_ERRORS as error:
-            raise files.damaged(path, error) from error
-        if rows != shard["rows"] or not columns >= _COLUMNS.keys():
-            raise files.damaged(path, f"it holds {rows} rows of {sorted(columns)}")
-        return path
-
     def moments(self) -> Moments:
-        """Moments of all rows, for each layer.
+        """Moments of all rows for each layer, also of those that a disk budget has removed since.
+
+        They are read once: a recorder that goes on replaces the file.
 
         Raises:
             InputError: the statistics are damaged or belong to other rows.
         """
-        path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
-        try:
-            moments = Moments.from_state_dict(load_file(path))
-        except _READ_ERRORS as error:
-            raise files.damaged(path, error) from error
-        if moments.layers != self.layers or moments.width != self.width or moments.count.sum() != len(self):
-            raise files.damaged(path, "it does not belong to these shards")
-        return moments
+        if self._statistics is None:
+            path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
+            try:
+                moments = Moments.from_state_dict(load_file(path))
+            except _READ_ERRORS as error:
+                raise files.damaged(path, error) from error
+            rows = len(self) + self.manifest["evicted"]
+            if moments.layers != self.layers or moments.width != self.width or moments.count.sum() != rows:
+                raise files.damaged(path, "it does not belong to these shards")
+            self._statistics = moments.state_dict()
+        return Moments.from_state_dict(self._statistics)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Activations by row number: one gather from each shard concerned, then one to restore the order.
@@ -134,9 +175,9 @@ class ActivationStore:
         gathered = np.empty((len(wanted), self.width * self.dtype.itemsize), np.uint8)
         # NumPy, not torch: as fast on one thread, and no pool of threads to wait for where cores are shared.
         cuts = itertools.pairwise(ordered.searchsorted(self._starts).tolist())
-        for shard, start, (a, b) in zip(self._activations, self._starts[:-1].tolist(), cuts, strict=True):
-            if a < b:  # the indices are checked, and the mode "raise" would copy once more
-                shard.take(ordered[a:b] - start, axis=0, out=gathered[a:b], mode="clip")
+        for shard, start, (a, b) in zip(self._shards, self._starts[:-1].tolist(), cuts, strict=True):
+            if a < b:
+                shard.gather(ordered[a:b] - start, out=gathered[a:b])
         rows = torch.empty(len(wanted), self.width, dtype=self.dtype)
         rows.view(torch.uint8).numpy()[order] = gathered
         return rows
@@ -174,7 +215,7 @@ class ActivationStore:
         return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
 
     def batches(
-        self, batch_size: int, *, seed: int = 0, start: int = 0, drop_last: bool = True
+        self, batch_size: int, *, seed: int = 0, start: int = 0, drop_last: bool = True, own: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Shuffled batches without end, one permutation of all rows for each epoch.
 
@@ -186,6 +227,7 @@ class ActivationStore:
             seed: of the permutations.
             start: batches to skip.
             drop_last: leave out the short batch at the end of an epoch.
+            own: places [b] within each batch; only these rows are read, as by one of several processes.
 
         Yields:
             x [B, d] in the stored dtype and layer [B] int64, or None for a store of one layer.
@@ -198,16 +240,17 @@ class ActivationStore:
         per_epoch = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
         if not per_epoch:
             raise InputError(f"{self.folder} holds {len(self)} rows, less than one batch of {batch_size}")
-        return self._batches(batch_size, seed, start, per_epoch)
+        return self._batches(batch_size, seed, start, per_epoch, own)
 
     def _batches(
-        self, batch_size: int, seed: int, start: int, per_epoch: int
+        self, batch_size: int, seed: int, start: int, per_epoch: int, own: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         layer = self._column("layer") if len(self.layers) > 1 else None
         first_epoch, first = divmod(start, per_epoch)
         for epoch in itertools.count(first_epoch):
             order = torch.randperm(len(self), generator=_epoch_generator(seed, epoch))
             for indices in order.split(batch_size)[first:per_epoch]:
+                indices = indices if own is None else indices[own]
                 yield self.rows(indices), None if layer is None else layer[indices].long()
             first = 0
 
@@ -217,193 +260,11 @@ class ActivationStore:
 
     def _column(self, name: str) -> Tensor:
         if name not in self._columns:
-            column = np.empty(len(self), _COLUMNS[name])
-            for path, (a, b) in zip(self._metadata, itertools.pairwise(self._starts.tolist()), strict=True):
-                try:
-                    # Not read_table: that would take a folder called "layer=15" for a column.
-                    column[a:b] = pq.ParquetFile(path).read(columns=[name])[name].to_numpy()
-                except _READ_ERRORS as error:
-                    raise files.damaged(path, error) from error
+            column = np.empty(len(self), files.COLUMNS[name])
+            for shard, (a, b) in zip(self._shards, itertools.pairwise(self._starts.tolist()), strict=True):
+                column[a:b] = shard.column(name)
             self._columns[name] = torch.from_numpy(column)
         return self._columns[name]
-
-
-class StoreWriter:
-    """Writes a store, or continues one.
-
-    As a context manager it closes the store when the block ends well; an exception leaves it incomplete, to be
-    resumed. Rows not yet in a shard are lost then, and recorded again from `next_batch` on.
-
-    Attributes:
-        moments: of all rows appended; its `median_norm` may be set, and is stored.
-        sink_thresholds: norm over which rows of a layer were left out. Set it before the first `append`; after a
-            resume it is what the store says, so that both parts leave out the same rows.
-        next_batch: index of the first token batch that has not been appended.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        hookpoints: Sequence[Hookpoint],
-        *,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        shard_rows: int = 65536,
-        source: Mapping[str, Any],
-        resume: bool = False,
-    ) -> None:
-        """Start or continue a store.
-
-        Args:
-            folder: made if it is not there.
-            hookpoints: one for each layer, all of one width.
-            dtype: storage precision. float16 is refused: activations overflow it.
-            shard_rows: a shard is cut once it holds at least this many rows.
-            source: what the rows come from, as JSON values: the resolved config, without what may differ between
-                the first run and a resumed one.
-            resume: continue the store in `folder`, if there is one.
-
-        Raises:
-            InputError: the folder holds a store and `resume` is off, or that store was recorded with other
-                settings (the first difference is named, nothing is touched), or is damaged.
-        """
-        self._settings = files.settings(hookpoints, dtype, shard_rows, source)
-        self.folder = Path(folder)
-        if (self.folder / files.MANIFEST).exists():
-            if not resume:
-                raise InputError(f"{self.folder} holds an activation store: add --resume, or choose another folder")
-            store = ActivationStore(self.folder)
-            stored = {key: store.manifest[key] for key in files.SETTINGS}
-            if difference := next(files.differences(stored, self._settings), None):
-                raise InputError(f"cannot resume {self.folder}: {difference}")
-            self._manifest, self.moments = store.manifest, store.moments()
-        else:
-            self._manifest = files.empty_manifest(self._settings)
-            self.moments = Moments([hookpoint.layer for hookpoint in hookpoints], hookpoints[0].width)
-        self.sink_thresholds = {int(layer): norm for layer, norm in self._manifest["sink_thresholds"].items()}
-        self.next_batch: int = self._manifest["next_batch"]
-        self._left_out: dict[str, int] = dict(self._manifest["left_out"])
-        self._pending: list[ActivationBatch] = []
-        self._closed = self.complete
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise files.unwritable(self.folder, error) from error
-        self._remove_leftovers()
-
-    @property
-    def complete(self) -> bool:
-        """Nothing is left to be done."""
-        return self._manifest["complete"]
-
-    @property
-    def _pending_rows(self) -> int:
-        return sum(len(batch) for batch in self._pending)
-
-    @property
-    def rows(self) -> int:
-        """Rows appended, those of earlier runs included."""
-        return self._manifest["rows"] + self._pending_rows
-
-    def append(self, batch: ActivationBatch, *, next_batch: int, left_out: Mapping[str, int]) -> None:
-        """Add the rows of a token batch; a shard is cut when enough are there.
-
-        Args:
-            batch: its rows, all finite; may be empty.
-            next_batch: index of the token batch that comes next.
-            left_out: how many of its rows were left out: "sinks", "nonfinite".
-
-        Raises:
-            InputError: rows of another width or layer, a value that is not finite, a token batch that is stored
-                already, a closed store, or a file that cannot be written (a full disk).
-        """
-        if self._closed:
-            raise InputError(f"{self.folder} is closed: nothing can be appended")
-        if next_batch <= self.next_batch:
-            raise InputError(f"{self.folder} already holds the token batches before {self.next_batch}")
-        for key in left_out:
-            if key not in files.LEFT_OUT:
-                raise unknown("reason to leave rows out", key, files.LEFT_OUT)
-        stored = self._as_stored(batch)
-        self.moments.update(stored.x, stored.layer)
-        if len(stored):
-            self._pending.append(stored)
-        self.next_batch = next_batch
-        for key, count in left_out.items():
-            self._left_out[key] += count
-        if self._pending_rows >= self._settings["shard_rows"]:
-            self._commit(f"statistics-{len(self._manifest['shards']):05d}.safetensors")
-
-    def close(self) -> None:
-        """Store the remaining rows and mark the store complete. Does nothing on a closed one.
-
-        Raises:
-            InputError: a file that cannot be written (a full disk).
-        """
-        if not self._closed:
-            self._commit(files.STATISTICS)
-            self._closed = True
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        self._closed = True
-
-    def _as_stored(self, batch: ActivationBatch) -> ActivationBatch:
-        x = batch.x.detach().to("cpu", files.DTYPES[self._settings["dtype"]], copy=True).contiguous()
-        if not x.isfinite().all():
-            raise InputError("activations to be stored are not finite: leave such rows out and count them")
-        return ActivationBatch(
-            x=x, layer=batch.layer.cpu(), doc=batch.doc.cpu(), position=batch.position.cpu(), token=batch.token.cpu()
-        )
-
-    def _commit(self, statistics: str) -> None:
-        """Make everything appended visible: shard, statistics under a new name, then the manifest that lists both."""
-        self._closed, rows = True, self.rows  # open again only if all goes well: `_pending` must not be stored twice
-        shards = list(self._manifest["shards"])
-        if self._pending:
-            shards.append(self._write_shard(f"shard-{len(shards):05d}"))
-        manifest = self._manifest | {
-            "rows": rows,
-            "left_out": dict(self._left_out),
-            "sink_thresholds": {str(layer): norm for layer, norm in self.sink_thresholds.items()},
-            "next_batch": self.next_batch,
-            "complete": statistics == files.STATISTICS,
-            "shards": shards,
-            "statistics": files.write_file(self.folder / statistics, [save(self.moments.state_dict())]),
-        }
-        files.write_manifest(self.folder, manifest)
-        self._manifest, self._pending, self._closed = manifest, [], False
-        self._remove_leftovers()
-
-    def _write_shard(self, name: str) -> dict[str, Any]:
-        rows, width = self._pending_rows, self.moments.width
-        columns = {
-            column: pa.array(
-                np.concatenate([getattr(batch, column).numpy() for batch in self._pending]), pa.from_numpy_dtype(kind)
-            )
-            for column, kind in _COLUMNS.items()
-        }
-        parquet = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns), parquet, compression="zstd")
-        data = [batch.x.view(torch.uint8).numpy().data for batch in self._pending]
-        size = sum(part.nbytes for part in data)
-        header = files.safetensors_header("activations", self._settings["dtype"], [rows, width], size)
-        return {
-            "rows": rows,
-            "activations": files.write_file(self.folder / f"{name}.safetensors", [header, *data]),
-            "metadata": files.write_file(self.folder / f"{name}.parquet", [memoryview(parquet.getvalue())]),
-        }
-
-    def _remove_leftovers(self) -> None:
-        for pattern in ("shard-*.tmp", "statistics*.tmp", f"{files.MANIFEST}.tmp", "statistics-*.safetensors"):
-            for path in self.folder.glob(pattern):
-                if path.name != self._manifest["statistics"].get("file"):
-                    path.unlink(missing_ok=True)
 
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -1,15 +1,15 @@
-"""Documents from files, from Hugging Face datasets and from the embedded corpus, streamed and split by a hash."""
+"""Documents from files, Hugging Face datasets and the embedded corpus: mixed, streamed, split by a hash, resumable."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from latentprior import corpus
-from latentprior.config import TextConfig
+from latentprior.config import TextConfig, TextSource
 from latentprior.errors import InputError, unknown
 
 DEFAULT_COLUMNS = ("text", "prompt", "content")
@@ -31,7 +31,8 @@ class Document:
     """One text."""
 
     index: int
-    """Its number in the source, empty documents and every part counted: the same whatever is selected."""
+    """Its number in the source, or in the mixture of sources, empty documents and every part counted: the same
+    whatever is selected."""
     text: str
     source: str = ""
     """File (relative to the folder), data set or task that it comes from."""
@@ -50,24 +51,88 @@ def documents(config: TextConfig) -> Iterator[Document]:
     texts are on one side, in any order and any source. Of the embedded corpus, the test rows of the probing tasks are
     in neither "train" nor "heldout", only in "all".
 
+    Several sources are interleaved: the next document comes from the source with the lowest (taken + 1) / weight, the
+    first of equals, so that none is ever a whole document behind its share, until the first ends.
+
     Raises:
-        InputError: no such file, data set or column, a file that cannot be read (all naming it), or no document left.
+        InputError: at the call, a source that does not exist or cannot be read, lacks the column, holds no document of
+            the chosen part, or is there twice; later on, a file that cannot be read. All name the source.
     """
-    return islice(_select(_records(config), config), config.limit)
+    return Reader(config)
 
 
-def _select(records: Iterable[_Record], config: TextConfig) -> Iterator[Document]:
-    found = False
-    for index, (text, source, trainable) in enumerate(records):
-        if not isinstance(text, str | None):
-            raise InputError(f"{source}: the column holds {type(text).__name__}, not text")
-        if not text or text.isspace():
-            continue
-        if config.part == "all" or (trainable and (config.part == "heldout") == is_heldout(text, config.heldout)):
-            found = True
-            yield Document(index, text, source)
-    if not found:
-        raise InputError(f"no documents in part {config.part!r} of {config.dataset!r}")
+class Reader(Iterator[Document]):
+    """The iterator that `documents` gives, and its way to continue elsewhere.
+
+    ``Reader(config, state=reader.state())`` gives what `reader` would have given. Nothing that was read is parsed
+    again, save a file's first record: files, row groups and the shards of Hugging Face datasets that are done are not
+    opened, and of the current one what is done is only skipped.
+    """
+
+    def __init__(self, config: TextConfig, *, state: Mapping[str, Any] | None = None) -> None:
+        """Open the sources; raises as `documents`.
+
+        Args:
+            config: which documents.
+            state: what `state` of a reader with the same `config` gave.
+
+        Raises:
+            InputError: also, a state of other sources.
+        """
+        chosen = config.mix or [TextSource(config.dataset, config.subset, config.split, config.column)]
+        self._config, self._weights = config, [source.weight for source in chosen]
+        if len({(s.dataset, s.subset, s.split, s.column) for s in chosen}) < len(chosen):
+            raise InputError(f"a source is twice in the mix of {', '.join(repr(source.dataset) for source in chosen)}")
+        self._sources = [_open_source(source) for source in chosen]
+        if state is None:
+            for source, options in zip(self._sources, chosen, strict=True):
+                if not any(_is_wanted(record, config) for record in source):
+                    raise InputError(f"no documents in part {config.part!r} of {options.dataset!r}")
+            state = {"index": 0, "given": 0, "taken": [0] * len(chosen), "sources": [{}] * len(chosen)}
+        if len(state["sources"]) != len(chosen):
+            raise InputError(f"the text has {len(chosen)} sources, its saved position {len(state['sources'])}")
+        self._index, self._given, self._taken = state["index"], state["given"], list(state["taken"])
+        self._live = {i: source for i, source in enumerate(self._sources) if state["sources"][i] is not None}
+        for i, source in self._live.items():
+            source.seek(state["sources"][i])
+        self._documents = self._read()
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def state(self) -> dict[str, Any]:
+        """The position after the last document, as JSON values."""
+        sources = [source.state() if i in self._live else None for i, source in enumerate(self._sources)]
+        return {"index": self._index, "given": self._given, "taken": list(self._taken), "sources": sources}
+
+    def _read(self) -> Iterator[Document]:
+        mixed = self._mixed()
+        while self._given != self._config.limit and (record := next(mixed, None)) is not None:
+            index, self._index = self._index, self._index + 1
+            if _is_wanted(record, self._config):
+                self._given += 1
+                yield Document(index, record.text, record.source)
+
+    def _mixed(self) -> Iterator[_Record]:
+        streams = {i: iter(source) for i, source in self._live.items()}
+        while self._live:
+            i = min(self._live, key=lambda i: (self._taken[i] + 1) / self._weights[i])
+            record = next(streams[i], None)
+            if record is None:
+                del self._live[i]
+            else:
+                self._taken[i] += 1
+                yield record
+
+
+def _is_wanted(record: _Record, config: TextConfig) -> bool:
+    """Whether it is a document, and one of the chosen part."""
+    text = record.text
+    if not isinstance(text, str | None):
+        raise InputError(f"{record.source}: the column holds {type(text).__name__}, not text")
+    if not text or text.isspace():
+        return False
+    return config.part == "all" or (record.trainable and (config.part == "heldout") == is_heldout(text, config.heldout))
 
 
 def is_heldout(text: str, share: float) -> bool:
@@ -76,31 +141,89 @@ def is_heldout(text: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _records(config: TextConfig) -> Iterator[_Record]:
-    path = Path(config.dataset)
-    if config.dataset == corpus.NAME:
-        return _corpus_records(corpus.corpus_file())
+# --- Sources: records in order, from any position on
+
+
+class _Files:
+    """Files, one after another, each opened at a number of records to skip. The position is a file and that number."""
+
+    def __init__(self, dataset: str, files: Mapping[str, Callable[[int], Iterator[_Record]]]) -> None:
+        self._dataset, self._names, self._open = dataset, [*files, None], list(files.values())
+        self._file = self._record = 0
+
+    def seek(self, state: Mapping[str, Any]) -> None:
+        self._file, self._record = state.get("file", 0), state.get("record", 0)
+        if state and state["name"] not in self._names[self._file : self._file + 1]:
+            raise InputError(f"cannot continue in {self._dataset!r}: its files are not those of the saved position")
+
+    def state(self) -> dict[str, Any]:
+        return {"file": self._file, "name": self._names[self._file], "record": self._record}
+
+    def __iter__(self) -> Iterator[_Record]:
+        while self._file < len(self._open):
+            for record in self._open[self._file](self._record):
+                self._record += 1
+                yield record
+            self._file, self._record = self._file + 1, 0
+
+
+class _Hub:
+    """A streamed Hugging Face dataset, which keeps its own position."""
+
+    def __init__(self, options: TextSource) -> None:
+        self._stream, self._column = _open_stream(options)
+        self._dataset, self._given, self._begun = options.dataset, None, False
+
+    def seek(self, state: Mapping[str, Any]) -> None:
+        self._given, self._begun = state.get("stream"), False
+        if self._given is not None:
+            self._stream.load_state_dict(self._given)
+
+    def state(self) -> dict[str, Any]:
+        return {"stream": self._stream.state_dict() if self._begun else self._given}
+
+    def __iter__(self) -> Iterator[_Record]:
+        try:
+            for row in self._stream:
+                self._begun = True
+                yield _Record(row[self._column], self._dataset)
+        except (pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+            raise _failed(f"read the dataset {self._dataset!r}", error) from error
+
+
+def _open_source(options: TextSource) -> _Files | _Hub:
+    path, column = Path(options.dataset), options.column
+    if options.dataset == corpus.NAME:
+        return _Files(corpus.NAME, {corpus.NAME: partial(_corpus_records, corpus.corpus_file())})
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in _READERS)
         if not files:
             raise InputError(
-                f"the folder {config.dataset!r} holds no file that ends in {', '.join(_READERS)} (or .zst)"
+                f"the folder {options.dataset!r} holds no file that ends in {', '.join(_READERS)} (or .zst)"
             )
-        return (record for file in files for record in _file_records(file, file.relative_to(path), config.column))
-    if path.exists():
+        names = [file.relative_to(path).as_posix() for file in files]
+    elif path.exists():
         if _kind(path) not in _READERS:
             raise unknown("file type", path.name, _READERS)
-        return _file_records(path, Path(path.name), config.column)
-    if _kind(path) in _READERS or not _HUB_ID.fullmatch(config.dataset):
-        raise InputError(f"no such file or folder: {config.dataset!r}")
-    return _hub_records(config)
+        files, names = [path], [path.name]
+    elif _kind(path) in _READERS or not _HUB_ID.fullmatch(options.dataset):
+        raise InputError(f"no such file or folder: {options.dataset!r}")
+    else:
+        return _Hub(options)
+    opened = {name: partial(_file_records, file, name, column) for file, name in zip(files, names, strict=True)}
+    return _Files(options.dataset, opened)
+
+
+def _failed(action: str, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0]
+    return InputError(f"cannot {action}: {reason}")
 
 
 # --- The embedded corpus
 
 
-def _corpus_records(path: Path) -> Iterator[_Record]:
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
+    for batch in _parquet_batches(pq.ParquetFile(path), None, skip):
         for text, source, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield _Record(text, source, trainable=split == corpus.TRAIN_ELIGIBLE)
 
@@ -113,13 +236,31 @@ def _kind(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".zst").removesuffix(".gz")).suffix
 
 
-def _file_records(path: Path, name: Path, column: str | None) -> Iterator[_Record]:
+def _file_records(path: Path, name: str, column: str | None, skip: int) -> Iterator[_Record]:
     try:
-        for text in _READERS[_kind(path)](path, column):
-            yield _Record(text, name.as_posix())
+        for text in _READERS[_kind(path)](path, column, skip):
+            yield _Record(text, name)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot read {str(path)!r}: {reason}") from error
+        raise _failed(f"read {str(path)!r}", error) from error
+
+
+def _after(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
+    """`batches` without their first `skip` rows."""
+    for batch in batches:
+        if skip < len(batch):
+            yield batch.slice(skip)
+        skip = max(0, skip - len(batch))
+
+
+def _parquet_batches(file: pq.ParquetFile, columns: list[str] | None, skip: int) -> Iterator[pa.RecordBatch]:
+    """The rows after the first `skip`; row groups before them are not read."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    first = 0
+    while first < len(sizes) and sizes[first] <= skip:
+        skip -= sizes[first]
+        first += 1
+    groups = list(range(first, len(sizes)))
+    return _after(file.iter_batches(batch_size=1024, row_groups=groups, columns=columns), skip)
 
 
 def _open(path: Path) -> pa.NativeFile:
@@ -127,15 +268,20 @@ def _open(path: Path) -> pa.NativeFile:
     return pa.input_stream(str(path), compression="detect")
 
 
-def _read_txt(path: Path, column: str | None) -> Iterator[str]:
-    with _open(path) as file:
-        yield file.read().decode("utf-8-sig")
+def _read_txt(path: Path, column: str | None, skip: int) -> Iterator[str]:
+    if not skip:
+        with _open(path) as file:
+            yield file.read().decode("utf-8-sig")
 
 
-def _read_jsonl(path: Path, column: str | None) -> Iterator[Any]:
+def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
+    read = 0
     with _open(path) as file:
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
             if line.isspace():
+                continue
+            read += 1
+            if 1 < read <= skip:  # the first record is always parsed: it decides the column
                 continue
             where = f"{str(path)!r}, line {number}"
             try:
@@ -146,11 +292,11 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[Any]:
                 raise InputError(f"{where} is not a JSON object")
             column = _choose(column, row, (key for key, value in row.items() if isinstance(value, str | None)), where)
             text = row[column]
-            # JSON can spell half a surrogate pair, which no tokenizer takes.
-            yield text.encode(errors="replace").decode() if isinstance(text, str) else text
+            if read > skip:  # JSON can spell half a surrogate pair, which no tokenizer takes
+                yield text.encode(errors="replace").decode() if isinstance(text, str) else text
 
 
-def _read_csv(path: Path, column: str | None) -> Iterator[str]:
+def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
     def reader(**convert: Any) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
             _open(path),
@@ -162,20 +308,20 @@ def _read_csv(path: Path, column: str | None) -> Iterator[str]:
     with reader() as first:  # types are guessed from the first block; later ones may differ, so they are then fixed
         column = _choose_field(column, first.schema, str(path))
     with reader(include_columns=[column], column_types={column: pa.string()}) as batches:
-        for batch in batches:
+        for batch in _after(batches, skip):
             yield from batch.column(0).to_pylist()
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[Any]:
+def _read_parquet(path: Path, column: str | None, skip: int) -> Iterator[Any]:
     # Parquet is read from its end: a compressed one has to be in memory whole.
     plain = path.suffix.lower() == ".parquet"
     table = pq.ParquetFile(pa.OSFile(str(path)) if plain else pa.BufferReader(_open(path).read()))
     column = _choose_field(column, table.schema_arrow, str(path))
-    for batch in table.iter_batches(batch_size=1024, columns=[column]):
+    for batch in _parquet_batches(table, [column], skip):
         yield from batch.column(0).to_pylist()
 
 
-_READERS: dict[str, Callable[[Path, str | None], Iterator[Any]]] = {
+_READERS: dict[str, Callable[[Path, str | None, int], Iterator[Any]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
@@ -187,12 +333,14 @@ _READERS: dict[str, Callable[[Path, str | None], Iterator[Any]]] = {
 # --- Hugging Face datasets
 
 
-def _hub_records(config: TextConfig) -> Iterator[_Record]:
+def _open_stream(options: TextSource) -> tuple[Any, str]:
+    """An `IterableDataset` and the column to read."""
     import datasets  # slow to import
 
+    name = options.dataset
     try:
         with _no_bars():
-            stream = datasets.load_dataset(config.dataset, name=config.subset, split=config.split, streaming=True)
+            stream = datasets.load_dataset(name, name=options.subset, split=options.split, streaming=True)
             if stream.features is not None:
                 row = stream.features
                 texts = [k for k, v in row.items() if isinstance(v, datasets.Value) and v.dtype.endswith("string")]
@@ -200,10 +348,8 @@ def _hub_records(config: TextConfig) -> Iterator[_Record]:
                 row = next(iter(stream), {})
                 texts = [k for k, v in row.items() if isinstance(v, str | None)]
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"cannot open the dataset {config.dataset!r}: {reason}") from error
-    column = _choose(config.column, row, texts, config.dataset)
-    return (_Record(row[column], config.dataset) for row in stream)
+        raise _failed(f"open the dataset {name!r}", error) from error
+    return stream, _choose(options.column, row, texts, name)
 
 
 @contextmanager

@@ -42,6 +42,7 @@ def tokenize(
     padding_side: str = "right",
     chat: bool = False,
     window: int = 1024,
+    first_index: int = 0,
 ) -> Iterator[TokenBatch]:
     """Tokens of all documents, each document whole in one batch.
 
@@ -58,6 +59,7 @@ def tokenize(
         padding_side: "right" or "left".
         chat: wrap every document as a user message in the tokenizer's chat template.
         window: documents that are sorted together.
+        first_index: number of the first batch, where `documents` begin at a later window of a longer stream.
 
     Raises:
         InputError: an argument out of range, or `chat` with a tokenizer that has no chat template.
@@ -73,7 +75,7 @@ def tokenize(
     def batches() -> Iterator[TokenBatch]:
         filler = padding_id(tokenizer)
         remaining = iter(documents)
-        index = 0
+        index = first_index
         while block := list(islice(remaining, window)):
             rows = encode([document.text for document in block], tokenizer, max_length, chat)
             lengths = np.array([len(row) for row in rows])

@@ -8,7 +8,8 @@ import torch
 from latentprior.activations import ActivationBatch
 from latentprior.evaluate.run import document_halves, pca_points
 from latentprior.hooks import Hookpoint
-from latentprior.store import ActivationStore, StoreWriter
+from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 
 @pytest.fixture

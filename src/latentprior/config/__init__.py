@@ -3,6 +3,8 @@
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
 from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
 from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SampleConfig
+from latentprior.config.plan import PlanConfig
+from latentprior.config.sweep import SweepConfig
 from latentprior.config.training import PRESETS, DenoiserConfig, Recipe, TrainConfig
 
 __all__ = [
@@ -15,12 +17,14 @@ __all__ = [
     "EvaluateConfig",
     "Grid",
     "LLMConfig",
+    "PlanConfig",
     "Recipe",
     "RecordConfig",
     "SampleConfig",
     "Side",
     "Solver",
     "StreamConfig",
+    "SweepConfig",
     "TextConfig",
     "TextSource",
     "TrainConfig",

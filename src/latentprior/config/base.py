@@ -61,6 +61,20 @@ def size_of(name: str, size: str) -> tuple[int, bool]:
     return amount, bool(unit)
 
 
+def bytes_of(name: str, size: str | None) -> int | None:
+    """A size that must have a unit, in bytes; None for none.
+
+    Raises:
+        InputError: no unit, or no size.
+    """
+    if size is None:
+        return None
+    amount, in_bytes = size_of(name, size)
+    if not in_bytes:
+        raise InputError(f"{name} needs a unit, such as '20GB', got {size!r}")
+    return amount
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain, JSON-ready values."""
     return dataclasses.asdict(config)

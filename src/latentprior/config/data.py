@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Side, one_of, positive, size_of, unit_interval
+from latentprior.config.base import Side, bytes_of, one_of, positive, size_of, unit_interval
 from latentprior.errors import InputError
 
 
@@ -21,11 +21,14 @@ class LLMConfig:
     """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
     device: str = "auto"
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
+    device_map: Literal["none", "auto"] = "none"
+    """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off: such models are refused."""
 
     def __post_init__(self) -> None:
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
+        one_of(self, "device_map", ("none", "auto"))
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class RecordConfig:
     """Seed of the random positions."""
     resume: bool = False
     """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
+    disk_budget: str | None = None
+    """Most bytes of the store ("20GB"), at least two shards; its oldest shards go first."""
+    wait: bool = False
+    """When the disk budget is used up, wait for a trainer that follows the store (train --follow) instead of removing
+    the oldest shard unread."""
+    wait_seconds: float = 600.0
+    """With `wait`: give up when no shard was released for this long; --resume continues."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
@@ -116,8 +126,17 @@ class RecordConfig:
         one_of(self, "dtype", ("bfloat16", "float32"))
         one_of(self, "sinks", ("drop", "keep"))
         positive(self, "max_length", "positions_per_document", "batch_tokens", "max_activations", "shard_rows")
+        positive(self, "wait_seconds")
+        budget = self.budget_bytes
         if not self.layers:
             raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
+        if self.wait and budget is None:
+            raise InputError("RecordConfig.wait needs a disk_budget, for example '20GB'")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`disk_budget` in bytes."""
+        return bytes_of("RecordConfig.disk_budget", self.disk_budget)
 
 
 @dataclass(frozen=True)
@@ -157,7 +176,6 @@ class StreamConfig:
         one_of(self, "sinks", ("drop", "keep"))
         positive(self, "max_length", "batch_tokens", "statistics", "lanes")
         size_of("buffer", self.buffer)
-        if self.disk_budget is not None:
-            size_of("disk_budget", self.disk_budget)
+        bytes_of("disk_budget", self.disk_budget)
         if not self.layers:
             raise InputError(f"{type(self).__name__}.layers is empty: name at least one block, for example [15]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,10 +41,23 @@ class Recipe:
     """Activations of one optimizer step."""
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
+    base_width: int | None = None
+    """Width transfer (muP): the rates hold at this d_model; AdamW's rate of a matrix whose fan-in grows with the width
+    is multiplied by base_width / d_model. None applies the rates as they are."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
+    matrix_rate: float = 0.02
+    """Peak learning rate of Muon; it needs no width transfer."""
+    init: Literal["default", "scaled"] = "default"
+    """Initial weights: torch's, or normal ones scaled by fan-in with a zero output and open gates."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rates fall from their peak to their end; "constant" falls only in the last share `cooldown`, linearly."""
+    cooldown: float = 0.2
+    """Share of the steps over which the schedule "constant" falls."""
     warmup: float = 0.01
     """Share of the steps over which the rate rises, from 1% of its peak."""
     final_rate: float = 0.1
-    """Share of the peak rate that the cosine decays to."""
+    """Share of the peak rate at the end."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging rates."""
     weight_decay: float = 0.01
@@ -52,19 +66,37 @@ class Recipe:
     """Gradients are scaled down to this norm."""
     ema: float | None = None
     """Average the weights with this decay; the average is what is evaluated and saved."""
-    times: Literal["grid", "stratified"] = "grid"
-    """Noise levels: independent draws from the official grid of 1000, or one draw in each of equal strata of [0, 1]."""
+    times: Literal["grid", "uniform", "stratified", "logit_normal"] = "grid"
+    """Noise levels: independent draws from the official grid of 1000; independent uniform draws; one draw in each of
+    equal strata of [0, 1]; or the sigmoid of a normal variable, one draw in each of equally likely strata."""
     distinct_times: int = 64
-    """How many strata "stratified" has; the time path is computed once for each."""
+    """How many strata "stratified" and "logit_normal" have; the time path is computed once for each."""
+    logit_mean: float = 0.0
+    """Mean of the normal variable of "logit_normal"; above 0 is noisier."""
+    logit_scale: float = 1.0
+    """Standard deviation of the normal variable of "logit_normal"."""
+    weighting: Literal["none", "unbiased", "snr"] = "none"
+    """Weight of each row's error: one; the inverse of the density its time was drawn from; or more near data and near
+    noise, where the velocity is known best."""
+    normalizer: Literal["standard", "whitened"] = "standard"
+    """Activations are standardised in each dimension, or along the principal directions of their covariance."""
 
     def __post_init__(self) -> None:
-        positive(self, "batch_size", "learning_rate", "clip", "distinct_times")
-        unit_interval(self, "warmup", "final_rate")
-        one_of(self, "times", ("grid", "stratified"))
+        positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times")
+        positive(self, "logit_scale")
+        unit_interval(self, "warmup", "final_rate", "cooldown")
+        one_of(self, "optimizer", ("adamw", "muon"))
+        one_of(self, "init", ("default", "scaled"))
+        one_of(self, "schedule", ("cosine", "linear", "constant"))
+        one_of(self, "times", ("grid", "uniform", "stratified", "logit_normal"))
+        one_of(self, "weighting", ("none", "unbiased", "snr"))
+        one_of(self, "normalizer", ("standard", "whitened"))
+        if not math.isfinite(self.logit_mean):
+            raise InputError(f"Recipe.logit_mean must be finite, got {self.logit_mean}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"Recipe.ema must lie between 0 and 1, got {self.ema}")
-        if self.times == "stratified" and self.batch_size % self.distinct_times:
-            raise InputError(f"batch_size {self.batch_size} is not a multiple of distinct_times {self.distinct_times}")
+        if self.schedule == "constant" and self.warmup + self.cooldown > 1:
+            raise InputError(f"Recipe.warmup {self.warmup} and cooldown {self.cooldown} are more than the whole run")
 
 
 PRESETS: dict[str, Recipe] = {

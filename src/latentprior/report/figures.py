@@ -67,12 +67,12 @@ def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
             seen = [(row["activations"], row[key]) for row in log if key in row and row["activations"] > 0]
             if seen:
                 axes.plot(*zip(*seen, strict=True), line, marker=marker, color=colour, label=label)
-        _log_x(axes)
+        log_x(axes)
         axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NO-BREAK SPACE}"))
         axes.set(xlabel="activations seen", ylabel="loss")
-        _legend(axes)
+        legend(axes)
 
-    return _svg("training", draw, "Training and held-out loss over activations seen")
+    return svg("training", draw, "Training and held-out loss over activations seen")
 
 
 def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> str:
@@ -87,7 +87,7 @@ def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> str:
         axes.set(xlim=(0, 1), xlabel="noise level t (0 = data, 1 = noise)", ylabel="held-out loss")
         axes.set_ylim(bottom=0)
 
-    return _svg("by-t", draw, "Held-out loss by noise level")
+    return svg("by-t", draw, "Held-out loss by noise level")
 
 
 def pca_scatter(pca: Mapping[str, Any]) -> tuple[str, str]:
@@ -105,7 +105,7 @@ def pca_scatter(pca: Mapping[str, Any]) -> tuple[str, str]:
             for i, set_label in enumerate((axes.set_xlabel, axes.set_ylabel)):
                 set_label(f"principal component {i + 1} ({pca['variance_share'][i]:.1%} of variance)")
 
-        return _svg(f"pca-{kind}", draw, f"{kind.capitalize()} activations on two principal components", size=SQUARE)
+        return svg(f"pca-{kind}", draw, f"{kind.capitalize()} activations on two principal components", size=SQUARE)
 
     return drawing("real", MUTED), drawing("generated", BLUE)
 
@@ -131,7 +131,7 @@ def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values:
             axes.annotate(values[y], (max(high, delta), y), (6, 0), textcoords="offset points", va="center")
         if log:
             axes.set_xlim(left, 1.9 * intervals.max())
-            _log_x(axes)
+            log_x(axes)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         else:
             axes.margins(x=0.2)
@@ -142,7 +142,7 @@ def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values:
         axes.invert_yaxis()
         axes.set_xlabel("added next-token loss, nats" + (" (log scale)" if log else ""))
 
-    return _svg("delta-lm", draw, "Delta LM loss of each replacement", size=(SIZE[0], 1.3 + 0.62 * len(rows)))
+    return svg("delta-lm", draw, "Delta LM loss of each replacement", size=(SIZE[0], 1.3 + 0.62 * len(rows)))
 
 
 def steering_curves(rows: Sequence[Mapping[str, Any]], unsteered: Mapping[str, Any] | None) -> str:
@@ -165,10 +165,10 @@ def steering_curves(rows: Sequence[Mapping[str, Any]], unsteered: Mapping[str, A
             labels.append((unsteered["nll"], unsteered["concept"], "", INK))  # no text, but a point to keep clear
         axes.set(xlabel="negative log-likelihood, nats a token (lower = more fluent)", ylabel="concept score")
         axes.margins(0.09)
-        _legend(axes)
+        legend(axes)
         _place(axes, labels, obstacles)
 
-    return _svg("steering", draw, "Concept score against negative log-likelihood of steered text", size=(6.4, 5.2))
+    return svg("steering", draw, "Concept score against negative log-likelihood of steered text", size=(6.4, 5.2))
 
 
 def _crosses(axes: Axes, row: Mapping[str, Any], colour: str) -> list[Line]:
@@ -223,7 +223,8 @@ def _dense(line: np.ndarray, spacing: float = 3.0) -> np.ndarray:
     return np.stack([np.interp(at, along, column) for column in line.T], axis=1)
 
 
-def _log_x(axes: Axes) -> None:
+def log_x(axes: Axes) -> None:
+    """A logarithmic axis whose ticks are few and labelled."""
     axes.set_xscale("log")
     axes.autoscale_view(scaley=False)
     low, high = axes.get_xlim()
@@ -232,24 +233,25 @@ def _log_x(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """The series' names above the drawing."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.legend(loc="outside upper left", ncols=4, handlelength=1.6, columnspacing=1.4, handletextpad=0.5)
 
 
-def _svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> str:
+def svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> str:
     """One drawing as an ``<svg>`` element whose ids start with `name`."""
     buffer = io.StringIO()
     with style.context(["default", STYLE]):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # inline, it would style the whole page
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)  # coordinates, not text
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.DOTALL)  # inline, it would style the whole page
+    drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", drawn)
+    drawn = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), drawn)  # coordinates, not text
     for colour, stand_in in STAND_INS.items():
-        svg = svg.replace(stand_in, f"var(--{colour})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+        drawn = drawn.replace(stand_in, f"var(--{colour})")
+    return drawn.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()

@@ -32,7 +32,8 @@ def title(parts: Json) -> str:
     trained_on = parts.get("train", {}).get("settings", {}).get("hookpoints", [])
     found = [*(part.get("hookpoint") for part in parts.values()), *trained_on[:1]]
     hookpoint = next(filter(None, found), None)
-    return f"A latent prior of {hookpoint['model']}, layer {hookpoint['layer']}" if hookpoint else "A latent prior"
+    subject = "Scaling of latent priors" if "sweep" in parts else "A latent prior"
+    return f"{subject} of {hookpoint['model']}, layer {hookpoint['layer']}" if hookpoint else subject
 
 
 def sentences(parts: Json) -> Iterator[str]:

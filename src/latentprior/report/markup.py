@@ -40,10 +40,16 @@ def number(value: Number | None) -> str:
     mantissa, power = f"{value:.2e}".split("e")
     exponent = int(power)
     if value and not -5 < exponent < 6:
-        shown = f"{mantissa} × 10{str(exponent).translate(_SUPERSCRIPT)}"
+        shown = f"{mantissa} × {_ten_to(exponent)}"
     else:
         shown = f"{float(f'{value:.2e}'):,.{max(0, 2 - exponent)}f}"
     return shown.replace("-", "−")
+
+
+def power(value: Number) -> str:
+    """A power of ten, or a few times one, such as a tick of a log axis: "10¹²", "2 × 10¹²"."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return ("" if mantissa == "1" else f"{mantissa} × ") + _ten_to(int(exponent))
 
 
 def interval(ends: Sequence[Number] | None) -> str:
@@ -89,6 +95,10 @@ def figure(content: str, title: str, note: str, *, kind: str = "drawing") -> str
     """A drawing or a table under its caption; `kind` is its CSS class."""
     caption = f"<figcaption><b>{text(title)}.</b> {text(note)}</figcaption>"
     return f'<figure class="{kind}">{caption}{content}</figure>'
+
+
+def _ten_to(exponent: int) -> str:
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def _cell(shown: str) -> str:

@@ -8,19 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from latentprior.errors import InputError, unknown
 from latentprior.files import replace_text
-from latentprior.report import figures, findings
+from latentprior.report import figures, findings, scaling
 from latentprior.report.markup import MISSING, Number, duration, figure, interval, number, printable, table, text
 
 Json = Mapping[str, Any]
 
-KINDS = ("demo", "train", "evaluate", "steer")
+KINDS = ("demo", "train", "evaluate", "steer", "sweep")
 HEADLINES = 4
 METHODS = {"unsteered": "Unsteered", "plain": "Plain", "repaired": "Repaired", "paired": "Paired"}
 REPLACEMENTS = {
@@ -36,7 +36,8 @@ def write_report(result: Json, path: str | Path) -> Path:
 
     Args:
         result: of kind "demo" with any of the parts "record", "train", "evaluate" and "steer", or one part alone:
-            what is in ``evaluate.json``, or in ``train.json`` (add the lines of ``log.jsonl`` as "log" for its curve).
+            what is in ``evaluate.json``, in ``sweep.json``, or in ``train.json`` (add the lines of ``log.jsonl`` as
+            "log" for its curve).
         path: the file; its folder is made if need be.
 
     Raises:
@@ -63,12 +64,13 @@ def render(result: Json) -> str:
 
 
 def _page(result: Json, parts: Json) -> str:
-    evaluate, steer, train = (parts.get(name, {}) for name in ("evaluate", "steer", "train"))
+    evaluate, steer, sweep, train = (parts.get(name, {}) for name in ("evaluate", "steer", "sweep", "train"))
     sections = {
         "Training": _training(train, evaluate.get("heldout_loss")),
         "Distribution": _distribution(evaluate),
         "Language model loss": _delta_lm(evaluate.get("delta_lm")),
         "Steering": _steering(steer),
+        "Scaling": scaling.section(sweep),
         "Provenance": _provenance(result, parts),
     }
     shown = [(name.lower().replace(" ", "-"), name, content) for name, content in sections.items() if content]
@@ -76,7 +78,7 @@ def _page(result: Json, parts: Json) -> str:
     title = text(findings.title(parts))
     body = [
         f'<header>\n<p class="kicker">latentprior {text(result["kind"])}</p>\n<h1>{title}</h1>',
-        f'<p class="lede">{text(" ".join(findings.sentences(parts)))}</p>',
+        f'<p class="lede">{text(" ".join(chain(findings.sentences(parts), scaling.sentences(sweep))))}</p>',
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n{_headlines(parts)}</header>\n<main>',
         *(f'<section id="{anchor}">\n<h2>{name}</h2>\n{content}\n</section>' for anchor, name, content in shown),
         "</main>\n<footer>Drawn by latentprior from JSON alone.</footer>",
@@ -89,7 +91,9 @@ def _headlines(parts: Json) -> str:
     items = [
         f'<div><dt>{text(label)}</dt><dd class="value">{text(value)} <span class="unit">{text(unit)}</span></dd>'
         f'<dd class="note">{text(note)}</dd></div>'
-        for label, value, unit, note in islice(findings.headlines(parts), HEADLINES)
+        for label, value, unit, note in islice(
+            chain(findings.headlines(parts), scaling.headlines(parts.get("sweep", {}))), HEADLINES
+        )
     ]
     return f'<dl class="headlines">{"".join(items)}</dl>\n' if items else ""
 

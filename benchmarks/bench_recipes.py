@@ -1,0 +1,263 @@
+"""Training recipes at a fixed budget of activations, each one change away from a tuned baseline.
+
+python benchmarks/bench_recipes.py --store STORE --heldout HELDOUT --output DIR [--figure recipes.png]
+
+Every recipe is trained with `latentprior.fit` in ``DIR/<name>-<seed>`` (an interrupted comparison continues with the
+same command, finished runs are not repeated). ``DIR/recipes.json`` gets, for each run, the held-out loss against
+activations and FLOPs, the seconds of training, and the Fréchet distance of samples to the held-out activations. FLOPs
+are those of the matrix products as executed: forward, backward, the time path once for each distinct time of a step,
+and Muon's Newton-Schulz iterations.
+
+The loss of "whitened" is left out of table and curves. Its noise is white in another space: mapped back, it has the
+covariance of the data instead of the identity, so the two losses average over different noisy activations, and no map
+of the predictions makes them one objective. Its Fréchet distance, in raw space, compares with everybody's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from latentprior.config import PRESETS, DenoiserConfig, Recipe, TrainConfig, to_dict
+from latentprior.cost import muon_flops_per_step, training_flops_per_activation
+from latentprior.errors import InputError
+from latentprior.evaluate.frechet import GaussianMoments, frechet_distance
+from latentprior.files import replace_text
+from latentprior.fit import fit
+from latentprior.provenance import stamp
+from latentprior.store import ActivationStore
+from latentprior.times import draw_times
+from latentprior.track import read_log
+
+BASELINE: dict[str, Any] = to_dict(PRESETS["quick"]) | {
+    "batch_size": 512,
+    "learning_rate": 2e-3,
+    "final_rate": 0.0,
+    "betas": (0.9, 0.95),
+    "times": "stratified",
+}
+OFFICIAL = to_dict(PRESETS["official"])
+# Name -> changes to the baseline. The part before the first dash is the panel of the figure.
+RECIPES: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "rate-5e-4": {"learning_rate": 5e-4},
+    "rate-1e-3": {"learning_rate": 1e-3},
+    "rate-4e-3": {"learning_rate": 4e-3},
+    "batch-256": {"batch_size": 256},
+    "batch-1024": {"batch_size": 1024},
+    "batch-4096": {"batch_size": 4096},
+    "muon-0.005": {"optimizer": "muon", "matrix_rate": 0.005},
+    "muon-0.01": {"optimizer": "muon", "matrix_rate": 0.01},
+    "muon-0.02": {"optimizer": "muon", "matrix_rate": 0.02},
+    "muon-0.05": {"optimizer": "muon", "matrix_rate": 0.05},
+    "muon-0.02-batch-1024": {"optimizer": "muon", "matrix_rate": 0.02, "batch_size": 1024},
+    "times-uniform": {"times": "uniform"},
+    "times-grid": {"times": "grid"},
+    "times-logit_normal": {"times": "logit_normal"},
+    "weighting-unbiased": {"times": "logit_normal", "weighting": "unbiased"},
+    "weighting-snr": {"weighting": "snr"},
+    "ema-0.999": {"ema": 0.999},
+    "ema-0.9999": {"ema": 0.9999},
+    "init-scaled": {"init": "scaled"},
+    "init-scaled-rate-4e-3": {"init": "scaled", "learning_rate": 4e-3},
+    "schedule-linear": {"schedule": "linear"},
+    "schedule-constant": {"schedule": "constant"},
+    "decay-0": {"weight_decay": 0.0},
+    "decay-0.1": {"weight_decay": 0.1},
+    "betas-0.9-0.99": {"betas": (0.9, 0.99)},
+    "betas-0.9-0.999": {"betas": (0.9, 0.999)},
+    "betas-0.95-0.95": {"betas": (0.95, 0.95)},
+    "warmup-0": {"warmup": 0.0},
+    "warmup-0.1": {"warmup": 0.1},
+    "whitened": {"normalizer": "whitened"},
+    "official": OFFICIAL,
+    "official-2e-3": OFFICIAL | {"learning_rate": 2e-3},
+}
+OTHER_SPACE = ("whitened",)  # losses that do not compare
+SAMPLES = 8192  # of the Fréchet distance, 20 evaluations each
+
+
+def run_config(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        store=options.store,
+        heldout=options.heldout,
+        output=str(Path(options.output) / f"{name}-{seed}"),
+        activations=options.activations,
+        recipe=BASELINE | RECIPES[name],
+        blocks=options.blocks,
+        d_model=options.d_model,
+        seed=seed,
+    )
+
+
+def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:
+    """Train as `config` says, or read what an earlier call found: loss by activations and FLOPs, seconds, distance."""
+    path = Path(config.output) / "recipe.json"
+    wanted = json.loads(json.dumps(to_dict(config)))
+    if path.is_file() and (found := json.loads(path.read_text()))["config"] == wanted:
+        return found
+    glp = fit(config)  # continues, or refuses a folder with another run
+    recipe, log = config.resolved_recipe(), read_log(Path(config.output) / "log.jsonl")
+    flops = flops_per_activation(glp.denoiser.config, recipe, config.seed)
+    curve = [
+        {"activations": line["activations"], "flops": flops * line["activations"], "heldout_loss": line["heldout_loss"]}
+        for line in log
+        if "heldout_loss" in line
+    ]
+    real = next(heldout.batches(min(SAMPLES, len(heldout)), seed=0))[0]
+    found = {
+        "config": wanted,
+        "curve": curve,
+        "seconds": training_seconds(log),
+        "frechet_distance": frechet_distance(GaussianMoments.of(real), glp.sample(len(real), steps=20)),
+    }
+    replace_text(path, json.dumps(found) + "\n")
+    return found
+
+
+def collected(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All finished runs of this comparison in its folder, by recipe: also those of earlier calls with other names."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    files = sorted(Path(options.output).glob("*/recipe.json"))
+    for name in RECIPES:
+        for path in files:
+            if path.parent.name.rpartition("-")[0] == name:
+                run = json.loads(path.read_text())
+                wanted = run_config(name, run["config"]["seed"], options)
+                if run["config"] == json.loads(json.dumps(to_dict(wanted))):
+                    results.setdefault(name, []).append(run)
+    return results
+
+
+def flops_per_activation(config: DenoiserConfig, recipe: Recipe, seed: int, steps: int = 8) -> float:
+    """FLOPs of training on one activation, the optimizer's share of a step included."""
+    distinct = sum(len(draw_times(seed, step, recipe.batch_size, recipe).unique()) for step in range(steps)) / steps
+    work = training_flops_per_activation(config, distinct_times=distinct / recipe.batch_size)
+    return work + (muon_flops_per_step(config) / recipe.batch_size if recipe.optimizer == "muon" else 0.0)
+
+
+def training_seconds(log: list[dict[str, Any]]) -> float:
+    """Seconds of the steps in a log, also of a run that was interrupted (pauses do not count)."""
+    lines = [line for line in log if "per_second" in line]
+    starts = [0, *(line["activations"] for line in lines[:-1])]
+    return sum((line["activations"] - start) / line["per_second"] for line, start in zip(lines, starts, strict=True))
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: final losses over seeds, their distance from the baseline's with the same seeds, and the cost."""
+    rows = [
+        "| recipe | seeds | held-out loss | less baseline | FD | seconds | TFLOP |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    reference = {run["config"]["seed"]: final(run) for run in results.get("baseline", [])}
+    for name, runs in results.items():
+        losses = [final(run) for run in runs]
+        shared = [final(run) - reference[s] for run in runs if (s := run["config"]["seed"]) in reference]
+        comparable = name not in OTHER_SPACE
+        cells = [
+            name,
+            str(len(runs)),
+            spread(losses) if comparable else "other space",
+            f"{statistics.mean(shared):+.4f}" if shared and comparable else "",
+            spread([run["frechet_distance"] for run in runs]),
+            f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+            f"{statistics.mean(run['curve'][-1]['flops'] for run in runs) / 1e12:.4g}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def final(run: dict[str, Any]) -> float:
+    return run["curve"][-1]["heldout_loss"]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.5g}{deviation}"
+
+
+def draw(results: dict[str, list[dict[str, Any]]], path: str, against: str) -> None:
+    """One panel for each option: held-out loss against activations or FLOPs, mean over seeds, baseline in grey."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, list[str]] = {}
+    for name in results:
+        if name != "baseline" and name not in OTHER_SPACE:
+            panels.setdefault(name.partition("-")[0], []).append(name)
+    panels = panels or {"baseline": []}
+    columns = min(4, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4 * columns, 3 * height), squeeze=False, sharey=True)
+    for axis, (panel, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in ["baseline"] * ("baseline" in results) + names:
+            style = {"color": "0.6", "linewidth": 3} if name == "baseline" else {"marker": "o", "markersize": 3}
+            axis.plot(*mean_curve(results[name], against), label=name, **style)
+        axis.set(title=panel, xscale="log", xlabel=against)
+        axis.legend(fontsize="x-small")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("held-out loss")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def mean_curve(runs: list[dict[str, Any]], against: str) -> tuple[list[float], list[float]]:
+    """Points after the start, which a logarithmic axis cannot show; seeds share their activations."""
+    points = [points for points in zip(*(run["curve"] for run in runs), strict=True) if points[0]["activations"]]
+    across = [statistics.mean(point[against] for point in seeds) for seeds in points]
+    return across, [statistics.mean(point["heldout_loss"] for point in seeds) for seeds in points]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True, help="activation store to train on, of one layer")
+    parser.add_argument("--heldout", required=True, help="activation store of held-out documents")
+    parser.add_argument("--output", required=True, help="folder of the runs and of recipes.json")
+    parser.add_argument("--activations", type=int, default=1_000_000, help="budget of a run (default: %(default)s)")
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--only", help=f"comma-separated, of {', '.join(RECIPES)}")
+    parser.add_argument("--blocks", type=int, default=3, help="residual blocks (default: %(default)s)")
+    parser.add_argument("--d-model", type=int, default=576, help="width of the denoiser (default: %(default)s)")
+    parser.add_argument("--figure", help="draw the curves into this PNG")
+    parser.add_argument("--against", choices=("activations", "flops"), default="activations", help="the curves' axis")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    names = options.only.split(",") if options.only else list(RECIPES)
+    if strange := [name for name in names if name not in RECIPES]:
+        parser.error(f"unknown recipe {strange[0]!r}: {', '.join(RECIPES)}")
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    try:
+        heldout = ActivationStore(options.heldout)
+        if len(heldout.layers) > 1:
+            parser.error(f"{options.heldout} holds layers {list(heldout.layers)}: recipes are compared on one")
+        for seed in seeds:  # all recipes with the first seed first: an interrupted comparison is then already one
+            for name in names:
+                run = measure(run_config(name, seed, options), heldout)
+                line = f"{name:24} seed {seed}  loss {final(run):.4f}  FD {run['frechet_distance']:.4g}"
+                print(f"{line}  {run['seconds']:.0f} s", file=sys.stderr)
+                record = {"benchmark": "recipes", "threads": torch.get_num_threads(), "results": collected(options)}
+                record |= stamp(vars(options), seed=seeds[0], wall_seconds=time.perf_counter() - began)
+                replace_text(Path(options.output) / "recipes.json", json.dumps(record, indent=2) + "\n")
+    except InputError as error:
+        parser.error(str(error))
+    results = collected(options)
+    print(table(results))
+    if options.figure:
+        draw(results, options.figure, options.against)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""What a training run draws from: a finished store, a store that is still being recorded, or a language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentprior.config import Recipe, TrainConfig, to_dict
+from latentprior.config.base import bytes_of
+from latentprior.distributed import Deal, World
+from latentprior.errors import InputError
+from latentprior.files import sync_folder
+from latentprior.follow import Follower, wait_for_rows
+from latentprior.hooks import Hookpoint, drop_blocks_after
+from latentprior.llm import load_llm
+from latentprior.moments import Covariance, Moments
+from latentprior.normalizer import Normalizer
+from latentprior.store import ActivationStore
+from latentprior.stream import Source, Stream, buffer_turns, check_memory
+from latentprior.train import Batch
+from latentprior.writer import StoreWriter
+
+STREAM_ONLY = ("llm", "text", "layers", "side", "max_length", "batch_tokens", "buffer", "statistics", "sinks")
+"""Options that decide the rows of a stream, and mean nothing for a store."""
+
+
+class Feed(ABC):
+    """Activations for training."""
+
+    hookpoints: tuple[Hookpoint, ...]
+    source: dict[str, Any]
+    """Where they come from, as JSON values."""
+    identity: dict[str, Any]
+    """What decides the rows and their order, as JSON values."""
+
+    @property
+    def blocks(self) -> int | None:
+        """Blocks of the language model, if the activations are from several of them."""
+        return self.source.get("blocks") if len(self.hookpoints) > 1 else None
+
+    @abstractmethod
+    def normalizer(self, recipe: Recipe) -> Normalizer:
+        """Statistics of the activations; called before the first batch."""
+
+    @abstractmethod
+    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
+        """This process's rows of the batches from number `step` on; `position` is that after the ones before."""
+
+    def position(self) -> dict[str, Any] | None:
+        """What `batches` needs besides the step to continue here, as JSON values; called by every process."""
+        return None
+
+    def saved(self) -> None:  # noqa: B027
+        """The last position is saved: what came before it is not needed any more."""
+
+    def heldout(self, rows: int) -> Batch | None:
+        """Activations of held-out documents, if the feed has some of its own; the same in every process."""
+        return None
+
+    def distinct(self, rows: int) -> int:
+        """How many different activations `rows` drawn ones were."""
+        return rows
+
+    def seconds(self) -> dict[str, float]:
+        """Where this feed's time went."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """The run is complete."""
+
+
+class StoreFeed(Feed):
+    """A finished store, gone through in random order as often as needed."""
+
+    def __init__(self, store: ActivationStore, deal: Deal, seed: int) -> None:
+        self.store, self.hookpoints, self.source = store, store.hookpoints, store.manifest["source"]
+        # By its rows: the folder may move.
+        self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": len(store)}
+        self._deal, self._seed = deal, seed
+        store.batches(deal.batch)  # refuses a store smaller than a batch
+
+    def normalizer(self, recipe: Recipe) -> Normalizer:
+        if recipe.normalizer == "whitened":
+            return Normalizer.whitened(self.store.moments(), _covariance(self.store))
+        return Normalizer.from_moments(self.store.moments())
+
+    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
+        own = self._deal.positions()
+        for x, layer in self.store.batches(self._deal.batch, seed=self._seed, start=step, own=own):
+            yield Batch(x, layer)
+
+    def distinct(self, rows: int) -> int:
+        return min(rows, len(self.store))
+
+
+class FollowFeed(Feed):
+    """A store that another process is recording: every row once, in the order of the shards."""
+
+    def __init__(self, config: TrainConfig, deal: Deal) -> None:
+        if deal.world.size > 1:
+            raise InputError("a store that is being recorded is followed by one process: train with --from llm instead")
+        self.config, self.deal = config, deal
+        self.store = wait_for_rows(config.store, config.statistics, config.wait_seconds)
+        self.hookpoints = self.store.hookpoints
+        self.source: dict[str, Any] = self.store.manifest["source"]
+        self.identity = {"source_of_rows": self.source, "statistics": config.statistics}
+        self.on_wait: Callable[[], None] = lambda: None
+        """Called when the recorder waits for a release: saves the training state, which releases."""
+        self._follower: Follower | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def normalizer(self, recipe: Recipe) -> Normalizer:
+        if recipe.normalizer != "standard":
+            raise InputError(
+                f"recipe.normalizer {recipe.normalizer!r} needs a finished store, not one that is followed"
+            )
+        path = Path(self.config.output) / "statistics.safetensors"
+        return Normalizer.from_moments(kept_moments(path, self.store.moments))
+
+    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
+        self._follower = Follower(
+            self.config.store,
+            self.deal.batch,
+            seed=self.config.seed,
+            state=position,
+            wait_seconds=self.config.wait_seconds,
+            on_wait=lambda: self.on_wait(),
+        )
+        for x, layer in self._follower:
+            yield Batch(x, layer, None if len(x) == self.deal.batch else torch.arange(len(x)))
+
+    def position(self) -> dict[str, Any] | None:
+        self._saved = self._follower.state() if self._follower else None
+        return self._saved
+
+    def saved(self) -> None:
+        if self._follower is not None and self._saved is not None:
+            self._follower.release(self._saved)
+
+
+class LiveFeed(Feed):
+    """What a language model computes meanwhile, through a mixing buffer; nothing is stored unless asked for."""
+
+    def __init__(self, config: TrainConfig, deal: Deal, device: torch.device) -> None:
+        model, tokenizer = load_llm(config.llm)
+        self.config, self.deal = config, deal
+        self._source = Source(model, tokenizer, config, deal)
+        self.hookpoints = tuple(self._source.hookpoints)
+        n_blocks = drop_blocks_after(model, max(config.layers))  # their memory is the trainer's
+        parameter = next(model.parameters())
+        turns = buffer_turns(config, deal, self.hookpoints, parameter.element_size())
+        place = torch.device("cpu") if config.buffer_device == "cpu" else device
+        check_memory(turns * deal.most_rows * self._source.width * parameter.element_size(), place)
+        self._source.open()  # wrong files and columns show before anything is computed
+        values = to_dict(config)
+        self.source = {key: values[key] for key in STREAM_ONLY} | {"blocks": n_blocks}
+        self.source["llm"] = {key: value for key, value in values["llm"].items() if key not in ("device", "device_map")}
+        self.identity = {"source_of_rows": self.source, "turns": turns, "lanes": deal.lanes}
+        self._turns, self._place = turns, place
+        self._stream: Stream | None = None
+        self._keep: StoreWriter | None = None
+
+    def normalizer(self, recipe: Recipe) -> Normalizer:
+        path = Path(self.config.output) / "statistics.safetensors"
+        if recipe.normalizer == "whitened":
+            raise InputError("recipe.normalizer 'whitened' needs a finished store")
+        moments = kept_moments(path, self._source.statistics, self.deal.world)
+        self._source.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
+        return Normalizer.from_moments(moments)
+
+    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
+        if self.config.record_to:
+            self._keep = self._writer(Path(self.config.record_to))
+        self._stream = Stream(self._source, self._turns, self._place, seed=self.config.seed, keep=self._keep)
+        yield from self._stream.batches(step, position)
+
+    def _writer(self, folder: Path) -> StoreWriter:
+        world = self.deal.world
+        if world.size > 1:
+            folder = folder / f"{world.rank + 1}-of-{world.size}"
+        writer = StoreWriter(
+            folder,
+            self.hookpoints,
+            source=self.source,
+            resume=True,
+            budget=bytes_of("disk_budget", self.config.disk_budget),
+        )
+        writer.sink_thresholds = self._source.sink_thresholds()
+        writer.moments.median_norm[:] = torch.tensor(list(self._source.medians.values()))
+        return writer
+
+    def position(self) -> dict[str, Any]:
+        assert self._stream is not None
+        if self._keep is not None:
+            self._keep.flush()  # what lies before the position will not be streamed again
+        return self._stream.position()
+
+    def heldout(self, rows: int) -> Batch | None:
+        """The first rows of the documents that the text's split keeps from training."""
+        text = self.config.text
+        if text.part != "train" or not text.heldout:
+            return None
+        return self._source.rows_of(replace(text, part="heldout", limit=None), rows)
+
+    def seconds(self) -> dict[str, float]:
+        return {"llm": self._source.seconds, "buffer": self._stream.seconds if self._stream else 0.0}
+
+    def close(self) -> None:
+        if self._keep is not None:
+            self._keep.close()
+
+
+def open_feed(config: TrainConfig, deal: Deal, device: torch.device) -> Feed:
+    """What `config` says to train on, checked before anything is computed.
+
+    Raises:
+        InputError: an unusable store, model, layer, text or buffer.
+    """
+    if config.source == "llm":
+        return LiveFeed(config, deal, device)
+    if config.follow:
+        return FollowFeed(config, deal)
+    return StoreFeed(ActivationStore(config.store), deal, config.seed)
+
+
+def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None = None) -> Moments:
+    """The moments in the file `path`, computed and saved there if it is missing: a resumed run has the same ones."""
+    world = world or World()
+    there = world.first(path.is_file())
+    if not there:
+        moments = compute()
+        if world.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            save_file(moments.state_dict(), partial)
+            partial.replace(path)
+            sync_folder(path.parent)
+        world.wait()
+    return Moments.from_state_dict(load_file(path))
+
+
+def _covariance(store: ActivationStore) -> Tensor:
+    """Covariance [L, d, d] of all rows of a store."""
+    total = Covariance(store.layers, store.width)
+    for indices in torch.arange(len(store)).split(2**16):
+        total.update(store.rows(indices), store.metadata(indices)[0])
+    return total.covariance()

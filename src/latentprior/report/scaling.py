@@ -1,0 +1,267 @@
+"""The page of a sweep: its figures, its section, its sentences and leading figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, legend, log_x, svg
+from latentprior.report.findings import Headline
+from latentprior.report.markup import MISSING, figure, interval, number, power, table, text
+
+Json = Mapping[str, Any]
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+MARKERS = "os^Dvp*"  # another number of them than of colours: 28 sizes before two look the same
+RUNS = {"envelope": "compute-optimal runs", "all": "all runs"}
+COMPUTES = {"executed": "as executed", "6ND": "6 N D"}
+MEASURES = {
+    "frechet": "Fréchet distance",
+    "frechet_raw": "Fréchet distance, raw",
+    "delta_lm": "delta LM loss",
+}
+
+
+def section(sweep: Json) -> str:
+    """Figures and tables of a sweep; "" without one."""
+    if not (runs := sweep.get("runs")):
+        return ""
+    law, correlations = leading_law(sweep), sweep["correlations"]
+    note = "One line for each size, d the width and × the blocks; each point is a run of its own. "
+    note += f"The law is of {_fitted_to(law)}, with its 95% band." if law else "No law could be fitted."
+    losses = figure(loss_by_compute(runs, law), "Held-out loss against training compute", note)
+    drawn = []
+    for measure in ("frechet", "delta_lm"):
+        if measure in correlations:
+            lines = "lines are 95% intervals over documents. " if measure == "delta_lm" else ""
+            lines = "the dashed line is that of two sets of real ones. " if measure == "frechet" else lines
+            name = MEASURES[measure]
+            note = f"A point for each run; {lines}{_correlated(correlations[measure])}"
+            bound = sweep["bound"][measure] if measure == "frechet" else None
+            drawn.append(figure(measure_by_loss(runs, measure, bound), f"{name[0].upper()}{name[1:]} by loss", note))
+    tables = [_runs(runs), _laws(sweep["laws"]), _correlations(correlations)]
+    pairs = [f"<p>{text(_prose(sweep))}</p>{losses}", "".join(drawn)]
+    return "\n".join([*(f'<div class="pair">{pair}</div>' for pair in pairs), *tables])
+
+
+def sentences(sweep: Json) -> Iterator[str]:
+    """A sweep in plain words."""
+    if not (runs := sweep.get("runs")):
+        return
+    budgets = [run["activations"] for run in runs]
+    millions = [run["parameters"] / 1e6 for run in runs]
+    yield (
+        f"{len(runs)} priors of {number(min(millions))} to {number(max(millions))} million parameters were trained on "
+        f"{min(budgets):,} to {max(budgets):,} activations each, with {number(sum(run['flops'] for run in runs))} "
+        "FLOPs in all."
+    )
+    if law := leading_law(sweep):
+        yield (
+            f"The held-out loss of {_fitted_to(law)} follows L(C) = E + A C^−α with "
+            f"α = {number(law['alpha'])} {interval(law['alpha_interval'])} and "
+            f"E = {number(law['E'])} {interval(law['E_interval'])}"
+            + ("." if law["E_pinned"] else ", which these runs do not determine.")
+        )
+    for measure, found in sweep["correlations"].items():
+        if measure != "frechet_raw" and "spearman" in found:
+            rank = f"{number(found['spearman'])} {interval(found['spearman_interval'])}"
+            yield f"The rank correlation of the loss and the {MEASURES[measure]} is {rank}."
+
+
+def headlines(sweep: Json) -> Iterator[Headline]:
+    """Figures of a sweep worth large type."""
+    if not (runs := sweep.get("runs")):
+        return
+    if law := leading_law(sweep):
+        note = f"95% interval {interval(law['alpha_interval'])}; {_fitted_to(law)}"
+        yield Headline("Exponent α", number(law["alpha"]), "", note)
+        known = "" if law["E_pinned"] else "; not determined by these runs"
+        yield Headline("Irreducible loss E", number(law["E"]), "", f"95% interval {interval(law['E_interval'])}{known}")
+    best = min(runs, key=lambda run: run["heldout_loss"])
+    note = f"{_size(best)}, {best['activations']:,} activations"
+    yield Headline("Best held-out loss", number(best["heldout_loss"]), "", note)
+    found = sweep["correlations"].get("delta_lm", {})
+    name = "delta LM loss"
+    if "spearman" not in found:
+        found, name = sweep["correlations"].get("frechet", {}), "Fréchet distance"
+    if "spearman" in found:
+        note = f"Spearman, 95% interval {interval(found['spearman_interval'])}"
+        yield Headline(f"Loss and {name}", number(found["spearman"]), "", note)
+
+
+def leading_law(sweep: Json) -> Json | None:
+    """The law by executed FLOPs through the compute-optimal runs, or if these have none, through all of them."""
+    laws = [law for law in sweep.get("laws", []) if law["compute"] == "executed" and "failed" not in law]
+    return min(laws, key=lambda law: list(RUNS).index(law["runs"]), default=None)
+
+
+def loss_by_compute(runs: Sequence[Json], law: Json | None) -> str:
+    """Held-out loss over training FLOPs on log axes: a line for each size, the envelope, the law and its band."""
+
+    def draw(axes: Axes) -> None:
+        for size, colour, marker in _styles(runs):
+            budgets: dict[float, list[float]] = {}
+            for run in _of(runs, size):
+                budgets.setdefault(run["flops"], []).append(run["heldout_loss"])
+                axes.plot(run["flops"], run["heldout_loss"], marker, color=colour)
+            means = [(flops, float(np.mean(losses))) for flops, losses in sorted(budgets.items())]
+            axes.plot(*zip(*means, strict=True), color=colour, marker=marker, markersize=0, label=size)
+        losses = [run["heldout_loss"] for run in runs]
+        optimal = sorted((run["flops"], run["heldout_loss"]) for run in runs if run["optimal"])
+        axes.plot(*zip(*optimal, strict=True), color=INK, linestyle=":", linewidth=1.4, label="compute-optimal")
+        if law:
+            curve = law["curve"]
+            axes.plot(curve["compute"], curve["loss"], color=INK, linewidth=1.4, label="law")
+            axes.fill_between(curve["compute"], curve["low"], curve["high"], color=INK, alpha=0.12, linewidth=0)
+            losses.append(curve["loss"][-1])
+        log_x(axes)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: power(x)))
+        axes.set_yscale("log")
+        axes.set_ylim(0.97 * min(losses), 1.03 * max(losses))
+        _plain(axes)
+        axes.set(xlabel="training compute, FLOPs", ylabel="held-out loss")
+        legend(axes)
+
+    return svg("scaling", draw, "Held-out loss over training compute, by size")
+
+
+def measure_by_loss(runs: Sequence[Json], measure: str, bound: float | None) -> str:
+    """Another measure of the same runs over their loss, logarithmic where it is positive, and its lower bound."""
+    values = [run[measure] for run in runs]
+
+    def draw(axes: Axes) -> None:
+        for size, colour, marker in _styles(runs):
+            chosen = _of(runs, size)
+            points = [(run["heldout_loss"], run[measure]) for run in chosen]
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=size)
+            for run in chosen:
+                if ends := run.get(f"{measure}_interval"):
+                    axes.plot([run["heldout_loss"]] * 2, ends, color=colour, linewidth=1.2, alpha=0.35)
+        if bound is not None:
+            axes.axhline(bound, color=MUTED, linestyle="--", linewidth=1.2)
+        if min(values) > 0:
+            axes.set_yscale("log")
+            _plain(axes)
+        unit = ", nats" if measure == "delta_lm" else ""
+        axes.set(xlabel="held-out loss", ylabel=f"{MEASURES[measure]}{unit}")
+        legend(axes)
+
+    return svg(f"by-loss-{measure}", draw, f"{MEASURES[measure]} over held-out loss, by size")
+
+
+def _plain(axes: Axes) -> None:
+    """Round numbers on a log axis that spans less than a decade or two."""
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _styles(runs: Sequence[Json]) -> Iterator[tuple[str, str, str]]:
+    """Each size with its colour and its marker."""
+    for i, size in enumerate(_sizes(runs)):
+        yield size, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+
+
+def _sizes(runs: Sequence[Json]) -> list[str]:
+    """From small to large."""
+    return list(dict.fromkeys(_size(run) for run in sorted(runs, key=lambda run: run["parameters"])))
+
+
+def _of(runs: Sequence[Json], size: str) -> list[Json]:
+    return [run for run in runs if _size(run) == size]
+
+
+def _size(run: Json) -> str:
+    return f"d {run['d_model']} × {run['blocks']}"
+
+
+def _fitted_to(law: Json) -> str:
+    return f"all {law['points']} runs" if law["runs"] == "all" else f"the {law['points']} {RUNS[law['runs']]}"
+
+
+def _correlated(found: Json) -> str:
+    if "failed" in found:
+        return f"No correlation: {found['failed']}."
+    return f"Spearman {number(found['spearman'])}, 95% interval {interval(found['spearman_interval'])}."
+
+
+def _prose(sweep: Json) -> str:
+    law, optimal = leading_law(sweep), [run for run in sweep["runs"] if run["optimal"]]
+    parts = [
+        "Every budget is a training run of its own, because the learning rate's schedule ends with it. A run is "
+        "compute-optimal if it lies on the falling part of the lower convex hull of all runs' loss over log compute. "
+        "Compute is the FLOPs of training as executed; 6 N D, the paper's count, has all parameters work for each "
+        "activation, though the time path runs once for each distinct time only."
+    ]
+    largest = max(run["activations"] for run in sweep["runs"])
+    if (ended := sum(run["activations"] == largest for run in optimal)) > 1:
+        parts.append(
+            f"{ended} of the {len(optimal)} compute-optimal runs have the largest budget of the grid: between and "
+            "beyond them, larger budgets for smaller sizes might do better."
+        )
+    failed = [
+        f"{RUNS[x['runs']]}: {x['failed']}" for x in sweep["laws"] if x["compute"] == "executed" and "failed" in x
+    ]
+    if failed:
+        parts.append(f"No law through {'; nor through '.join(failed)}.")
+    if law and not law["E_pinned"]:
+        parts.append("E is not determined: its interval reaches 0 or spans half of the smallest loss. Add dearer runs.")
+    return " ".join(parts)
+
+
+def _runs(runs: Sequence[Json]) -> str:
+    columns = {
+        "Run": _size,
+        "Parameters": lambda run: number(run["parameters"]),
+        "Activations": lambda run: f"{run['activations']:,}",
+        "FLOPs": lambda run: number(run["flops"]),
+        "6 N D": lambda run: number(run["flops_6nd"]),
+        "Held-out loss": lambda run: f"{run['heldout_loss']:.4f}",
+        "Fréchet": lambda run: number(run["frechet"]),
+        "Fréchet, raw": lambda run: number(run["frechet_raw"]),
+    }
+    if "delta_lm" in runs[0]:
+        columns["Delta LM loss"] = lambda run: number(run["delta_lm"])
+        columns["95% interval"] = lambda run: interval(run["delta_lm_interval"])
+    if len({run["seed"] for run in runs}) > 1:
+        columns["Seed"] = lambda run: str(run["seed"])
+    columns["Optimal"] = lambda run: "yes" if run["optimal"] else MISSING
+    cells = [[shown(run) for shown in columns.values()] for run in runs]
+    note = "From cheap to dear. Fréchet distances are standardised unless it says raw. Optimal: compute-optimal."
+    return table("All runs", note, list(columns), cells)
+
+
+def _laws(laws: Sequence[Json]) -> str:
+    header = ["Fitted to", "FLOPs", "Runs", "E", "95% interval", "A", "95% interval", "α", "95% interval", "Residual"]
+    cells = []
+    for law in laws:
+        first = [RUNS[law["runs"]].capitalize(), COMPUTES[law["compute"]]]
+        if "failed" in law:
+            cells.append([*first, *[MISSING] * 8])
+            continue
+        values = [v for name in ("E", "A", "alpha") for v in (number(law[name]), interval(law[f"{name}_interval"]))]
+        cells.append([*first, str(law["points"]), *values, f"{law['residual']:.2%}"])
+    note = "Intervals are from a bootstrap over runs; the residual is relative, root mean square."
+    return table("Laws L(C) = E + A C^−α", note, header, cells)
+
+
+def _correlations(correlations: Json) -> str:
+    header = ["Loss and", "Runs", "Pearson", "95% interval", "Spearman", "95% interval"]
+    cells = [
+        [
+            MEASURES[measure],
+            str(found["points"]),
+            number(found["pearson"]),
+            interval(found["pearson_interval"]),
+            number(found["spearman"]),
+            interval(found["spearman_interval"]),
+        ]
+        for measure, found in correlations.items()
+        if "failed" not in found
+    ]
+    return table("Correlations over runs", "Intervals are from a bootstrap over runs.", header, cells) if cells else ""
