@@ -68,7 +68,7 @@ def measure(
         documents: held-out documents of the delta LM loss.
     """
     folder, model = Path(work), LLMConfig(llm, device=device)
-    tokens = {"batch_tokens": batch_tokens, "max_length": max_length}
+    tokens: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length}
 
     def store(name: str, chosen: TextConfig, rows: int | None) -> str:
         path = str(folder / name)

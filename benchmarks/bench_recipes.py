@@ -54,6 +54,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rate-4e-3": {"learning_rate": 4e-3},
     "batch-256": {"batch_size": 256},
     "batch-1024": {"batch_size": 1024},
+    "batch-256-rate-4e-3": {"batch_size": 256, "learning_rate": 4e-3},
+    "batch-256-linear": {"batch_size": 256, "learning_rate": 4e-3, "schedule": "linear"},
     "batch-4096": {"batch_size": 4096},
     "muon-0.005": {"optimizer": "muon", "matrix_rate": 0.005},
     "muon-0.01": {"optimizer": "muon", "matrix_rate": 0.01},

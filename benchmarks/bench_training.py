@@ -237,16 +237,13 @@ def timed(
             torch.cuda.reset_peak_memory_stats(device)
         ready = {name: contenders[name]() for name in group}
         seconds |= fastest({name: one.run for name, one in ready.items()}, repeats, synchronizer(device))
-        for name, one in ready.items():
-            if on_gpu:
-                on_device[name] = {
-                    "peak_bytes": torch.cuda.max_memory_allocated(device),
-                    "host_waits": host_waits(one.run),
-                }
-            built[name] = one._replace(run=lambda: None)  # lets go of the weights
-        del ready, one
-        gc.collect()
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+            on_device |= {name: {"peak_bytes": peak, "host_waits": host_waits(one.run)} for name, one in ready.items()}
+        built |= {name: one._replace(run=lambda: None) for name, one in ready.items()}
+        del ready  # and with it the weights
         torch.compiler.reset()  # the next one's shapes are no variants of this one's
+        gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
     return built, seconds, on_device

@@ -22,9 +22,9 @@ from latentprior.fit import fit
 from latentprior.hooks import Hookpoint
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
-from latentprior.writer import StoreWriter
 from latentprior.track import read_log
 from latentprior.train import BINS, Diverged, heldout_loss
+from latentprior.writer import StoreWriter
 
 WIDTH = 4
 BATCH = 4096

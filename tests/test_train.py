@@ -13,10 +13,10 @@ from torch import Tensor
 from latentprior import flow
 from latentprior.config import DenoiserConfig, Recipe
 from latentprior.denoiser import Denoiser
-from latentprior.errors import InputError
-from latentprior.normalizer import Normalizer
 from latentprior.distributed import Deal
 from latentprior.draws import Draws
+from latentprior.errors import InputError
+from latentprior.normalizer import Normalizer
 from latentprior.train import BINS, Batch, Diverged, State, backward, heldout_errors, heldout_loss, train
 
 WIDTH = 6

@@ -80,7 +80,7 @@ class StoreFeed(Feed):
     """A finished store, gone through in random order as often as needed."""
 
     def __init__(self, store: ActivationStore, deal: Deal, seed: int) -> None:
-        self.store, self.hookpoints, self.source = store, store.hookpoints, store.manifest["source"]
+        self.store, self.hookpoints, self.source = store, tuple(store.hookpoints), store.manifest["source"]
         # By its rows: the folder may move.
         self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": len(store)}
         self._deal, self._seed = deal, seed
@@ -108,7 +108,7 @@ class FollowFeed(Feed):
             raise InputError("a store that is being recorded is followed by one process: train with --from llm instead")
         self.config, self.deal = config, deal
         self.store = wait_for_rows(config.store, config.statistics, config.wait_seconds)
-        self.hookpoints = self.store.hookpoints
+        self.hookpoints = tuple(self.store.hookpoints)
         self.source: dict[str, Any] = self.store.manifest["source"]
         self.identity = {"source_of_rows": self.source, "statistics": config.statistics}
         self.on_wait: Callable[[], None] = lambda: None

@@ -188,7 +188,7 @@ def _heldout_store(config: TrainConfig, feed: Feed) -> Batch | None:
     if config.heldout is None:
         return None
     heldout = ActivationStore(config.heldout)
-    if heldout.hookpoints != feed.hookpoints:
+    if tuple(heldout.hookpoints) != feed.hookpoints:
         raise InputError(f"{config.heldout} was recorded at other hookpoints than the activations to train on")
     size = min(config.heldout_activations, len(heldout))
     return Batch(*next(heldout.batches(size, seed=0)))

@@ -1,8 +1,9 @@
 """Lanes: independent streams of documents whose activations come in a fixed order, from any position on.
 
 Of every `lanes` documents in a row each lane gets one, in a random order: text with a period, such as questions with
-their answers, would else give some lanes the short documents and others the long ones. A lane tokenises its documents a window at a time and runs the language model
-on them, so its rows depend on nothing but the text and the options, whoever else computes what.
+their answers, would else give some lanes the short documents and others the long ones. A lane tokenises its documents
+a window at a time and runs the language model on them, so its rows depend on nothing but the text and the options,
+whoever else computes what.
 """
 
 from __future__ import annotations

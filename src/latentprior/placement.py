@@ -63,7 +63,8 @@ def placed(
     )
     for block in denoiser.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+    fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+    return denoiser
 
 
 def check_float8(device: torch.device) -> None:
@@ -112,4 +113,5 @@ def whole_weights(denoiser: Denoiser) -> dict[str, Tensor]:
 
     Only the first process gets the weights of a sharded denoiser.
     """
-    return get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}

@@ -73,6 +73,7 @@ class Run:
                     self._evaluated({key: line[key] for key in ("heldout_loss", "heldout_loss_by_t")})
         self.began = self.saved_at = self.logged_at = time.perf_counter()
         self.beside, self.logged_rows = 0.0, self.activations
+        self.before = self.feed.seconds()  # the warm-up's
 
     def after_step(self, state: State, figures: dict[str, Any]) -> None:
         """Log, evaluate and save what is due."""
@@ -151,8 +152,9 @@ class Run:
         return found | self.last_evaluation | ({"ended": self.ended} if self.ended else {})
 
     def seconds(self) -> dict[str, float]:
-        """Where the time of this process went since it started or continued the run."""
-        parts = self.feed.seconds() | {"evaluating and saving": self.beside}
+        """Where the time of this process went since it started or continued the run, without the warm-up."""
+        parts = {name: seconds - self.before[name] for name, seconds in self.feed.seconds().items()}
+        parts["evaluating and saving"] = self.beside
         return {"training": time.perf_counter() - self.began - sum(parts.values())} | parts
 
     def _evaluated(self, figures: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class Source:
     Attributes:
         hookpoints: where the rows come from, one for each layer.
         medians: each layer's median norm; while it is empty, attention sinks are not left out.
-        seconds: spent in the language model, tokenising included.
+        seconds: spent in the language model, reading and tokenising its text included.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: StreamConfig, deal: Deal) -> None:
@@ -68,19 +68,24 @@ class Source:
 
     def _lane(self, number: int, cursor: Cursor) -> Lane:
         def take(count: int) -> list:
-            return self._dealer.take(number, count)
+            began = time.perf_counter()
+            documents = self._dealer.take(number, count)
+            self.seconds += time.perf_counter() - began
+            return documents
 
         def tokenize(documents: list, first: int) -> list[TokenBatch]:
-            return list(
-                tokens.tokenize(
-                    documents,
-                    self.tokenizer,
-                    max_length=self.config.max_length,
-                    batch_tokens=self.config.batch_tokens,
-                    window=WINDOW,
-                    first_index=first,
-                )
+            began = time.perf_counter()
+            batches = tokens.tokenize(
+                documents,
+                self.tokenizer,
+                max_length=self.config.max_length,
+                batch_tokens=self.config.batch_tokens,
+                window=WINDOW,
+                first_index=first,
             )
+            batches = list(batches)
+            self.seconds += time.perf_counter() - began
+            return batches
 
         return Lane(take, tokenize, self._record, cursor)
 

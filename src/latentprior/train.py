@@ -113,7 +113,8 @@ def train(
     source = iter(batches)
     check = _FiniteCheck()
     while state.step < steps:
-        batch = Batch(*next(source, _no_rows(normalizer)))
+        x, layer, *places = next(source, _no_rows(normalizer))
+        batch = Batch(x, layer, *places)
         rows, stopping = deal.world.sum(torch.tensor([len(batch.x), int(stop())])).tolist()
         if stopping:
             raise Stopped(f"stopped after {state.step} of {steps} steps")

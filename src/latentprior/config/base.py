@@ -49,13 +49,10 @@ def size_of(name: str, size: str) -> tuple[int, bool]:
     Raises:
         InputError: not a positive number with an optional unit.
     """
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)", size.strip())
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(e[0-9]+)?\s*([A-Za-z]*)", size.strip())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    try:
-        number, unit = (found[1], found[2].lower()) if found else ("", "")
-        amount = int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        amount = 0
+    number, exponent, unit = found.groups() if found else ("0", None, "")
+    amount = int(float(number + (exponent or "")) * units.get(unit.lower(), 0))
     if amount < 1:
         raise InputError(f"{name} must be a number of activations or a size such as '2GB', got {size!r}")
     return amount, bool(unit)
@@ -96,7 +93,11 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
         kind = types[key]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = from_dict(kind, value)
-        elif get_origin(kind) is list and dataclasses.is_dataclass(inner := get_args(kind)[0]):
+        elif (
+            get_origin(kind) is list
+            and isinstance(inner := get_args(kind)[0], type)
+            and dataclasses.is_dataclass(inner)
+        ):
             value = [from_dict(inner, item) if isinstance(item, dict) else item for item in value]
         elif get_origin(kind) is tuple and isinstance(value, list):
             value = tuple(value)  # JSON and YAML have lists only
