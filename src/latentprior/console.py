@@ -1,0 +1,113 @@
+"""What the command line shows: progress bars and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from latentprior.progress import Phase, Report
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def bars() -> Iterator[Phase]:
+    """Progress bars with rate and time left; gives a function from a phase's name to its `Report`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+
+        def phase(name: str) -> Report:
+            tasks: list[TaskID] = []
+            first: list[tuple[int, float]] = []  # a resumed phase starts in the middle: its rate counts from there
+
+            def report(done: int, total: int | None, figures: Mapping[str, Any]) -> None:
+                now = time.monotonic()
+                if not tasks:  # a phase that reuses what is there, or fails before it starts, shows no bar
+                    tasks.append(progress.add_task(name, total=total, completed=done, amount="", figures=""))
+                    first.append((done, now))
+                rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
+                shown = [] if total is None else ["left"]  # belongs to the time before it
+                shown += [f"{rate:,.0f}/s"] if rate >= 1 else []
+                shown += [f"{k} {figure(v) if isinstance(v, float) else v}" for k, v in figures.items()]
+                amount = f"{done:,}" if total is None else f"{min(done, total):,}/{total:,}"
+                progress.update(tasks[0], completed=done, total=total, amount=amount, figures="  ".join(shown))
+
+            return report
+
+        yield phase
+
+
+def table(title: str, values: Mapping[str, Any]) -> None:
+    """A two-column table."""
+    shown = Table(title=title, show_header=False, title_justify="left")
+    for key, value in values.items():
+        shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    out.print(shown)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Distances and delta LM loss as tables."""
+    shown = Table(title="Real against generated activations (held-out, standardised)", title_justify="left")
+    for column in ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC"):
+        shown.add_column(column, justify="left" if column in ("source", "solver") else "right")
+    bound = result["distribution"][0]["frechet"]["total"]
+    for row in result["distribution"]:
+        total = row["frechet"]["total"]
+        shown.add_row(
+            row["source"],
+            row.get("solver", ""),
+            str(row.get("nfe", "")),
+            figure(total),
+            figure(total / bound),
+            figure(row["sliced_wasserstein"]),
+            figure(row["two_sample_auc"]),
+        )
+    out.print(shown)
+    if "delta_lm" in result:
+        lm = result["delta_lm"]
+        shown = Table(
+            title=f"Delta LM loss (nats, by {lm['weighted_by']}; clean {figure(lm['clean_loss'])})",
+            title_justify="left",
+        )
+        for column in ("replacement", "t_start", "delta", "95% interval"):
+            shown.add_column(column, justify="left" if column == "replacement" else "right")
+        for row in lm["rows"]:
+            low, high = row["interval"]
+            shown.add_row(
+                row["method"],
+                "" if row["t_start"] is None else str(row["t_start"]),
+                figure(row["delta"]),
+                f"{figure(low)} to {figure(high)}",
+            )
+        out.print(shown)
+
+
+def print_steering(result: dict[str, Any]) -> None:
+    """Concept and fluency by method and strength."""
+    shown = Table(title=f"Steering ({result['task']}, {result['prompts']} prompts)", title_justify="left")
+    for column in ("method", "strength", "concept", "NLL", "distinct-2", "retention"):
+        shown.add_column(column, justify="left" if column == "method" else "right")
+    for row in [{"method": "unsteered", "strength": 0.0} | result["unsteered"], *result["rows"]]:
+        shown.add_row(
+            row["method"], *(figure(row[k]) for k in ("strength", "concept", "nll", "distinct_2", "retention"))
+        )
+    out.print(shown)
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits."""
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
