@@ -12,6 +12,7 @@ jaxtyping.install_import_hook("latentprior", "beartype.beartype")
 
 import functools  # noqa: E402
 import importlib.util  # noqa: E402
+import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
@@ -149,6 +150,22 @@ def has_assets() -> bool:
 def sentences() -> tuple[str, ...]:
     """A few English sentences."""
     return SENTENCES
+
+
+@pytest.fixture(scope="session")
+def write_texts() -> Callable[..., str]:
+    """A function that writes a jsonl file of different documents of 3 to 22 words, and returns its path."""
+    words = " ".join(SENTENCES).split()
+
+    def write(path, count: int, prefix: str = "") -> str:
+        lines = []
+        for i in range(count):
+            text = f"{prefix}{i} " + " ".join(words[(i * j) % len(words)] for j in range(3 + i % 20))
+            lines.append(json.dumps({"text": text}) + "\n")
+        path.write_text("".join(lines))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture(scope="session")

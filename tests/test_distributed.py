@@ -26,12 +26,8 @@ TERMINATED = -signal.SIGTERM
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, sentences) -> TextConfig:
-    words = " ".join(sentences).split()
-    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
-    texts = (f"{i} " + " ".join(words[(i * j) % len(words)] for j in range(5 + i % 20)) for i in range(400))
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    return TextConfig(dataset=str(path), heldout=0.1)
+def text(tmp_path_factory, write_texts) -> TextConfig:
+    return TextConfig(dataset=write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 400), heldout=0.1)
 
 
 @pytest.fixture(scope="module")

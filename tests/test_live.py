@@ -22,14 +22,10 @@ from latentprior.track import read_log
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, sentences) -> TextConfig:
-    words = " ".join(sentences).split()
+def text(tmp_path_factory, write_texts) -> TextConfig:
     folder = tmp_path_factory.mktemp("text")
-    for name in ("a", "b"):
-        texts = (f"{name}{i} " + " ".join(words[(i * j) % len(words)] for j in range(3 + i % 20)) for i in range(300))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
-    mix = [TextSource(str(folder / "a.jsonl"), weight=2.0), TextSource(str(folder / "b.jsonl"))]
-    return TextConfig(mix=mix, heldout=0.1)
+    files = [write_texts(folder / f"{name}.jsonl", 300, name) for name in ("a", "b")]
+    return TextConfig(mix=[TextSource(files[0], weight=2.0), TextSource(files[1])], heldout=0.1)
 
 
 @pytest.fixture(scope="module")

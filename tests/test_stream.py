@@ -26,15 +26,10 @@ BATCH, LANES, TURNS = 24, 5, 3
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, llm_folder, sentences) -> StreamConfig:
-    """200 different documents of two to some thirty words."""
-    words = " ".join(sentences).split()
-    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
-    texts = (f"{i} " + " ".join(words[(i * j) % len(words)] for j in range(2 + i % 30)) for i in range(200))
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def config(tmp_path_factory, llm_folder, write_texts) -> StreamConfig:
     return StreamConfig(
         llm=LLMConfig(model=llm_folder, device="cpu", dtype="float32"),
-        text=TextConfig(dataset=str(path), part="all"),
+        text=TextConfig(dataset=write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 200), part="all"),
         layers=[1],
         statistics=300,
         batch_tokens=256,

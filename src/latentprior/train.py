@@ -236,8 +236,9 @@ def clip_gradients(model: nn.Module, norm: Tensor, most: float) -> None:
 class _FiniteCheck:
     """Stops a run whose loss or gradient is not finite before the weights are changed.
 
-    On a GPU the host would have to wait for the figures. There fused optimizers leave out the update themselves
-    (`found_inf`), and the host reads each step's figures one step later.
+    On a GPU the host would have to wait for the figures. There fused AdamW leaves out the update by itself
+    (`found_inf`), and the host reads each step's figures one step later. With Muon, and where weights are sharded, the
+    host waits.
     """
 
     def __init__(self) -> None:
@@ -246,7 +247,8 @@ class _FiniteCheck:
     def step(self, state: State, loss: Tensor, norm: Tensor) -> None:
         figures = torch.stack([loss, norm])
         fused = all(isinstance(o, torch.optim.AdamW) for o in state.optimizers)
-        if figures.device.type == "cpu" or not fused:
+        sharded = any(isinstance(p, DTensor) for p in state.denoiser.parameters())  # not mixed with a plain tensor
+        if figures.device.type == "cpu" or sharded or not fused:
             _check_finite(state.step, figures)
             return
         bad = (~figures.isfinite().all()).float()
