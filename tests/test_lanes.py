@@ -156,4 +156,5 @@ def test_left_out_rows_are_counted_once():
 def test_whole_token_batches():
     lane = lane_over(["ab", "cd", "ef", "gh"], Cursor())
     assert letters(lane.read_batches(1)) == "abcd"
+    assert letters(lane.read_batches(0)) == ""
     assert letters(lane.read_batches(5)) == "efgh"

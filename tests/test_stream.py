@@ -177,7 +177,7 @@ def test_warm_up_takes_statistics_of_the_first_rows_of_all_lanes(llm, config):
     torch.testing.assert_close(moments.variance()[0], expected.var(0, correction=0), atol=1e-5, rtol=1e-4)
     assert float(moments.median_norm[0]) == pytest.approx(source.medians[1])
     short = Source(*llm, config, Deal(BATCH, LANES)).statistics()
-    assert 300 <= float(short.count) < len(expected) / 2
+    assert 100 < float(short.count) <= 512 and float(short.count) < len(expected) / 2  # two token batches
 
 
 def test_attention_sinks_are_left_out_and_counted(llm, config):

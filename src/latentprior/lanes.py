@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,9 @@ class Lane:
             yield piece
 
     def read_batches(self, count: int) -> Iterator[ActivationBatch]:
-        """Whole token batches until they make `count` rows."""
-        while count > 0 and (held := next(self._batches, None)) is not None:
-            rows, left_out = held
+        """The rows of the next `count` token batches, from the beginning of one."""
+        for rows, left_out in islice(self._batches, count):
             self._finish(left_out)
-            count -= len(rows)
             yield rows
 
     def _finish(self, left_out: dict[str, int]) -> None:

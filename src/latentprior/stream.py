@@ -116,53 +116,50 @@ class Source:
         return rows, left_out
 
     def statistics(self) -> Moments:
-        """The warm-up pass: moments of each lane's first rows, merged over all processes; sets `medians`.
+        """The warm-up pass: moments of the lanes' first token batches, over all processes; sets `medians`.
 
-        The median norm is that of the first `CALIBRATION_ROWS` rows of each layer. The rows are trained on later.
+        The median norm is that of the first lane's first rows, `CALIBRATION_ROWS` of each layer. What is read here is
+        trained on later.
 
         Raises:
             InputError: a layer without a row.
         """
-        norms = {layer: [] for layer in self.layers}
-        for rows in self._first_rows(CALIBRATION_ROWS):
-            for layer in self.layers:
-                norms[layer].append(rows.norms().cpu()[rows.layer == layer])
-        gathered = self.deal.world.gather(
-            {layer: torch.cat(parts or [torch.empty(0)]) for layer, parts in norms.items()}
-        )
-        for layer in self.layers:
-            every = torch.cat([part[layer] for part in gathered])
-            if not len(every):
-                raise InputError(
-                    f"nothing to record: no document has a finite activation of layer {layer} after its first position"
-                )
-            self.medians[layer] = float(every.median())
+        self.medians = self.deal.world.first(self._calibrated() if self.deal.world.main else None)
         moments = Moments(self.layers, self.width)
-        for rows in self._first_rows(self.config.statistics):
-            moments.update(rows.x, rows.layer)
+        rounds, more = divmod(-(-self.config.statistics // self.config.batch_tokens), self.deal.lanes)
+        for number, lane in self.open().items():
+            for rows in lane.read_batches(rounds + (number < more)):
+                moments.update(rows.x, rows.layer)
         merged = Moments(self.layers, self.width)
         for part in self.deal.world.gather(moments.state_dict()):
             merged.merge(Moments.from_state_dict(part))
         merged.median_norm = torch.tensor([self.medians[layer] for layer in self.layers], dtype=torch.float64)
         return merged
 
+    def _calibrated(self) -> dict[int, float]:
+        """The median norm of each layer."""
+        pieces = list(self.open()[0].read(CALIBRATION_ROWS * len(self.layers)))
+        for layer in self.layers:
+            if not any((rows.layer == layer).any() for rows in pieces):
+                raise InputError(
+                    f"nothing to record: no document has a finite activation of layer {layer} after its first position"
+                )
+        rows = ActivationBatch.cat(pieces)
+        return {layer: float(rows.at_layer(layer).norms().median()) for layer in self.layers}
+
     def rows_of(self, text: TextConfig, count: int) -> Batch | None:
         """The first `count` rows of other documents than those of the lanes, on the CPU; None if there are none."""
-        lane = Deal(1)
-        aside = Source(self.model, self.tokenizer, replace(self.config, text=text), lane)
+        aside = Source(self.model, self.tokenizer, replace(self.config, text=text), Deal(1))
         aside.medians = self.medians
         try:
-            pieces = list(aside.open()[0].read(count))
-        except InputError:  # a text so short that no document is held out
+            lanes = aside.open()
+        except InputError:  # the lanes have text; so it is too short for a document of this part
+            return None
+        pieces = list(lanes[0].read(count))
+        if not pieces:
             return None
         rows = ActivationBatch.cat(pieces)
         return Batch(rows.x.cpu(), rows.layer if len(self.layers) > 1 else None)
-
-    def _first_rows(self, rows: int) -> Iterator[ActivationBatch]:
-        """Whole token batches from the beginning of every lane: at least `rows` of each layer over all lanes."""
-        each = -(-rows // self.deal.lanes) * len(self.layers)
-        for lane in self.open().values():
-            yield from lane.read_batches(each)
 
     def sink_thresholds(self) -> dict[int, float]:
         """The norm over which a row of each layer is left out."""

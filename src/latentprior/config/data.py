@@ -159,7 +159,7 @@ class StreamConfig:
     buffer_device: Literal["auto", "cpu"] = "auto"
     """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
     statistics: int = 65536
-    """Activations of each layer in the warm-up pass that takes the normalizer's statistics, over all processes."""
+    """Tokens, over all processes, of the warm-up pass for the normalizer's statistics; they are trained on later."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
     lanes: int | None = None
