@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from latentprior.checkpoint import complete_states
 from latentprior.config import LLMConfig, RecordConfig, TextConfig, TextSource, TrainConfig
-from latentprior.errors import InputError
+from latentprior.errors import InputError, Stopped
 from latentprior.fit import fit
 from latentprior.prior import GLP
 from latentprior.record import record
@@ -110,6 +112,22 @@ def test_killed_between_changes_of_the_disk(config, whole, run_killed, tmp_path)
     assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
 
 
+@pytest.mark.parametrize("step", range(4, 10))
+def test_terminated_at_any_step_of_a_buffer(config, whole, tmp_path, step):
+    """The buffer holds five batches; SIGTERM comes while step `step` is reported, and one more is made."""
+    config = replace(config, output=str(tmp_path / "prior"), save_seconds=1000.0)
+
+    def report(done: int, total: int | None, figures: object) -> None:
+        if done == step * 64:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=f"^stopped after {step + 1} of 60 steps$"):
+        fit(config, report=report)
+    assert [state.name for state in complete_states(Path(config.output) / "steps")] == [str(step + 1)]
+    fit(config)
+    assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
+
+
 def test_the_end_of_the_text_is_the_end_of_the_run(config, tmp_path):
     config = replace(config, output=str(tmp_path / "prior"), activations=10**6, text=replace(config.text, limit=60))
     glp = fit(config)
@@ -171,7 +189,6 @@ def test_trains_while_another_process_records(config, text, run_ranks, tmp_path)
 
 def record_or_train(settings: RecordConfig, trainer: TrainConfig) -> None:
     """One of two processes records, the other one trains; they are no group."""
-    import os
 
     rank = os.environ.pop("RANK")
     record(settings) if rank == "0" else fit(trainer)

@@ -101,7 +101,7 @@ def train(
         deal: how batches are dealt over lanes and processes; one lane and process by default.
         after_step: called with the state and the step's figures: loss and gradient norm (on a GPU tensors that are
             not waited for), learning rate, rows.
-        stop: asked before every step; if it says so in one process, all of them stop.
+        stop: asked at every step; if it says so in one process, all of them stop after that step.
 
     Raises:
         Diverged: a loss or gradient is not finite. The update is not made; a GPU tells one step later.
@@ -116,8 +116,6 @@ def train(
         x, layer, *places = next(source, _no_rows(normalizer))
         batch = Batch(x, layer, *places)
         rows, stopping = deal.world.sum(torch.tensor([len(batch.x), int(stop())])).tolist()
-        if stopping:
-            raise Stopped(f"stopped after {state.step} of {steps} steps")
         if not rows:
             raise Exhausted(f"the activations ended after {state.step} of {steps} steps")
         draws = Draws.of(seed, state.step, deal, normalizer.width, recipe, device)
@@ -138,6 +136,9 @@ def train(
         state.step += 1
         if after_step is not None:
             after_step(state, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "rows": rows})
+        if stopping and state.step < steps:  # not before the step: its activations were drawn already
+            check.finish()
+            raise Stopped(f"stopped after {state.step} of {steps} steps")
     check.finish()
     return state
 
