@@ -99,6 +99,16 @@ def test_every_row_comes_once(llm, config, layers):
         assert batches[0].layer is None
 
 
+def test_the_last_filling_is_no_larger_than_needed(llm, config):
+    one = stream(llm, config, steps=7)
+    batches = list(one.batches())
+    assert len(batches) == 7 and all(len(batch.x) == BATCH for batch in batches)
+    assert torch.equal(rows(batches[:6]), rows(islice(stream(llm, config).batches(), 6)))
+    rest = [piece.x for lane in one.source.open(one.position()).values() for piece in lane.read(10**9)]
+    expected = everything(llm, config).x
+    assert torch.equal(in_some_order(torch.cat([rows(batches), *rest])), in_some_order(expected))  # nothing is lost
+
+
 def test_rows_of_one_buffer_are_mixed(llm, config):
     """A batch takes rows from all over the buffer: its neighbours are not neighbours in the text."""
     source = Source(*llm, config, Deal(BATCH, 1))

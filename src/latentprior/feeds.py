@@ -31,6 +31,9 @@ STREAM_ONLY = ("llm", "text", "layers", "side", "max_length", "batch_tokens", "b
 """Options that decide the rows of a stream, and mean nothing for a store."""
 
 
+LEAST_TOKENS = 256  # of a forward pass, however small the buffer is
+
+
 class Feed(ABC):
     """Activations for training."""
 
@@ -156,6 +159,9 @@ class LiveFeed(Feed):
         n_blocks = drop_blocks_after(model, max(config.layers))  # their memory is the trainer's
         parameter = next(model.parameters())
         turns = buffer_turns(config, deal, self.hookpoints, parameter.element_size())
+        # What a lane has computed and not yet given waits for the next filling: at most half a share of the buffer.
+        share = turns * deal.batch // deal.lanes // len(self.hookpoints)
+        self._source.batch_tokens = min(config.batch_tokens, max(share // 2, LEAST_TOKENS))
         place = torch.device("cpu") if config.buffer_device == "cpu" else device
         check_memory(turns * deal.most_rows * self._source.width * parameter.element_size(), place)
         self._source.open()  # wrong files and columns show before anything is computed
@@ -178,7 +184,10 @@ class LiveFeed(Feed):
     def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
         if self.config.record_to:
             self._keep = self._writer(Path(self.config.record_to))
-        self._stream = Stream(self._source, self._turns, self._place, seed=self.config.seed, keep=self._keep)
+        steps = -(-self.config.activations // self.deal.batch)
+        self._stream = Stream(
+            self._source, self._turns, self._place, seed=self.config.seed, steps=steps, keep=self._keep
+        )
         yield from self._stream.batches(step, position)
 
     def _writer(self, folder: Path) -> StoreWriter:

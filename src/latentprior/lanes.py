@@ -22,7 +22,7 @@ from latentprior.config import TextConfig
 from latentprior.text import Document, Reader
 from latentprior.tokens import TokenBatch
 
-WINDOW = 256  # documents of a lane that are tokenised and sorted by length together
+WINDOW = 1024  # documents of a lane that are tokenised and sorted by length together: less would leave more padding
 SNAPSHOT = 4096  # documents between two remembered positions of the reader
 
 

@@ -42,6 +42,7 @@ class Source:
 
     Attributes:
         hookpoints: where the rows come from, one for each layer.
+        batch_tokens: most tokens of a forward pass.
         medians: each layer's median norm; while it is empty, attention sinks are not left out.
         seconds: spent in the language model, reading and tokenising its text included.
     """
@@ -50,6 +51,7 @@ class Source:
         self.model, self.tokenizer, self.config, self.deal = model, tokenizer, config, deal
         self.layers = sorted(dict.fromkeys(config.layers))
         self.hookpoints = [Hookpoint.of(model, layer, config.side) for layer in self.layers]
+        self.batch_tokens = config.batch_tokens
         self.medians: dict[int, float] = {}
         self.seconds = 0.0
         self._lanes: dict[int, Lane] = {}
@@ -79,7 +81,7 @@ class Source:
                 documents,
                 self.tokenizer,
                 max_length=self.config.max_length,
-                batch_tokens=self.config.batch_tokens,
+                batch_tokens=self.batch_tokens,
                 window=WINDOW,
                 first_index=first,
             )
@@ -126,7 +128,7 @@ class Source:
         """
         self.medians = self.deal.world.first(self._calibrated() if self.deal.world.main else None)
         moments = Moments(self.layers, self.width)
-        rounds, more = divmod(-(-self.config.statistics // self.config.batch_tokens), self.deal.lanes)
+        rounds, more = divmod(-(-self.config.statistics // self.batch_tokens), self.deal.lanes)
         for number, lane in self.open().items():
             for rows in lane.read_batches(rounds + (number < more)):
                 moments.update(rows.x, rows.layer)
@@ -179,6 +181,7 @@ class Stream:
         turns: batches that the buffer holds, see `buffer_turns`.
         device: where the buffer lies.
         seed: of the order in which rows are drawn.
+        steps: batches that will be drawn in all; the last filling is no larger than they need.
         keep: store that also gets all rows, in the order of the lanes.
 
     Attributes:
@@ -186,9 +189,16 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, turns: int, device: torch.device, *, seed: int = 0, keep: StoreWriter | None = None
+        self,
+        source: Source,
+        turns: int,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        keep: StoreWriter | None = None,
     ) -> None:
-        self.source, self.turns, self.seed, self.keep = source, turns, seed, keep
+        self.source, self.turns, self.seed, self.steps, self.keep = source, turns, seed, steps, keep
         self.seconds = 0.0
         self._deal = source.deal
         rows = turns * self._deal.rows
@@ -222,9 +232,12 @@ class Stream:
     def _fill(self, generation: int) -> list[Tensor]:
         """Fill the buffer; returns the rows of each batch [rows], -1 where a lane's text has ended."""
         self._filled_at = self.source.cursors()
+        turns = self.turns if self.steps is None else min(self.turns, self.steps - generation * self.turns)
+        if turns <= 0:
+            return []
         orders, begin = [], 0
         for turn, (number, lane) in enumerate(self._lanes.items()):
-            before, pieces = lane.cursor, list(lane.read(self.turns * self._deal.quota(number)))
+            before, pieces = lane.cursor, list(lane.read(turns * self._deal.quota(number)))
             began = time.perf_counter()
             end = begin
             for piece in pieces:
@@ -232,10 +245,10 @@ class Stream:
                 if self._layer is not None:
                     self._layer[end : end + len(piece)] = piece.layer
                 end += len(piece)
-            order = torch.full((self.turns * self._deal.quota(number),), -1)
+            order = torch.full((turns * self._deal.quota(number),), -1)
             generator = lane_generator(self.seed, generation, number)
             order[: end - begin] = torch.randperm(end - begin, generator=generator) + begin
-            orders.append(order.view(self.turns, -1))
+            orders.append(order.view(turns, -1))
             begin += len(order)
             self.seconds += time.perf_counter() - began
             if self.keep is not None and pieces:

@@ -152,7 +152,7 @@ class StreamConfig:
     max_length: int = 2048
     """Documents are cut to this many tokens, the beginning-of-sequence token included."""
     batch_tokens: int = 4096
-    """Most tokens of one forward pass of the language model, padding included."""
+    """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
     buffer: str = "65536"
     """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB"). Batches are
     drawn at random from what it holds; it is refilled when it is empty."""
