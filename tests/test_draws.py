@@ -7,7 +7,8 @@ import torch
 
 from latentprior.config import Recipe
 from latentprior.distributed import Deal, World
-from latentprior.draws import Draws, lane_generator
+from latentprior.draws import Draws
+from latentprior.random import keyed_generator
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_distinct_times_and_their_index():
 
 def test_generators_of_neighbouring_keys_are_unrelated():
     drawn = [
-        torch.randn(4, generator=lane_generator(*key)) for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1), (0, 1, 2)]
+        torch.randn(4, generator=keyed_generator(*key)) for key in [(0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1), (0, 1, 2)]
     ]
     assert torch.equal(drawn[0], drawn[4])
     assert not any(torch.equal(drawn[0], other) for other in drawn[1:4])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentprior.config import Recipe
 from latentprior.distributed import Deal
-from latentprior.flow import TRAIN_GRID
-from latentprior.times import draw_times, loss_weights
+from latentprior.random import keyed_generator
+from latentprior.times import draw_times, loss_weights, most_distinct
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class Draws:
         begin = 0
         for lane in deal.owned:
             end = begin + deal.quota(lane)
-            noise[begin:end].normal_(generator=lane_generator(seed, step, lane, device=device))
+            noise[begin:end].normal_(generator=keyed_generator(seed, step, lane, device=device))
             begin = end
-        distinct = TRAIN_GRID if recipe.times == "grid" else recipe.distinct_times
-        most = None if recipe.times == "uniform" else min(distinct, deal.rows)
+        most = None if recipe.times == "uniform" else most_distinct(recipe, deal.rows)
         return cls(noise, t[own], None if weight is None else weight[own], most)
 
     def select(self, places: Int[Tensor, " m"] | slice) -> Draws:
@@ -64,12 +63,6 @@ class Draws:
         if self.most_distinct is not None and len(distinct):
             distinct = torch.cat([distinct, distinct[-1:].expand(self.most_distinct - len(distinct))])
         return to_device(distinct, device), to_device(index, device)
-
-
-def lane_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator for a seed and further numbers: different keys give unrelated streams."""
-    state = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

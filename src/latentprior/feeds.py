@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from latentprior.config import Recipe, TrainConfig, to_dict
 from latentprior.config.base import bytes_of
 from latentprior.distributed import Deal, World
 from latentprior.errors import InputError
-from latentprior.files import sync_folder
 from latentprior.follow import Follower, wait_for_rows
 from latentprior.hooks import Hookpoint, drop_blocks_after
 from latentprior.llm import load_llm
+from latentprior.manifest import write_file
 from latentprior.moments import Covariance, Moments
 from latentprior.normalizer import Normalizer
 from latentprior.store import ActivationStore
@@ -42,6 +42,8 @@ class Feed(ABC):
     """Where they come from, as JSON values."""
     identity: dict[str, Any]
     """What decides the rows and their order, as JSON values."""
+    save: Callable[[], object] = staticmethod(lambda: None)
+    """Set by the run: saves the training state, for a feed that others wait for."""
 
     @property
     def blocks(self) -> int | None:
@@ -114,8 +116,6 @@ class FollowFeed(Feed):
         self.hookpoints = tuple(self.store.hookpoints)
         self.source: dict[str, Any] = self.store.manifest["source"]
         self.identity = {"source_of_rows": self.source, "statistics": config.statistics}
-        self.on_wait: Callable[[], None] = lambda: None
-        """Called when the recorder waits for a release: saves the training state, which releases."""
         self._follower: Follower | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -134,7 +134,7 @@ class FollowFeed(Feed):
             seed=self.config.seed,
             state=position,
             wait_seconds=self.config.wait_seconds,
-            on_wait=lambda: self.on_wait(),
+            on_wait=lambda: self.save(),  # the recorder waits for a release, which follows a save
         )
         for x, layer in self._follower:
             yield Batch(x, layer, None if len(x) == self.deal.batch else torch.arange(len(x)))
@@ -247,10 +247,7 @@ def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None
         moments = compute()
         if world.main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            save_file(moments.state_dict(), partial)
-            partial.replace(path)
-            sync_folder(path.parent)
+            write_file(path, [save(moments.state_dict())])
         world.wait()
     return Moments.from_state_dict(load_file(path))
 

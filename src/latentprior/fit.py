@@ -20,7 +20,7 @@ from latentprior.config import TrainConfig, to_dict
 from latentprior.denoiser import Denoiser
 from latentprior.distributed import Deal, World, joined, lanes_for
 from latentprior.errors import InputError, Stopped
-from latentprior.feeds import STREAM_ONLY, Feed, FollowFeed, open_feed
+from latentprior.feeds import STREAM_ONLY, Feed, open_feed
 from latentprior.files import replace_text
 from latentprior.llm import fast_dtype, resolve_device
 from latentprior.optim import initialise
@@ -91,8 +91,7 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
     steps = math.ceil(config.activations / recipe.batch_size)
     run = Run(config, feed, normalizer, heldout, precision, settings, deal, report, steps)
     run.start(state, position)
-    if isinstance(feed, FollowFeed):
-        feed.on_wait = lambda: run.save(state)
+    feed.save = lambda: run.save(state)
     try:
         train(
             state,

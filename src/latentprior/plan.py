@@ -32,9 +32,9 @@ from latentprior.cost import (
     training_flops_per_activation,
 )
 from latentprior.errors import InputError, unknown
-from latentprior.flow import TRAIN_GRID
 from latentprior.placement import SHARD_FROM
 from latentprior.provenance import stamp
+from latentprior.times import most_distinct
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -170,9 +170,7 @@ def _rows(config: PlanConfig, chip: PlannedChip) -> tuple[int, int]:
 def distinct_times(recipe: Recipe, rows: int, micro_batch: int) -> int:
     """How many times the time path runs for in one pass: on a GPU as many as there can be among `rows`, for a fixed
     shape; on a CPU at most so many."""
-    if recipe.times == "uniform":
-        return micro_batch
-    return min(TRAIN_GRID if recipe.times == "grid" else recipe.distinct_times, rows)
+    return most_distinct(recipe, micro_batch if recipe.times == "uniform" else rows)
 
 
 def _memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,12 @@ def generator_of(seed: Seed) -> torch.Generator:
     Drawing on the CPU makes a seed mean the same on every device.
     """
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed or 0)
+
+
+def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for a seed and further numbers, such as a step: neighbouring keys give unrelated streams."""
+    state = np.random.SeedSequence([number % 2**64 for number in key]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state[0]))
 
 
 def normal(*shape: int, seed: Seed, device: torch.device | str = "cpu") -> Tensor:

@@ -17,12 +17,12 @@ from latentprior.cost import matrix_peak, muon_flops_per_step, training_flops_pe
 from latentprior.denoiser import Denoiser
 from latentprior.distributed import Deal
 from latentprior.feeds import Feed
-from latentprior.flow import TRAIN_GRID
 from latentprior.normalizer import Normalizer
 from latentprior.placement import whole_weights
 from latentprior.prior import GLP
 from latentprior.progress import Report
 from latentprior.provenance import versions
+from latentprior.times import most_distinct
 from latentprior.track import Log, read_log
 from latentprior.train import Batch, State, heldout_loss
 
@@ -186,8 +186,7 @@ def step_flops(config: DenoiserConfig, recipe: Recipe, layers: int) -> float:
 
     The figure for "grid" and "logit_normal" is an upper bound: times that happen to coincide are computed once.
     """
-    most = {"grid": TRAIN_GRID, "uniform": recipe.batch_size}.get(recipe.times, recipe.distinct_times)
-    distinct = min(most, recipe.batch_size) / recipe.batch_size
+    distinct = most_distinct(recipe, recipe.batch_size) / recipe.batch_size
     several = layers / recipe.batch_size if layers > 1 else 0.0
     work = training_flops_per_activation(config, distinct_times=distinct, distinct_layers=several) * recipe.batch_size
     return work + (muon_flops_per_step(config) if recipe.optimizer == "muon" else 0.0)

@@ -19,6 +19,7 @@ from latentprior import manifest as files
 from latentprior.activations import ActivationBatch
 from latentprior.errors import InputError, unknown
 from latentprior.moments import Moments
+from latentprior.random import keyed_generator
 
 _READ_ERRORS = (SafetensorError, pa.ArrowException, OSError, ValueError)
 
@@ -248,7 +249,7 @@ class ActivationStore:
         layer = self._column("layer") if len(self.layers) > 1 else None
         first_epoch, first = divmod(start, per_epoch)
         for epoch in itertools.count(first_epoch):
-            order = torch.randperm(len(self), generator=_epoch_generator(seed, epoch))
+            order = torch.randperm(len(self), generator=keyed_generator(seed, epoch))
             for indices in order.split(batch_size)[first:per_epoch]:
                 indices = indices if own is None else indices[own]
                 yield self.rows(indices), None if layer is None else layer[indices].long()
@@ -265,9 +266,3 @@ class ActivationStore:
                 column[a:b] = shard.column(name)
             self._columns[name] = torch.from_numpy(column)
         return self._columns[name]
-
-
-def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """One for each pair: neighbouring seeds and epochs give unrelated permutations."""
-    state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))

@@ -25,12 +25,12 @@ from latentprior.config import StreamConfig, TextConfig
 from latentprior.config.base import size_of
 from latentprior.cost import device_memory
 from latentprior.distributed import Deal
-from latentprior.draws import lane_generator
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
 from latentprior.lanes import WINDOW, Cursor, Dealer, Lane, to_json
 from latentprior.manifest import LEFT_OUT
 from latentprior.moments import Moments
+from latentprior.random import keyed_generator
 from latentprior.record import CALIBRATION_ROWS
 from latentprior.tokens import TokenBatch
 from latentprior.train import Batch
@@ -246,7 +246,7 @@ class Stream:
                     self._layer[end : end + len(piece)] = piece.layer
                 end += len(piece)
             order = torch.full((turns * self._deal.quota(number),), -1)
-            generator = lane_generator(self.seed, generation, number)
+            generator = keyed_generator(self.seed, generation, number)
             order[: end - begin] = torch.randperm(end - begin, generator=generator) + begin
             orders.append(order.view(turns, -1))
             begin += len(order)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latentprior import flow
 from latentprior.config import Recipe
+from latentprior.random import keyed_generator
 
 WEIGHT_LIMIT = 10.0  # of inverse densities: times near 0 and 1 are rare in a logit-normal law, and must not rule a step
 _QUADRATURE = 4096  # points; the mean weight is then good to four digits
@@ -34,8 +34,7 @@ def draw_times(seed: int, step: int, count: int, recipe: Recipe) -> Float[Tensor
         count: rows of the step, over all micro-batches and processes.
         recipe: its `times`, `distinct_times`, `logit_mean` and `logit_scale`.
     """
-    state = np.random.SeedSequence([seed % 2**64, step]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
+    generator = keyed_generator(seed, step)
     match recipe.times:
         case "grid":
             return flow.training_times(torch.rand(count, generator=generator)).sort().values
@@ -46,6 +45,12 @@ def draw_times(seed: int, step: int, count: int, recipe: Recipe) -> Float[Tensor
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
     row = ((torch.arange(count) + offset) * (strata / count)).long().clamp_(max=strata - 1)
     return _quantile(drawn, recipe)[row].float()
+
+
+def most_distinct(recipe: Recipe, rows: int) -> int:
+    """The most distinct times that `rows` draws can have."""
+    most = {"grid": flow.TRAIN_GRID, "uniform": rows}.get(recipe.times, recipe.distinct_times)
+    return min(most, rows)
 
 
 def loss_weights(t: Float[Tensor, " n"], recipe: Recipe) -> Float[Tensor, " n"] | None:
