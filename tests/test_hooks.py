@@ -54,6 +54,45 @@ def test_blocks_are_those_of_hidden_states(family, tiny_llm):
     assert hooks_in(model) == hooks_in(blocks)  # transformers' own capturing hooks sit on the blocks
 
 
+DOWN = {
+    "llama": "mlp.down_proj",
+    "gpt2": "mlp.c_proj",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "gemma3": "mlp.down_proj",
+    "phi": "mlp.fc2",
+    "falcon": "mlp.dense_4h_to_h",
+}
+
+
+@pytest.mark.parametrize("family", DOWN)
+def test_mlp_units_are_what_the_down_projection_takes(family, tiny_llm):
+    model = tiny_llm(family)
+    taken = []
+    down = find_blocks(model)[2].get_submodule(DOWN[family])
+    with capture(model, [2], side="mlp") as units:
+        handle = down.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+        model(IDS)
+        handle.remove()
+    assert torch.equal(units[2], taken[0])
+    assert Hookpoint.of(model, 2, "mlp").width == taken[0].shape[-1] != 32
+    assert torch.equal(run_cut(model, [2], side="mlp", input_ids=IDS)[2], taken[0])
+    with edit(model, {2: torch.zeros_like}, side="mlp"), capture(model, [2]) as edited:
+        model(IDS)
+    with capture(model, [2]) as whole:
+        model(IDS)
+    assert not torch.allclose(edited[2], whole[2])
+    assert hooks_in(down) == 0
+
+
+def test_a_mixture_of_experts_has_no_mlp_units():
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="no single MLP"):
+        Hookpoint.of(transformers.AutoModelForCausalLM.from_config(config), 1, "mlp")
+
+
 def test_vision_tower_is_not_taken():
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 64}
     vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}

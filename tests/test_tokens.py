@@ -165,3 +165,14 @@ def test_a_stream_is_repeatable_and_read_by_the_window(tiny_tokenizer):
         for field in dataclasses.fields(a):
             x, y = getattr(a, field.name), getattr(b, field.name)
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_last_tokens_are_kept_on_demand(bos, make_tokenizer):
+    tokenizer = make_tokenizer(bos=bos)
+    ids = tokenizer.encode("one two three four five six seven eight")
+    start = [BOS] if bos else []
+    found = rows(tokenize(docs("one two three four five six seven eight"), tokenizer, max_length=6, keep="last"))
+    assert found[10] == start + ids[len(ids) - 6 + len(start) :]
+    short = rows(tokenize(docs("one two"), tokenizer, max_length=60, keep="last"))
+    assert short[10] == start + tokenizer.encode("one two")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from latentprior.errors import InputError, unknown
 from latentprior.text import Document
+
+Keep = Literal["first", "last"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def tokenize(
     batch_tokens: int = 4096,
     padding_side: str = "right",
     chat: bool = False,
+    keep: Keep = "first",
     window: int = 1024,
     first_index: int = 0,
 ) -> Iterator[TokenBatch]:
@@ -58,6 +61,7 @@ def tokenize(
         batch_tokens: most tokens of a batch, padding included; a longer document is a batch of its own.
         padding_side: "right" or "left".
         chat: wrap every document as a user message in the tokenizer's chat template.
+        keep: which tokens of a longer document to keep, the "first" or the "last" ones; BOS always.
         window: documents that are sorted together.
         first_index: number of the first batch, where `documents` begin at a later window of a longer stream.
 
@@ -66,6 +70,8 @@ def tokenize(
     """
     if padding_side not in ("right", "left"):
         raise unknown("padding_side", padding_side, ("right", "left"))
+    if keep not in get_args(Keep):
+        raise unknown("keep", keep, get_args(Keep))
     for name, value, least in (("max_length", max_length, 2), ("batch_tokens", batch_tokens, 1), ("window", window, 1)):
         if value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")
@@ -77,7 +83,7 @@ def tokenize(
         remaining = iter(documents)
         index = first_index
         while block := list(islice(remaining, window)):
-            rows = encode([document.text for document in block], tokenizer, max_length, chat)
+            rows = encode([document.text for document in block], tokenizer, max_length, chat, keep)
             lengths = np.array([len(row) for row in rows])
             order = [int(i) for i in np.argsort(lengths, kind="stable") if lengths[i] > 1]
             runs = list(_cut(order, lengths, batch_tokens))
@@ -97,9 +103,13 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, chat: bool = False
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    chat: bool = False,
+    keep: Keep = "first",
 ) -> list[list[int]]:
-    """Token ids of each text, BOS first, cut to `max_length` (None: whole)."""
+    """Token ids of each text, BOS first, cut to the first or last `max_length` (None: whole)."""
     rows: Any  # transformers' annotations cover every form of output
     if chat:
         messages = [[{"role": "user", "content": text}] for text in texts]
@@ -109,7 +119,10 @@ def encode(
         rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     start = [] if bos is None else [bos]
-    return [(row if row[:1] == start else start + row)[:max_length] for row in rows]
+    rows = [row if row[:1] == start else start + row for row in rows]
+    if keep == "first" or max_length is None:
+        return [row[:max_length] for row in rows]
+    return [row if len(row) <= max_length else start + row[len(row) - max_length + len(start) :] for row in rows]
 
 
 def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:

@@ -10,9 +10,10 @@ from latentprior.errors import InputError, unknown
 
 Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
-Side = Literal["output", "input"]
+Side = Literal["output", "input", "mlp"]
 
 SOLVERS: tuple[Solver, ...] = ("euler", "midpoint", "heun", "ab2")
+SIDES: tuple[Side, ...] = ("output", "input", "mlp")
 GRIDS: tuple[Grid, ...] = ("uniform", "official")
 
 

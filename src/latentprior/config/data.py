@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Side, bytes_of, one_of, positive, size_of, unit_interval
+from latentprior.config.base import SIDES, Side, bytes_of, one_of, positive, size_of, unit_interval
 from latentprior.errors import InputError
 
 
@@ -87,7 +87,7 @@ class RecordConfig:
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
     side: Side = "output"
-    """Record a block's output or its input."""
+    """Record a block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
     """Documents are cut to this many tokens, the beginning-of-sequence token included."""
     positions: Literal["all", "last", "random"] = "all"
@@ -121,7 +121,7 @@ class RecordConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "side", ("output", "input"))
+        one_of(self, "side", SIDES)
         one_of(self, "positions", ("all", "last", "random"))
         one_of(self, "dtype", ("bfloat16", "float32"))
         one_of(self, "sinks", ("drop", "keep"))
@@ -148,7 +148,7 @@ class StreamConfig:
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch."""
     side: Side = "output"
-    """A block's output or its input."""
+    """A block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
     """Documents are cut to this many tokens, the beginning-of-sequence token included."""
     batch_tokens: int = 4096
@@ -171,7 +171,7 @@ class StreamConfig:
     """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
 
     def __post_init__(self) -> None:
-        one_of(self, "side", ("output", "input"))
+        one_of(self, "side", SIDES)
         one_of(self, "buffer_device", ("auto", "cpu"))
         one_of(self, "sinks", ("drop", "keep"))
         positive(self, "max_length", "batch_tokens", "statistics", "lanes")

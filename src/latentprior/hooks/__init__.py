@@ -1,0 +1,23 @@
+"""Reading and changing the hidden states of a language model.
+
+A *layer* is the index of a decoder block; its "output" side is `hidden_states[layer + 1]` of transformers, its "input"
+side `hidden_states[layer]`, its "mlp" side the hidden units of its MLP, the input of the down projection. Blocks are
+found from the model itself, so any decoder-only architecture works.
+"""
+
+from latentprior.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
+from latentprior.hooks.hookpoint import Hookpoint
+from latentprior.hooks.passes import ForwardInputs, capture, edit, forward_inputs, run_cut
+
+__all__ = [
+    "ForwardInputs",
+    "Hookpoint",
+    "capture",
+    "drop_blocks_after",
+    "edit",
+    "find_blocks",
+    "forward_inputs",
+    "forward_parameters",
+    "run_cut",
+    "text_config",
+]
