@@ -25,6 +25,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
+from chat_server import serving  # noqa: E402
+
 VOCAB = 320
 WIDTH = 32
 LAYERS = 4
@@ -144,6 +146,14 @@ def tiny_llm() -> Callable[..., transformers.PreTrainedModel]:
 def has_assets() -> bool:
     """Whether the packages of requirements-assets.txt are installed."""
     return not _missing_assets()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that starts a `chat_server.Server` with a script."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

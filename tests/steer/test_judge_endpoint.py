@@ -6,27 +6,27 @@ import json
 import multiprocessing
 import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from chat_server import Reply, completion
 from latentprior.config import JudgeConfig, SteerConfig
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
 from latentprior.steer import Direction
 from latentprior.steer.cases import Case
 from latentprior.steer.judge import Cost, EndpointJudge, RatingRequest, endpoint_key
+from latentprior.steer.judge.answers import Malformed
 from latentprior.steer.judge.ledger import read_ledger
 from latentprior.steer.prompts import Prompts
 from latentprior.steer.rate import rater_of
@@ -35,117 +35,8 @@ KEY = "sk-very-secret"
 LONG = 30.0
 
 
-def completion(content: Any) -> bytes:
-    """The body of a chat completion."""
-    message = {"role": "assistant", "content": content}
-    usage = {"prompt_tokens": 100, "completion_tokens": 6}
-    return json.dumps({"choices": [{"index": 0, "message": message}], "usage": usage}).encode()
-
-
-@dataclass
-class Reply:
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    drop: int | None = None
-    """Close the connection after so many bytes of the body; -1: before the status."""
-    trickle: bool = False
-    """Send a byte every 20 ms."""
-    until: threading.Event | None = None
-    """Send nothing before this is set."""
-
-
 def rated(rating: int) -> Reply:
     return Reply(completion(f'{{"rating": {rating}}}'))
-
-
-@dataclass
-class Server:
-    """A stand-in: `script(text, n)` makes the reply to the n-th call about a text, counted from 0."""
-
-    script: Callable[[str, int], Reply]
-    url: str = ""
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter)
-    paid: Counter[str] = field(default_factory=Counter)
-    """Ratings sent, by text."""
-    at_once: int = 0
-    most_at_once: int = 0
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def wait_for_calls(self, count: int) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.calls.total() >= count, timeout=120)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Any
-
-    def do_POST(self) -> None:
-        state: Server = self.server.state
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][1]["content"].partition("<text>")[2].partition("</text>")[0]
-        with state.changed:
-            reply = state.script(text, state.calls[text])
-            state.calls[text] += 1
-            state.bodies.append(body)
-            state.headers.append(dict(self.headers))
-            state.paths.append(self.path)
-            state.times.append(time.monotonic())
-            state.at_once += 1
-            state.most_at_once = max(state.most_at_once, state.at_once)
-            state.paid[text] += reply.drop is None and b"rating" in reply.body and reply.status == 200
-            state.changed.notify_all()
-        try:
-            self.reply(reply)
-        except OSError:
-            pass  # the judge hung up
-        finally:
-            with state.changed:
-                state.at_once -= 1
-
-    def reply(self, reply: Reply) -> None:
-        if reply.until is not None:
-            reply.until.wait(LONG)
-        if reply.drop == -1:
-            self.close_connection = True
-            return
-        self.send_response(reply.status)
-        for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        for i in range(len(reply.body) if reply.trickle else 0):
-            self.wfile.write(reply.body[i : i + 1])
-            time.sleep(0.02)
-        if not reply.trickle:
-            self.wfile.write(reply.body[: reply.drop])
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch) -> Iterator[Callable[..., Server]]:
-    """A function that starts a `Server` with a script."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = []
-
-    def start(script: Callable[[str, int], Reply]) -> Server:
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        http.daemon_threads = True
-        state = Server(script, f"http://127.0.0.1:{http.server_port}/v1")
-        http.state = state  # type: ignore[attr-defined]
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        running.append(http)
-        return state
-
-    yield start
-    for http in running:
-        http.shutdown()
-        http.server_close()
 
 
 def judge_at(url: str, folder: Path, **options: Any) -> EndpointJudge:
@@ -294,6 +185,46 @@ def test_the_wait_doubles_and_is_spread(serve, tmp_path):
     for key, share in (("00000000", 0.5), ("ffffffff", 1.0)):
         waits = [judge._backoff(key, tries) for tries in range(1, 7)]
         assert waits == pytest.approx([share * wait for wait in (1, 2, 4, 8, 10, 10)])
+
+
+@dataclass(frozen=True)
+class Colour:
+    """A request that is no rating: it wants a colour, as `{"colour": ...}`."""
+
+    text: str
+    kind = "colour"
+    version: ClassVar[int] = 3
+    answer_tokens: ClassVar[int] = 5
+
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": "colours"}, {"role": "user", "content": f"<text>{self.text}</text>"}]
+
+    def parse(self, answer: str) -> dict[str, str]:
+        if not answer.startswith("it is "):
+            raise Malformed("no colour")
+        return {"colour": answer.removeprefix("it is ")}
+
+    def again(self, answer: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": "again"}]
+
+
+def test_a_request_brings_its_own_parser_reminder_and_cost(serve, tmp_path):
+    server = serve(lambda text, n: Reply(completion("it is red" if n or text == "a" else "red")))
+    judge, requests = judge_at(server.url, tmp_path, reasks=1), [Colour("a"), Colour("b")]
+    assert judge.estimate(requests).answer_tokens == 10 and judge.recall(requests) == [None, None]
+    answers = judge.ask(requests)
+    assert [answer.value for answer in answers.results] == [{"colour": "red"}] * 2 == judge.recall(requests)
+    assert (answers.failed, answers.calls, answers.troubles) == (0, 3, {"malformed": 1})
+    assert [len(body["messages"]) for body in server.bodies].count(3) == 1
+    assert judge.ask(requests).calls == 0 and server.calls.total() == 3
+    (rating,) = judge(about("a")).results  # another kind of request about the same text, in the same ledger
+    assert rating.value is None and len(read_ledger(judge.ledger)) == 2
+
+
+def test_keys_of_paid_ratings_never_change(tmp_path):
+    """Else every rating that anybody paid for would be asked for again."""
+    ((key, _),) = judge_at("https://host", tmp_path)._keyed(about("text 1"))
+    assert key == "0d7064cfb4ce1b34db7f7af857e93b1867cc0720503337aa1fbf74723e57ba0e"
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 401, 402, 404])

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from latentprior.errors import InputError
-from latentprior.steer.judge.ledger import Ledger, content_key, read_ledger
+from latentprior.steer.judge.ledger import Ledger, content_key, read_ledger, value_of
 
 
 @pytest.fixture
@@ -32,6 +32,23 @@ def test_what_is_added_is_read(path):
     assert {key: entry["rating"] for key, entry in read_ledger(path).items()} == {"k0": 0, "k1": 1, "k2": 2}
     assert read_ledger(path)["k1"]["answer"] == "é\n\ud800 1"
     assert read_ledger(path.with_name("none")) == {}
+
+
+def test_any_value_but_null_is_kept(path):
+    values = [0, False, "", [], {"description": "é", "list": [0.25, True]}]
+    with Ledger(path) as ledger:
+        for i, value in enumerate(values):
+            ledger.add(f"k{i}", value)
+    assert [value_of(entry) for entry in read_ledger(path).values()] == values
+    path.write_bytes(path.read_bytes() + b'{"key": "k", "rating": null}\n')
+    with pytest.raises(InputError, match="line 6 of the ledger .* is damaged"):
+        read_ledger(path)
+
+
+def test_a_ledger_of_the_first_version_is_read(path):
+    path.parent.mkdir()
+    path.write_text('{"key": "k", "rating": 2, "model": "m", "kind": "concept", "answer": "2", "usage": null}\n')
+    assert value_of(read_ledger(path)["k"]) == 2
 
 
 def test_cut_off_anywhere_it_keeps_the_whole_lines_and_goes_on(path):

@@ -12,7 +12,7 @@ import pyarrow as pa
 from latentprior.config import SteerConfig
 from latentprior.progress import Phase
 from latentprior.steer.cases import Case
-from latentprior.steer.judge.endpoint import EndpointJudge, endpoint_key
+from latentprior.steer.judge.endpoint import endpoint_of
 from latentprior.steer.judge.ratings import SCALES, Kind, RatingRequest
 
 Rater = Callable[[pa.Table, Sequence[Case], Path, Phase], tuple[pa.Table, dict[str, Any] | None]]
@@ -29,22 +29,12 @@ def rater_of(config: SteerConfig) -> Rater:
     Raises:
         InputError: the environment variable of the key is not set.
     """
-    judge = config.judge
-    if judge.url is None or judge.model is None:
+    endpoint = endpoint_of(config.judge, Path(config.output) / "ratings.jsonl")
+    if endpoint is None:
         return lambda table, cases, folder, phase: (table, None)
-    url, model = judge.url, judge.model
-    key = endpoint_key(judge.key_variable) if judge.key_variable else None
+    judge = config.judge
 
     def rate(table: pa.Table, cases: Sequence[Case], folder: Path, phase: Phase) -> tuple[pa.Table, dict[str, Any]]:
-        endpoint = EndpointJudge(
-            url,
-            model,
-            key,
-            ledger=folder / "ratings.jsonl",
-            concurrency=judge.workers,
-            timeout=judge.timeout,
-            attempts=judge.attempts,
-        )
         kind: Kind = "trait" if config.experiment == "persona" else "concept"
         concepts = requests(table, cases, kind)
         fluencies = [RatingRequest("fluency", request.continuation) for request in concepts]
@@ -61,7 +51,7 @@ def rater_of(config: SteerConfig) -> Rater:
         table = with_column(table, "concept_offline", table["concept"].to_numpy())
         table = with_column(with_column(table, "concept", concept), "fluency", fluency)
         return table, {
-            "model": model,
+            "model": endpoint.model,
             "kind": kind,
             "failed": ratings.failed,
             "calls": ratings.calls,

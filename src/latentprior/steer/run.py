@@ -17,8 +17,9 @@ from latentprior.config import SteerConfig, to_dict
 from latentprior.errors import InputError
 from latentprior.files import replace_text
 from latentprior.hooks import Hookpoint
-from latentprior.llm import fast_dtype, load_llm, resolve_device
+from latentprior.llm import load_llm
 from latentprior.prior import GLP
+from latentprior.priors import heldout_loss, priors_of
 from latentprior.progress import Phase, unseen
 from latentprior.provenance import stamp
 from latentprior.steer.cases import Case, cases_of
@@ -77,7 +78,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
         "mean_norm": mean_norm,
         "summary": summarise(table, seed=config.seed),
         "repairs": _repairs(config, priors),
-        "priors": {name: {"heldout_loss": _heldout_loss(glp)} for name, glp in priors.items()},
+        "priors": {name: {"heldout_loss": heldout_loss(glp)} for name, glp in priors.items()},
         "judges": {case.direction.name: case.judged_by for case in cases},
         "directions": [_described(case) for case in cases],
         "ratings": ratings,
@@ -94,36 +95,13 @@ def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
     Raises:
         InputError: a prior without hookpoint or mean norm, or priors of different hookpoints.
     """
-    device = resolve_device(config.llm.device)
-    dtype = fast_dtype(device) if config.precision == "auto" else getattr(torch, config.precision)
-    priors: dict[str, GLP] = {}
-    hookpoint: Hookpoint | None = None
-    for name in config.priors:
-        glp = GLP.from_pretrained(name, device=device).cast(dtype)
-        mine = _hookpoint(glp, name, config.layer)
-        if hookpoint is not None and (mine.model, mine.layer, mine.side) != (
-            hookpoint.model,
-            hookpoint.layer,
-            hookpoint.side,
-        ):
-            raise InputError(f"{name} is a prior of {mine.model} layer {mine.layer}, {config.priors[0]} of another")
+    priors, hookpoint = priors_of(
+        config.priors, layer=config.layer, device=config.llm.device, precision=config.precision
+    )
+    for name, glp in priors.items():
         if not float(glp.normalizer.mean_norm[glp.normalizer.rows(config.layer)]) > 0:
             raise InputError(f"{name} does not know its layer's mean activation norm, the unit of strength")
-        hookpoint = hookpoint or mine
-        priors[name] = glp
-    assert hookpoint is not None  # the configuration names a prior
     return priors, hookpoint
-
-
-def _hookpoint(glp: GLP, name: str, layer: int | None) -> Hookpoint:
-    if not glp.hookpoints:
-        raise InputError(f"{name} does not say what it was trained on: give it `hookpoints` first")
-    glp.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
-    return next(h for h in glp.hookpoints if layer is None or h.layer == layer)
-
-
-def _heldout_loss(glp: GLP) -> float | None:
-    return glp.provenance.get("training", {}).get("heldout_loss")
 
 
 def _repairs(config: SteerConfig, priors: dict[str, GLP]) -> dict[str, Any]:

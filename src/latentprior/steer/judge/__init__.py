@@ -1,5 +1,6 @@
-"""Judging steered text: a concept's presence and fluency, without any service, and ratings by a language model."""
+"""Judging steered text: a concept's presence and fluency, without any service, and answers of a language model."""
 
+from latentprior.steer.judge.answers import Answer, Answers, Request
 from latentprior.steer.judge.concept import (
     NAME,
     ConceptClassifier,
@@ -16,6 +17,8 @@ from latentprior.steer.judge.ratings import RatingRequest, parse_rating
 
 __all__ = [
     "NAME",
+    "Answer",
+    "Answers",
     "ConceptClassifier",
     "Cost",
     "Embedder",
@@ -27,6 +30,7 @@ __all__ = [
     "RatingResult",
     "Ratings",
     "Reading",
+    "Request",
     "conditional_nll",
     "distinct_ngrams",
     "endpoint_key",

@@ -1,40 +1,40 @@
-"""Ratings by a language model behind any endpoint that speaks the chat completions protocol of OpenAI."""
+"""Answers of a language model behind any endpoint that speaks the chat completions protocol of OpenAI."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from latentprior.config import JudgeConfig
 from latentprior.errors import InputError
 from latentprior.progress import Report, silent
-from latentprior.steer.judge.ledger import Ledger, content_key, read_ledger
+from latentprior.steer.judge.answers import Answer, Answers, Malformed, Message, Request
+from latentprior.steer.judge.ledger import Ledger, content_key, read_ledger, value_of
 from latentprior.steer.judge.post import Refused, Rejected, Unavailable, opener, post_json
-from latentprior.steer.judge.ratings import VERSION, Malformed, Message, RatingRequest, parse_rating, reminder
+from latentprior.steer.judge.ratings import RatingRequest
 
 CHARACTERS_PER_TOKEN = 4
-ANSWER_TOKENS = 12
-"""What an answer is taken to cost in `estimate`; models that reason first bill more."""
 OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
 NOT_ASKED, MALFORMED = "not asked", "malformed"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What rating will take, estimated beforehand."""
+    """What asking will take, estimated beforehand."""
 
     calls: int
     """Requests to the endpoint, if none fails."""
     known: int
-    """Ratings that need no call: in the ledger already, or asked for twice."""
+    """Answers that need no call: in the ledger already, or asked for twice."""
     prompt_tokens: int
     """Characters of the prompts / 4."""
     answer_tokens: int
@@ -42,47 +42,15 @@ class Cost:
     """In the currency of the prices; None if no price is known."""
 
 
-@dataclass(frozen=True)
-class RatingResult:
-    """The rating of one request."""
-
-    rating: int | None
-    """None if it failed: never a score."""
-    reason: str = ""
-    """Why it failed; empty if it did not."""
-    calls: int = 0
-    """Calls that were made for it; 0 if it was in the ledger."""
-    troubles: tuple[str, ...] = ()
-    """What went wrong on the way: HTTP statuses, "time-out", "connection", "not JSON", "malformed"."""
+RatingResult = Answer[int]
 
 
-@dataclass(frozen=True)
-class Ratings:
-    """Ratings in the order of their requests; those of equal requests are one and the same result."""
-
-    results: list[RatingResult]
+class Ratings(Answers[int]):
+    """Ratings in the order of their requests."""
 
     def values(self) -> np.ndarray:
         """[N] float64, NaN where there is no rating."""
-        return np.array([np.nan if result.rating is None else result.rating for result in self.results], np.float64)
-
-    @property
-    def failed(self) -> int:
-        """Requests without a rating."""
-        return sum(result.rating is None for result in self.results)
-
-    @property
-    def calls(self) -> int:
-        """Calls that were made."""
-        return sum(result.calls for result in self._distinct())
-
-    @property
-    def troubles(self) -> Counter[str]:
-        """How often each thing went wrong, also where a further try went well."""
-        return Counter(trouble for result in self._distinct() for trouble in result.troubles)
-
-    def _distinct(self) -> Iterable[RatingResult]:
-        return {id(result): result for result in self.results}.values()
+        return np.array([np.nan if result.value is None else result.value for result in self.results], np.float64)
 
 
 def endpoint_key(variable: str) -> str:
@@ -97,24 +65,43 @@ def endpoint_key(variable: str) -> str:
     return key
 
 
+def endpoint_of(config: JudgeConfig, ledger: str | Path) -> EndpointJudge | None:
+    """The judge that `config` names, with its key from the environment; None if it names none.
+
+    Raises:
+        InputError: the environment variable of the key is not set; see `EndpointJudge`.
+    """
+    if config.url is None or config.model is None:
+        return None
+    return EndpointJudge(
+        config.url,
+        config.model,
+        endpoint_key(config.key_variable) if config.key_variable else None,
+        ledger=ledger,
+        concurrency=config.workers,
+        timeout=config.timeout,
+        attempts=config.attempts,
+    )
+
+
 class EndpointJudge:
-    """Rates texts by calls to an endpoint; every rating is paid for once and kept in a ledger on disk.
+    """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a ledger on disk.
 
     Calls run in threads. A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a
     response that is not JSON) is repeated after `backoff` s, twice that, and so on, and never before the server's
-    Retry-After; an answer without a valid rating is asked for again. A request that fails for good gets no rating and a
+    Retry-After; an answer without a valid value is asked for again. A request that fails for good gets no value and a
     reason; the next run asks for it again.
 
     Args:
         url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
         model: name of the model there.
         key: bearer token; None for endpoints that need none.
-        ledger: file of paid ratings, made if missing. A rating is found by model, messages, options, kind and version
+        ledger: file of paid answers, made if missing. An answer is found by model, messages, options, kind and version
             of the wording, whatever the endpoint.
         concurrency: most calls at a time.
         timeout: seconds for one call.
-        attempts: most failed calls for one rating.
-        reasks: how often an answer without a rating is asked for again.
+        attempts: most failed calls for one request.
+        reasks: how often a malformed answer is asked for again.
         backoff: seconds before the second try.
         longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
         patience: after this many requests in a row that got no answer at all, the others are not asked.
@@ -166,12 +153,12 @@ class EndpointJudge:
 
     def estimate(
         self,
-        requests: Sequence[RatingRequest],
+        requests: Sequence[Request[Any]],
         *,
         prompt_price: float | None = None,
         answer_price: float | None = None,
     ) -> Cost:
-        """What rating `requests` will take, given what the ledger holds; calls nothing.
+        """What asking `requests` will take, given what the ledger holds; calls nothing.
 
         Args:
             prompt_price, answer_price: of a million tokens.
@@ -183,19 +170,23 @@ class EndpointJudge:
         pending = {key: request for key, request in self._keyed(requests) if key not in known}
         texts = (message["content"] for request in pending.values() for message in request.messages())
         prompt_tokens = -(-sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
-        answer_tokens = ANSWER_TOKENS * len(pending)
+        answer_tokens = sum(request.answer_tokens for request in pending.values())
         money = None
         if prompt_price is not None or answer_price is not None:
             money = (prompt_tokens * (prompt_price or 0.0) + answer_tokens * (answer_price or 0.0)) / 1e6
         return Cost(len(pending), len(requests) - len(pending), prompt_tokens, answer_tokens, money)
 
     def __call__(self, requests: Sequence[RatingRequest], *, report: Report = silent) -> Ratings:
-        """The ratings of `requests`, in their order.
+        """The ratings of `requests`; see `ask`."""
+        return Ratings(self.ask(requests, report=report).results)
+
+    def ask(self, requests: Sequence[Request[Value]], *, report: Report = silent) -> Answers[Value]:
+        """The answers to `requests`, in their order.
 
         If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
 
         Args:
-            report: gets ratings done that were not in the ledger, of how many, and how many failed.
+            report: gets answers done that were not in the ledger, of how many, and how many failed.
 
         Raises:
             InputError: the endpoint refuses every request (wrong URL, key or account), or the ledger is damaged, in use
@@ -203,30 +194,39 @@ class EndpointJudge:
         """
         keyed = self._keyed(requests)
         with Ledger(self.ledger) as ledger:
-            known = {key: RatingResult(ledger.entries[key]["rating"]) for key, _ in keyed if key in ledger.entries}
+            known = {key: Answer(value_of(ledger.entries[key])) for key, _ in keyed if key in ledger.entries}
             pending = {key: request for key, request in keyed if key not in known}
-            results = known | self._rate_all(pending, ledger, report)
-        return Ratings([results[key] for key, _ in keyed])
+            results = known | self._ask_all(pending, ledger, report)
+        return Answers([results[key] for key, _ in keyed])
 
-    def _keyed(self, requests: Sequence[RatingRequest]) -> list[tuple[str, RatingRequest]]:
-        return [(content_key(self._body(r.messages()) | {"kind": r.kind, "version": VERSION}), r) for r in requests]
+    def recall(self, requests: Sequence[Request[Value]]) -> list[Value | None]:
+        """What the ledger holds of the answers to `requests`, None where it has none; calls nothing.
+
+        Raises:
+            InputError: a damaged ledger.
+        """
+        known = read_ledger(self.ledger)
+        return [value_of(known[key]) if key in known else None for key, _ in self._keyed(requests)]
+
+    def _keyed(self, requests: Sequence[Request[Value]]) -> list[tuple[str, Request[Value]]]:
+        return [(content_key(self._body(r.messages()) | {"kind": r.kind, "version": r.version}), r) for r in requests]
 
     def _body(self, messages: list[Message]) -> dict[str, Any]:
         return {**self.options, "model": self.model, "messages": messages}
 
-    def _rate_all(
-        self, pending: Mapping[str, RatingRequest], ledger: Ledger, report: Report
-    ) -> dict[str, RatingResult]:
-        results: dict[str, RatingResult] = {}
+    def _ask_all(
+        self, pending: Mapping[str, Request[Value]], ledger: Ledger, report: Report
+    ) -> dict[str, Answer[Value]]:
+        results: dict[str, Answer[Value]] = {}
         failed = unanswered = 0
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            futures = {pool.submit(self._rate, key, item, ledger, stop): key for key, item in pending.items()}
+            futures = {pool.submit(self._ask_one, key, item, ledger, stop): key for key, item in pending.items()}
             for future in as_completed(futures):
                 result = results[futures[future]] = future.result()
-                failed += result.rating is None
-                answered = result.rating is not None or MALFORMED in result.troubles
+                failed += result.value is None
+                answered = result.value is not None or MALFORMED in result.troubles
                 unanswered = 0 if answered else unanswered + 1
                 report(len(results), len(pending), {"failed": failed})
                 if unanswered >= self.patience:
@@ -238,36 +238,36 @@ class EndpointJudge:
             pool.shutdown(cancel_futures=True)
         return results
 
-    def _rate(self, key: str, request: RatingRequest, ledger: Ledger, stop: threading.Event) -> RatingResult:
-        """Ask until there is a rating or the request has failed; a rating is in the ledger before this returns."""
-        messages, troubles, calls, unrated = request.messages(), [], 0, 0
+    def _ask_one(self, key: str, request: Request[Value], ledger: Ledger, stop: threading.Event) -> Answer[Value]:
+        """Ask until there is a value or the request has failed; a value is in the ledger before this returns."""
+        messages, troubles, calls, malformed = request.messages(), [], 0, 0
         answer, reason, pause = "", NOT_ASKED, 0.0
         while not stop.wait(pause):
             calls += 1
             try:
-                answer, usage = self._ask(messages)
-                rating = parse_rating(answer, request.kind)
+                answer, usage = self._post(messages)
+                value = request.parse(answer)
             except Rejected as error:
-                return RatingResult(None, str(error), calls, (*troubles, error.trouble))
+                return Answer(None, str(error), calls, (*troubles, error.trouble))
             except Unavailable as error:
                 troubles.append(error.trouble)
                 reason, asked_to_wait = str(error), error.retry_after or 0.0
-                if len(troubles) - unrated >= self.attempts or asked_to_wait > self.longest_wait:
+                if len(troubles) - malformed >= self.attempts or asked_to_wait > self.longest_wait:
                     break
                 pause = max(asked_to_wait, self._backoff(key, len(troubles)))
             except Malformed as error:
                 troubles.append(MALFORMED)
-                unrated += 1
+                malformed += 1
                 reason, pause = f"malformed answer: {error}", 0.0
-                if unrated > self.reasks:
+                if malformed > self.reasks:
                     break
-                messages = request.messages() + reminder(answer)
+                messages = request.messages() + request.again(answer)
             else:
-                ledger.add(key, rating, model=self.model, kind=request.kind, answer=answer, usage=usage)
-                return RatingResult(rating, "", calls, tuple(troubles))
-        return RatingResult(None, reason, calls, tuple(troubles))
+                ledger.add(key, value, model=self.model, kind=request.kind, answer=answer, usage=usage)
+                return Answer(value, "", calls, tuple(troubles))
+        return Answer(None, reason, calls, tuple(troubles))
 
-    def _ask(self, messages: list[Message]) -> tuple[str, Any]:
+    def _post(self, messages: list[Message]) -> tuple[str, Any]:
         """The model's answer, and the tokens that the server counted."""
         response = post_json(self._client, self.url, self._body(messages), key=self._key, timeout=self.timeout)
         try:

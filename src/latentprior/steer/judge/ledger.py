@@ -1,4 +1,4 @@
-"""Ratings that were paid for, on disk: a list of lines that is only ever added to."""
+"""Answers that were paid for, on disk: a list of lines that is only ever added to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from latentprior.errors import InputError
+
+VALUE = "rating"  # what every answer was when the first ledgers were written
 
 
 def content_key(content: Mapping[str, Any]) -> str:
@@ -40,12 +42,17 @@ def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     return dict(_entry(line, path, number) for number, line in enumerate(lines, start=1))
 
 
+def value_of(entry: Mapping[str, Any]) -> Any:
+    """The JSON value that an entry holds, never None."""
+    return entry[VALUE]
+
+
 def _entry(line: bytes, path: Path, number: int) -> tuple[str, dict[str, Any]]:
     try:
         entry = json.loads(line)
-        if isinstance(entry, dict) and isinstance(entry.get("key"), str) and type(entry.get("rating")) is int:
+        if isinstance(entry, dict) and isinstance(entry.get("key"), str) and entry.get(VALUE) is not None:
             return entry["key"], entry
-        reason = "it has no key and rating"
+        reason = "it has no key and value"
     except (ValueError, RecursionError) as error:
         reason = str(error)
     # Passing over it would pay a second time for what it held, without a word.
@@ -92,17 +99,18 @@ class Ledger:
             raise InputError(f"cannot write the ledger {self.path}: {error.strerror}") from error
         return descriptor
 
-    def add(self, key: str, rating: int, **values: Any) -> None:
+    def add(self, key: str, value: Any, **values: Any) -> None:
         """Add an entry and flush it to disk.
 
         Args:
             key: from `content_key`.
-            values: JSON values to keep beside the rating.
+            value: any JSON value but null.
+            values: JSON values to keep beside it.
 
         Raises:
             InputError: the disk is full or cannot be written; what was written of the line is taken back.
         """
-        entry = {"key": key, "rating": rating, **values}
+        entry = {"key": key, VALUE: value, **values}
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with self._adding:
             size = os.fstat(self._file).st_size

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from latentprior.errors import InputError, unknown
+from latentprior.steer.judge.answers import Malformed, Message, ask_again, json_objects, whole_number
 
 Kind = Literal["concept", "fluency", "instruction", "trait"]
-Message = dict[str, str]
 
-VERSION = 1
-"""To be raised whenever the wording changes: ratings of another wording are not comparable."""
 SCALES: dict[Kind, int] = {"concept": 2, "fluency": 2, "instruction": 2, "trait": 100}
 """The best rating of each kind; the worst is 0."""
 
@@ -71,6 +67,8 @@ class RatingRequest:
     """What it continues or answers; asked of by "instruction" and "trait"."""
     description: str = ""
     """The concept or trait in words; asked of by "concept" and "trait"."""
+    version: ClassVar[int] = 1
+    answer_tokens: ClassVar[int] = 12
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -85,16 +83,18 @@ class RatingRequest:
         question = _QUESTIONS[self.kind].format(description=self.description, prompt=self.prompt, text=text)
         return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": question}]
 
+    def parse(self, answer: str) -> int:
+        """See `parse_rating`."""
+        return parse_rating(answer, self.kind)
+
+    def again(self, answer: str) -> list[Message]:
+        """See `reminder`."""
+        return reminder(answer)
+
 
 def reminder(answer: str) -> list[Message]:
     """What continues the conversation after an answer without a rating; nothing after an empty one."""
-    if not answer.strip():
-        return []
-    return [{"role": "assistant", "content": answer}, {"role": "user", "content": _REMINDER}]
-
-
-class Malformed(ValueError):
-    """An answer without a valid rating."""
+    return ask_again(answer, _REMINDER)
 
 
 def parse_rating(answer: str, kind: Kind) -> int:
@@ -106,45 +106,10 @@ def parse_rating(answer: str, kind: Kind) -> int:
     Raises:
         Malformed: there is none, several that differ, or the number is out of range, not whole, or not a number.
     """
-    found = [value["rating"] for value in _objects(_without_thoughts(answer)) if "rating" in value]
+    found = [value["rating"] for value in json_objects(answer) if "rating" in value]
     if not found:
         raise Malformed('no JSON object with a "rating"')
-    ratings = {_whole(value, SCALES[kind]) for value in found}
+    ratings = {whole_number(value, range(SCALES[kind] + 1), "rating") for value in found}
     if len(ratings) > 1:
         raise Malformed(f"several ratings: {sorted(ratings)}")
     return ratings.pop()
-
-
-def _without_thoughts(answer: str) -> str:
-    """Reasoning models that are served without a parser of their thoughts put them before the answer."""
-    return answer.rpartition("</think>")[2]
-
-
-def _objects(answer: str) -> list[dict[str, Any]]:
-    """The outermost JSON objects in a text."""
-    decoder = json.JSONDecoder(object_pairs_hook=_distinct)
-    found, begin = [], answer.find("{")
-    while begin >= 0:
-        try:
-            value, end = decoder.raw_decode(answer, begin)
-            found.append(value)
-        except json.JSONDecodeError:
-            end = begin + 1
-        except RecursionError as error:
-            raise Malformed("the answer is nested too deeply") from error
-        begin = answer.find("{", end)
-    return found
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise Malformed("a JSON object names a key twice")
-    return dict(pairs)
-
-
-def _whole(value: Any, largest: int) -> int:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or value not in range(largest + 1):
-        shown = re.sub(r"\s+", " ", repr(value))[:40]
-        raise Malformed(f"the rating must be a whole number from 0 to {largest}, got {shown}")
-    return int(value)
