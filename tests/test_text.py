@@ -466,19 +466,19 @@ def test_probing_split_refuses_other_labels(labels):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("task", ["92_glue_sst2", "5_hist_fig_ismale", "158_code_C"])
-def test_probing_split_is_that_of_sae_probes(task):
+def test_probing_splits_of_all_tasks_are_those_of_sae_probes():
     """Against the package's own function, cut out of its file: the rest of it needs what is not installed."""
     (folder,) = importlib.util.find_spec("sae_probes").submodule_search_locations
     source = (Path(folder) / "utils_data.py").read_text()
     start = source.index("def get_train_test_indices")
     namespace = {"np": np}
     exec(source[start : source.index("\ndef ", start + 1)], namespace)  # noqa: S102
-    _, labels = corpus.labelled(task)
-    n_train = min(len(labels) - 100, 1024)
-    theirs = namespace["get_train_test_indices"](np.array(labels), n_train, len(labels) - n_train - 1)
-    for ours, their in zip(corpus.probing_split(labels), theirs, strict=True):
-        assert np.array_equal(ours, their)
+    for task in corpus.binary_tasks():
+        _, labels = corpus.labelled(task)
+        n_train = min(len(labels) - 100, 1024)
+        theirs = namespace["get_train_test_indices"](np.array(labels), n_train, len(labels) - n_train - 1)
+        for ours, their in zip(corpus.probing_split(labels), theirs, strict=True):
+            assert np.array_equal(ours, their), task
 
 
 @pytest.mark.assets

@@ -3,7 +3,9 @@
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
 from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
 from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SAEConfig, SampleConfig
+from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
+from latentprior.config.probing import SOURCES, ProbeConfig
 from latentprior.config.steering import METHODS, REPAIRS, JudgeConfig, RepairConfig, SteerConfig
 from latentprior.config.sweep import SweepConfig
 from latentprior.config.training import PRESETS, DenoiserConfig, Recipe, TrainConfig
@@ -13,6 +15,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "REPAIRS",
+    "SOURCES",
     "SOLVERS",
     "ConvertConfig",
     "DemoConfig",
@@ -21,7 +24,9 @@ __all__ = [
     "Grid",
     "JudgeConfig",
     "LLMConfig",
+    "NeuronsConfig",
     "PlanConfig",
+    "ProbeConfig",
     "Recipe",
     "RecordConfig",
     "RepairConfig",

@@ -1,0 +1,71 @@
+"""Exploring: what each meta-neuron of a prior responds to and does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from latentprior.config.base import one_of, positive, unit_interval
+from latentprior.config.data import LLMConfig, TextConfig
+from latentprior.config.steering import JudgeConfig
+from latentprior.errors import InputError
+
+
+@dataclass(frozen=True)
+class NeuronsConfig:
+    """Show what each meta-neuron of a prior responds to: its top documents, statistics, tokens, nearest units, tasks.
+
+    Documents pass once through language model and prior.
+    """
+
+    output: str = "runs/neurons"
+    """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
+    prior: str = "runs/prior"
+    """Folder or repository of the prior."""
+    checkpoint: str = "final"
+    """Which of its weights."""
+    layer: int | None = None
+    """Which layer of a multi-layer prior."""
+    t: float = 0.1
+    """Noise level at which the meta-neurons are read."""
+    noises: int = 1
+    """Noises over which a meta-neuron is averaged; every token has the same ones."""
+    tokens: int = 2_000_000
+    """Stop after this many tokens that count: not the first of a document, no attention sinks."""
+    max_length: int = 64
+    """Documents are cut to this many tokens, the beginning-of-sequence token included."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass, padding included."""
+    top: int = 20
+    """Documents to keep of each unit and sign."""
+    reservoir: int = 64
+    """Random documents from which quantile examples and correlations between units are taken."""
+    promoted: int = 10
+    """Tokens to name that a unit promotes, and as many that it suppresses."""
+    neighbours: int = 8
+    """Most correlated units to name."""
+    probe: str | None = None
+    """Folder of a `latentprior probe` run of the same prior: names the tasks that a unit is among the best at."""
+    html: str | None = None
+    """Folder of a static site to look at the units in any browser; by default none."""
+    describe: int = 0
+    """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
+    seed: int = 0
+    """Seed of the noise and of the random documents."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        unit_interval(self, "t")
+        one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        positive(self, "noises", "tokens", "batch_tokens", "top", "reservoir")
+        if self.max_length < 2:
+            raise InputError(f"NeuronsConfig.max_length must be at least 2, got {self.max_length}")
+        for name in ("promoted", "neighbours", "describe"):
+            if getattr(self, name) < 0:
+                raise InputError(f"NeuronsConfig.{name} must not be negative, got {getattr(self, name)}")
+        if self.describe and not self.judge.url:
+            raise InputError("describing units needs an endpoint: give --judge.url and --judge.model")

@@ -1,0 +1,141 @@
+"""One task, all sources: what every feature's probe says, as JSON-ready values."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentprior.config import ProbeConfig
+from latentprior.probe.auc import OneD, probe_1d
+from latentprior.probe.logistic import logistic_1d, sparse_probe
+from latentprior.probe.sources import Source
+from latentprior.probe.tasks import Task
+from latentprior.random import keyed_generator
+
+WINNERS = 20  # best units of a task and source that are kept
+SCREENED, ALL, CHANCE = "screened", "all", "chance"
+Json = dict[str, Any]
+
+
+class Split:
+    """Features of a task's training and test rows, with their labels."""
+
+    def __init__(self, task: Task, source: Source) -> None:
+        features = source.features(task.used())
+        labels = torch.from_numpy(task.labels).to(features.device)
+        self.x, self.x_test = features[: len(task.train)], features[len(task.train) :]
+        self.y, self.y_test = labels[torch.from_numpy(task.train)], labels[torch.from_numpy(task.test)]
+
+    def probed(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
+        """1-D probes with training labels `y`, which may have been permuted."""
+        return probe_1d(self.x, y, candidates=candidates, folds=config.folds)
+
+    def tested(self, probes: OneD, places: Sequence[int]) -> list[float]:
+        """AUCs of candidates on the test rows."""
+        return probes.test_auc(torch.tensor(places, device=self.x.device), self.x_test, self.y_test).tolist()
+
+
+def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], config: ProbeConfig) -> Json:
+    """Probe every source on one task.
+
+    Args:
+        maps: the first prior at the noise levels of the map by block and t.
+
+    Returns:
+        `rows`: for each source and selection the chosen unit with its AUC; `winners`: the best units; `blocks`: the
+        AUC by block of the MLP neurons; `map`: that of each of `maps`; `sparse`: k-sparse and dense probes.
+
+    Raises:
+        InputError: features that are not finite, or too few rows for the folds.
+    """
+    result: Json = {
+        "task": task.name,
+        "family": task.family,
+        "train": len(task.train),
+        "test": len(task.test),
+        "rows": [],
+        "winners": [],
+        "blocks": [],
+        "map": [],
+        "sparse": [],
+    }
+    seconds = {"features": 0.0, "probes": 0.0, "sparse": 0.0}
+    for source in (*sources, *maps):
+        began = time.perf_counter()
+        split = Split(task, source)
+        had = time.perf_counter()
+        seconds["features"] += had - began
+        if source in maps:
+            result["map"].append(_by_block(split.probed(split.y, config, None), split, source, config))
+            seconds["probes"] += time.perf_counter() - had
+            continue
+        _probe_source(task, source, split, config, result)
+        probed = time.perf_counter()
+        seconds["probes"] += probed - had
+        result["sparse"] += _sparse(source, split, config)
+        seconds["sparse"] += time.perf_counter() - probed
+    return result | {"seconds": seconds}
+
+
+def _probe_source(task: Task, source: Source, split: Split, config: ProbeConfig, result: Json) -> None:
+    """Add the source's rows, winners and blocks to `result`."""
+    shuffled = split.y[_permutation(task, config.seed).to(split.y.device)]
+    if config.method == "logistic":
+        winners: OneD = logistic_1d(split.x, split.y, candidates=config.candidates, folds=config.folds)
+        chosen = {SCREENED: (winners, winners.best())}
+    else:
+        winners = split.probed(split.y, config, None)
+        chance = split.probed(shuffled, config, config.candidates)
+        screened = winners.best(config.candidates)
+        chosen = {SCREENED: (winners, screened), ALL: (winners, winners.best()), CHANCE: (chance, chance.best())}
+        if source.name == "mlp-neurons":
+            result["blocks"] = _by_block(winners, split, source, config)
+    for selection, (probes, place) in chosen.items():
+        (found,) = _described(probes, [place], split, source)
+        result["rows"].append({"source": source.name, "selection": selection, **found})
+    order = winners.validation_auc.argsort(descending=True, stable=True)[:WINNERS].tolist()
+    for rank, found in enumerate(_described(winners, order, split, source)):
+        result["winners"].append({"source": source.name, "rank": rank, **found})
+
+
+def _permutation(task: Task, seed: int) -> Tensor:
+    """An order of the training rows, another one for every task."""
+    key = int.from_bytes(blake2b(task.name.encode(), digest_size=8).digest())
+    return torch.randperm(len(task.train), generator=keyed_generator(seed, key))
+
+
+def _described(probes: OneD, places: Sequence[int], split: Split, source: Source) -> list[Json]:
+    units = probes.units[places].tolist()
+    return [
+        {
+            "test_auc": auc,
+            "validation_auc": float(probes.validation_auc[place]),
+            "block": unit // source.width,
+            "index": unit % source.width,
+            "t": source.t,
+            "sign": int(probes.sign[place]),
+        }
+        for place, unit, auc in zip(places, units, split.tested(probes, places), strict=True)
+    ]
+
+
+def _by_block(probes: OneD, split: Split, source: Source, config: ProbeConfig) -> list[float]:
+    """Test AUC of the unit that is chosen among the screened ones of each block."""
+    blocks = probes.units // source.width
+    chosen = []
+    for block in range(source.blocks):
+        places = (blocks == block).nonzero().squeeze(1)[: config.candidates]
+        chosen.append(int(places[probes.validation_auc[places].argmax()]))
+    return split.tested(probes, chosen)
+
+
+def _sparse(source: Source, split: Split, config: ProbeConfig) -> Iterator[Json]:
+    for k in (*config.sparse, *([None] if config.dense else [])):
+        if k is None or k <= source.units:
+            fitted = sparse_probe(split.x, split.y, split.x_test, split.y_test, k=k, folds=config.folds)
+            yield {"source": source.name, "k": k, "test_auc": fitted.test_auc, "validation_auc": fitted.validation_auc}

@@ -1,0 +1,195 @@
+"""Sources of features for probing: the layer's output, MLP neurons, SAE latents, meta-neurons, and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentprior.config import ProbeConfig
+from latentprior.denoiser import Denoiser
+from latentprior.errors import InputError
+from latentprior.evaluate.sae import SAE
+from latentprior.evaluate.saelens import read_sae
+from latentprior.prior import GLP
+from latentprior.priors import heldout_loss
+from latentprior.probe.recording import Recording
+from latentprior.random import keyed_generator, normal
+
+ROWS = 1024  # activations that pass through a denoiser together
+LABELS = {
+    "layer": "Layer output",
+    "rotation": "Layer output, rotated at random",
+    "mlp-neurons": "MLP neurons",
+    "sae": "SAE latents",
+    "random-denoiser": "Untrained denoiser",
+    "meta-neurons": "Meta-neurons",
+}
+_ROTATION, _DENOISER, _NOISE = 1, 2, 3  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """Features of texts: `blocks` times `width` units, numbered block by block."""
+
+    name: str
+    label: str
+    kind: Literal["raw", "mlp", "sae", "prior", "control"]
+    features: Callable[[Sequence[str]], Float[Tensor, "n f"]]
+    blocks: int
+    width: int
+    t: float | None = None
+    """Noise level of a denoiser's units."""
+    prior: str | None = None
+    heldout_loss: float | None = None
+    activations: int | None = None
+    """What the prior was trained on."""
+
+    @property
+    def units(self) -> int:
+        return self.blocks * self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        names = ("name", "label", "kind", "units", "blocks", "t", "prior", "heldout_loss", "activations")
+        return {name: getattr(self, name) for name in names}
+
+
+def sources_of(config: ProbeConfig, recording: Recording, priors: Mapping[str, GLP]) -> list[Source]:
+    """The sources that a run compares: the baselines, the first prior, then the other priors.
+
+    Raises:
+        InputError: an SAE of another hookpoint, or MLP neurons that were not recorded.
+    """
+    first, *others = priors
+    makers: dict[str, Callable[[], Source]] = {
+        "layer": lambda: layer_output(recording),
+        "rotation": lambda: rotated(recording, config.seed),
+        "mlp-neurons": lambda: mlp_neurons(recording),
+        "sae": lambda: sae_latents(recording, config.sae or ""),
+        "random-denoiser": lambda: untrained(config, recording, priors[first]),
+        "meta-neurons": lambda: meta_neurons(config, recording, priors[first], first),
+    }
+    chosen = [makers[name]() for name in config.chosen_sources()]
+    return chosen + [meta_neurons(config, recording, priors[name], name, f"meta-neurons: {name}") for name in others]
+
+
+def layer_output(recording: Recording) -> Source:
+    """Dimensions of the layer's output."""
+    width = recording.hookpoint.width
+    return Source("layer", LABELS["layer"], "raw", lambda texts: recording.output(texts).float(), 1, width)
+
+
+def rotated(recording: Recording, seed: int) -> Source:
+    """The layer's output through a random rotation: are its own axes special?"""
+    width = recording.hookpoint.width
+    rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=keyed_generator(seed, _ROTATION)))
+
+    def features(texts: Sequence[str]) -> Tensor:
+        return recording.output(texts).float() @ rotation
+
+    return Source("rotation", LABELS["rotation"], "control", features, 1, width)
+
+
+def mlp_neurons(recording: Recording) -> Source:
+    """Hidden units of the language model's own MLPs, of all blocks up to the layer (paper, baseline).
+
+    Raises:
+        InputError: they were not recorded.
+    """
+    places = recording.mlp_hookpoints
+    if not places:
+        raise InputError(f"{recording.folder} holds no MLP neurons: record them first")
+
+    def features(texts: Sequence[str]) -> Tensor:
+        return torch.cat([recording.mlp(texts, block) for block in range(len(places))], dim=1)
+
+    return Source("mlp-neurons", LABELS["mlp-neurons"], "mlp", features, len(places), places[0].width)
+
+
+def sae_latents(recording: Recording, folder: str) -> Source:
+    """Latents of a sparse autoencoder.
+
+    Raises:
+        InputError: no SAE there, or one of another hookpoint.
+    """
+    sae, here = read_sae(folder), recording.hookpoint
+    if (sae.hookpoint.layer, sae.hookpoint.side, sae.width) != (here.layer, here.side, here.width):
+        raise InputError(
+            f"the SAE in {folder} belongs to layer {sae.hookpoint.layer} {sae.hookpoint.side} (width {sae.width}), "
+            f"not to layer {here.layer} {here.side} (width {here.width})"
+        )
+    return Source(
+        "sae", LABELS["sae"], "sae", lambda texts: _dense(sae, recording.output(texts).float()), 1, sae.latents
+    )
+
+
+def _dense(sae: SAE, x: Tensor) -> Tensor:
+    indices, values = sae.encode(x)
+    return torch.zeros(len(x), sae.latents).scatter_(1, indices.cpu(), values.cpu())
+
+
+def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
+    """Hidden units of a denoiser of the same shape with torch's initial weights: what training adds is above this."""
+    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator only
+        torch.default_generator.set_state(keyed_generator(config.seed, _DENOISER).get_state())
+        denoiser = Denoiser(like.denoiser.config).to(like.device, like.denoiser.dtype)
+    glp = GLP(denoiser.eval().requires_grad_(False), like.normalizer, like.hookpoints)
+    return _denoiser_units(config, recording, glp, "random-denoiser", LABELS["random-denoiser"], "control", config.t)
+
+
+def meta_neurons(
+    config: ProbeConfig, recording: Recording, glp: GLP, prior: str, name: str = "meta-neurons", t: float | None = None
+) -> Source:
+    """Hidden units of a prior at noise level `t` (None: the configured one), averaged over noises."""
+    label = LABELS["meta-neurons"] if name == "meta-neurons" else f"{LABELS['meta-neurons']} of {prior}"
+    level = config.t if t is None else t
+    return _denoiser_units(config, recording, glp, name, label, "prior", level, prior=prior)
+
+
+def _denoiser_units(
+    config: ProbeConfig,
+    recording: Recording,
+    glp: GLP,
+    name: str,
+    label: str,
+    kind: Literal["prior", "control"],
+    t: float,
+    prior: str | None = None,
+) -> Source:
+    shape = glp.denoiser.config
+
+    def features(texts: Sequence[str]) -> Tensor:
+        x = recording.output(texts).to(glp.device).float()
+        shared = normal(config.noises, 1, glp.width, seed=keyed_generator(config.seed, _NOISE), device=glp.device)
+        own = keyed_generator(config.seed, _NOISE)
+        parts = []
+        for rows in x.split(ROWS):
+            noises = shared if config.noise == "shared" else normal(config.noises, *rows.shape, seed=own).to(x.device)
+            parts.append(unit_means(glp, rows, noises, t, config.layer))
+        return torch.cat(parts)
+
+    training = glp.provenance.get("training", {})
+    return Source(
+        name=name,
+        label=label,
+        kind=kind,
+        features=features,
+        blocks=shape.n_layers,
+        width=shape.d_mlp,
+        t=t,
+        prior=prior,
+        heldout_loss=heldout_loss(glp) if prior is not None else None,
+        activations=training.get("activations") if prior is not None else None,
+    )
+
+
+def unit_means(glp: GLP, x: Tensor, noises: Tensor, t: float, layer: int | None) -> Float[Tensor, "n f"]:
+    """Meta-neurons of `x` [N, d] at `t`, the mean over `noises` [k, 1 or N, d], numbered block by block, float32."""
+    total = sum(glp.features(x, t=t, noise=noise.expand_as(x), layer=layer).float() for noise in noises)
+    assert isinstance(total, Tensor)  # there is at least one noise
+    return total.flatten(1) / len(noises)

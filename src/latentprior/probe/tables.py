@@ -1,0 +1,125 @@
+"""A probing result as tables of plain text, and the look-ups that these share with the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Json = Mapping[str, Any]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+
+MISSING = "-"
+
+
+def tables(result: Json) -> list[Table]:
+    """Title, header and rows of each table: sources, paired differences, families, and what was skipped.
+
+    Args:
+        result: what is in ``probe.json``. A table without rows is left out.
+    """
+    found = [_sources(result), _paired(result), _families(result), _skipped(result)]
+    return [table for table in found if table[2]]
+
+
+def labels(result: Json) -> dict[str, str]:
+    """What each source is called, by name."""
+    return {source["name"]: source.get("label") or source["name"] for source in result["sources"]}
+
+
+def scores(result: Json) -> dict[tuple[str, str], Json]:
+    """Mean test AUC of each (source, selection)."""
+    return {(score["source"], score["selection"]): score for score in result["summary"]["scores"]}
+
+
+def leading(result: Json) -> str | None:
+    """The source that the result is about, the first prior's meta-neurons; None without a prior.
+
+    The AUC has no say: a prior chosen by its test AUC would look better than it is.
+    """
+    names = [source["name"] for source in result["sources"] if source["kind"] == "prior"]
+    return "meta-neurons" if "meta-neurons" in names else next(iter(names), None)
+
+
+def difference(result: Json, a: str, b: str, selection: str = "screened") -> Json | None:
+    """The paired difference of `a` from `b`, whichever way round the result has it; None if it has neither."""
+    for row in result["summary"].get("paired") or []:
+        if row["selection"] != selection:
+            continue
+        if (row["a"], row["b"]) == (a, b):
+            return row
+        if (row["a"], row["b"]) == (b, a):
+            ends = row["interval"] and [-end for end in reversed(row["interval"])]
+            lost = row["tasks"] - row["wins"] - row["ties"]
+            return {**row, "a": a, "b": b, "difference": -row["difference"], "interval": ends, "wins": lost}
+    return None
+
+
+def verdict(row: Json) -> str:
+    """What the interval of a paired difference allows to say."""
+    low, high = row["interval"] or (0.0, 0.0)
+    return "above" if low > 0 else "below" if high < 0 else "not told from zero"
+
+
+def best_of(aucs: Mapping[str, float | None]) -> list[str]:
+    """The sources whose AUC is highest to three decimals, as many as tables show."""
+    shown = {name: round(auc, 3) for name, auc in aucs.items() if auc is not None}
+    return [name for name, auc in shown.items() if auc == max(shown.values())]
+
+
+def _sources(result: Json) -> Table:
+    found = scores(result)
+    rows = []
+    for source in result["sources"]:
+        screened, every, chance = (found.get((source["name"], selection), {}) for selection in _SELECTIONS)
+        units = MISSING if source.get("units") is None else f"{source['units']:,}"
+        aucs = [spread(screened, "auc"), plain(screened.get("validation")), spread(every, "auc")]
+        rows.append([labels(result)[source["name"]], units, *aucs, plain(chance.get("auc"))])
+    title = f"Mean test AUC over {len(result['tasks'])} tasks, 95% intervals"
+    return title, ("source", "units", "screened", "validation", "all units", "chance"), rows
+
+
+def _paired(result: Json) -> Table:
+    named = labels(result)
+    rows = [
+        [
+            f"{named.get(row['a'], row['a'])} over {named.get(row['b'], row['b'])}",
+            str(row["selection"]),
+            spread(row, "difference", "+.4f"),
+            f"{row['wins']}, {row['ties']}, {row['tasks'] - row['wins'] - row['ties']}",
+            verdict(row),
+        ]
+        for row in result["summary"].get("paired") or []
+    ]
+    header = ("difference of mean test AUC", "units", "95% interval", "won, tied, lost", "verdict")
+    return "Paired by task", header, rows
+
+
+def _families(result: Json) -> Table:
+    """What every family's best source is, beside the leading one: a column for each source fits no terminal."""
+    named, lead = labels(result), leading(result)
+    rows = []
+    for family in sorted(result["summary"].get("families") or [], key=lambda family: -family["tasks"]):
+        aucs = family["scores"]
+        best = best_of(aucs)
+        first = [str(family["family"]), str(family["tasks"]), *([plain(aucs.get(lead))] if lead else [])]
+        shown = ", ".join(named.get(name, name) for name in best) or MISSING
+        rows.append([*first, plain(aucs[best[0]] if best else None), shown])
+    return "By task family", ("family", "tasks", *([named[lead]] if lead else []), "best AUC", "of"), rows
+
+
+def _skipped(result: Json) -> Table:
+    rows = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
+    return "Skipped tasks", ("task", "reason"), rows
+
+
+def plain(value: float | None, form: str = ".3f") -> str:
+    return MISSING if value is None else format(value, form)
+
+
+def spread(row: Json, name: str, form: str = ".3f") -> str:
+    """A figure with its interval, where there is one."""
+    ends = row.get("interval")
+    return plain(row.get(name), form) + (f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else "")
+
+
+_SELECTIONS = ("screened", "all", "chance")

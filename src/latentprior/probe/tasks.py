@@ -1,0 +1,127 @@
+"""Labelled texts and their split: the binary tasks of SAE-Probes, or one's own in a CSV file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from latentprior import corpus
+from latentprior.errors import InputError, unknown
+from latentprior.probe.families import family
+
+LEAST = 120  # rows: the protocol keeps 100 of them from training
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A binary classification of texts: which of them train a probe and which test it."""
+
+    name: str
+    family: str
+    texts: list[str]
+    labels: np.ndarray
+    """[N] int64, 0 or 1: the rank of each text's target among the two, sorted."""
+    train: np.ndarray
+    """Rows to train on, in random order."""
+    test: np.ndarray
+    """Rows to test on."""
+
+    def select(self, rows: np.ndarray) -> list[str]:
+        """The texts of rows."""
+        return [self.texts[row] for row in rows]
+
+    def used(self) -> list[str]:
+        """The texts of the training rows, then those of the test rows."""
+        return [*self.select(self.train), *self.select(self.test)]
+
+    def without(self, missing: np.ndarray) -> Task:
+        """The task without the rows [N] bool that were not recorded.
+
+        Raises:
+            InputError: too little is left.
+        """
+        train, test = (rows[~missing[rows]] for rows in (self.train, self.test))
+        for rows in (train, test):
+            if len(np.unique(self.labels[rows])) < 2:
+                raise InputError(f"of task {self.name!r} only one class was recorded")
+        return Task(self.name, self.family, self.texts, self.labels, train, test)
+
+
+def find_task(name: str, *, seed: int = 42, max_test: int | None = None, text: str, label: str) -> Task:
+    """A task of SAE-Probes by its name, or of a CSV file by its path, with the protocol's split.
+
+    Args:
+        name: one of `corpus.binary_tasks()`, or a path that ends in .csv or .csv.zst.
+        seed: of the split; the protocol's is 42.
+        max_test: most test rows, the first ones of the protocol's random order; None: all.
+        text, label: columns of a CSV file.
+
+    Raises:
+        InputError: no such task or file, missing columns, not two classes, or fewer than 120 rows once the classes are
+            balanced.
+    """
+    if name.endswith((".csv", ".csv.zst")):
+        title, group = Path(name).name.removesuffix(".zst").removesuffix(".csv"), "own"
+        texts, labels = read_csv(name, text=text, label=label)
+        texts, labels = _balanced(texts, labels, seed)
+    else:
+        if name not in (names := corpus.binary_tasks()):
+            raise unknown("task", name, names)
+        title, group = name, family(name)
+        texts, codes = corpus.labelled(name)
+        labels = np.asarray(codes)
+    if len(texts) < LEAST:
+        raise InputError(f"task {title!r} has {len(texts)} rows in two equal classes, fewer than {LEAST}")
+    train, test = corpus.probing_split(labels, seed=seed)
+    return Task(title, group, texts, labels, train, test[:max_test])
+
+
+def read_csv(path: str | Path, *, text: str = "prompt", label: str = "target") -> tuple[list[str], np.ndarray]:
+    """Texts and labels (0 or 1) of a CSV file, also compressed by zstd; rows that lack either are left out.
+
+    Raises:
+        InputError: no such file, no CSV, missing columns, or not exactly two distinct targets.
+    """
+    compression = "zstd" if str(path).endswith(".zst") else None
+    try:
+        table = pyarrow.csv.read_csv(
+            pa.input_stream(str(path), compression=compression),
+            read_options=pyarrow.csv.ReadOptions(block_size=2**28),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types={text: pa.string(), label: pa.string()}, strings_can_be_null=True
+            ),
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read the task {str(path)!r}: {' '.join(str(error).split())}") from error
+    for column in (text, label):
+        if column not in table.column_names:
+            raise unknown(f"column of {Path(path).name}", column, table.column_names)
+    table = table.select([text, label]).drop_null()
+    targets = table[label].to_pylist()
+    classes = _ordered(set(targets))
+    if len(classes) != 2:
+        shown = ", ".join(map(repr, classes[:5])) or "none"
+        raise InputError(f"task {Path(path).name!r} needs two distinct targets, got {len(classes)}: {shown}")
+    return table[text].to_pylist(), np.array([classes.index(target) for target in targets])
+
+
+def _ordered(targets: set[str]) -> list[str]:
+    """Sorted as numbers where all are, as scikit-learn's label encoder would have them."""
+    try:
+        return sorted(targets, key=float)
+    except ValueError:
+        return sorted(targets)
+
+
+def _balanced(texts: list[str], labels: np.ndarray, seed: int) -> tuple[list[str], np.ndarray]:
+    """As many rows of each class, in their order: of the larger one some are drawn."""
+    fewest = np.bincount(labels, minlength=2).min()
+    rng = np.random.default_rng(seed)
+    kept = [rng.permutation(np.flatnonzero(labels == c))[:fewest] for c in (0, 1)]
+    rows = np.sort(np.concatenate(kept))
+    return [texts[row] for row in rows], labels[rows]
