@@ -10,7 +10,7 @@ from latentprior.report.markup import Number, duration, interval, number
 Json = Mapping[str, Any]
 
 PARTS = ("record", "train", "evaluate", "steer")
-SUBJECTS = {"sweep": "Scaling of latent priors", "frontier": "Steering"}
+SUBJECTS = {"sweep": "Scaling of latent priors", "probe": "1-D probing", "frontier": "Steering"}
 SOLVERS = {"euler": "Euler", "midpoint": "midpoint", "heun": "Heun", "ab2": "AB2"}
 SOURCES = {
     "real": "Real activations (lower bound)",
@@ -133,8 +133,9 @@ def references(evaluate: Json, prior: Json) -> Iterator[tuple[str, Json]]:
 
 
 def seconds(part: Json) -> Number | None:
-    """How long a part took."""
-    return part.get("seconds", part.get("wall_seconds"))
+    """How long a part took; where it says so for each phase, over all of them."""
+    spent = part.get("seconds", part.get("wall_seconds"))
+    return part.get("wall_seconds", sum(spent.values())) if isinstance(spent, Mapping) else spent
 
 
 def rate(train: Json) -> str:

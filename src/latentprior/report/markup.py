@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Number = float | int  # JSON keeps 1 and 1.0 apart
@@ -66,7 +66,13 @@ def duration(seconds: Number) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def table(title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(
+    title: str,
+    note: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    bold: Collection[tuple[int, int]] = (),
+) -> str:
     """A table whose first column names the rows and whose numbers align at their decimal points.
 
     Wider than the page it scrolls on its own, by keyboard too.
@@ -75,12 +81,15 @@ def table(title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[
         title, note: the caption.
         header: column names, plain text.
         rows: cells, plain text.
+        bold: (row, column) of the cells that stand out.
     """
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
     columns = [[row[0] for row in rows], *(_aligned([row[i] for row in rows]) for i in range(1, len(header)))]
     body = "".join(
-        f'<tr><th scope="row">{text(first)}</th>{"".join(map(_cell, rest))}</tr>'
-        for first, *rest in zip(*columns, strict=True)
+        f'<tr><th scope="row">{text(first)}</th>'
+        + "".join(_cell(shown, (i, j) in bold) for j, shown in enumerate(rest, 1))
+        + "</tr>"
+        for i, (first, *rest) in enumerate(zip(*columns, strict=True))
     )
     return figure(
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(title)}">'
@@ -101,9 +110,9 @@ def _ten_to(exponent: int) -> str:
     return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
-def _cell(shown: str) -> str:
+def _cell(shown: str, bold: bool = False) -> str:
     kind = ' class="interval"' if shown.startswith("[") else ""
-    return f"<td{kind}>{text(shown)}</td>"
+    return f"<td{kind}><b>{text(shown)}</b></td>" if bold else f"<td{kind}>{text(shown)}</td>"
 
 
 def _aligned(cells: Sequence[str]) -> list[str]:

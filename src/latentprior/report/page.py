@@ -15,12 +15,12 @@ from typing import Any
 
 from latentprior.errors import InputError, unknown
 from latentprior.files import replace_text
-from latentprior.report import figures, findings, scaling, steering
+from latentprior.report import figures, findings, probing, scaling, steering
 from latentprior.report.markup import MISSING, Number, duration, figure, interval, number, printable, table, text
 
 Json = Mapping[str, Any]
 
-KINDS = ("demo", "train", "evaluate", "sweep", "frontier")
+KINDS = ("demo", "train", "evaluate", "sweep", "frontier", "probe")
 HEADLINES = 4
 REPLACEMENTS = {
     "prior": "Prior",
@@ -36,8 +36,8 @@ def write_report(result: Json, path: str | Path) -> Path:
 
     Args:
         result: of kind "demo" with any of the parts "record", "train", "evaluate" and "steer", or one part alone:
-            what is in ``evaluate.json``, in ``sweep.json``, in ``steer.json`` (kind "frontier"), or in ``train.json``
-            (add the lines of ``log.jsonl`` as "log" for its curve).
+            what is in ``evaluate.json``, ``sweep.json``, ``steer.json`` (kind "frontier"), ``probe.json``, or
+            ``train.json`` (add the lines of ``log.jsonl`` as "log" for its curve).
         path: the file; its folder is made if need be.
 
     Raises:
@@ -64,7 +64,7 @@ def render(result: Json) -> str:
 
 
 def _page(result: Json, parts: Json) -> str:
-    evaluate, sweep, train = (parts.get(name, {}) for name in ("evaluate", "sweep", "train"))
+    evaluate, sweep, probe, train = (parts.get(name, {}) for name in ("evaluate", "sweep", "probe", "train"))
     steer = _steered(parts)
     sections = {
         "Training": _training(train, evaluate.get("heldout_loss")),
@@ -73,12 +73,15 @@ def _page(result: Json, parts: Json) -> str:
         "Steering": steering.section(steer),
         "Texts": steering.texts(steer),
         "Scaling": scaling.section(sweep),
+        "Probing": probing.section(probe),
         "Provenance": _provenance(result, parts),
     }
     shown = [(name.lower().replace(" ", "-"), name, content) for name, content in sections.items() if content]
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, _ in shown)
     title = text(findings.title(parts))
-    said = chain(findings.sentences(parts), scaling.sentences(sweep), steering.sentences(steer))
+    said = chain(
+        findings.sentences(parts), scaling.sentences(sweep), probing.sentences(probe), steering.sentences(steer)
+    )
     body = [
         f'<header>\n<p class="kicker">latentprior {text(result["kind"])}</p>\n<h1>{title}</h1>',
         f'<p class="lede">{text(" ".join(said))}</p>',
@@ -94,6 +97,7 @@ def _headlines(parts: Json) -> str:
     found = chain(
         findings.headlines(parts),
         scaling.headlines(parts.get("sweep", {})),
+        probing.headlines(parts.get("probe", {})),
         steering.headlines(_steered(parts)),
         findings.further_headlines(parts),
     )

@@ -1,0 +1,374 @@
+"""The page of a probing result: its section, its sentences and leading figures.
+
+The result is of kind "probe", what ``probe.json`` holds. "rows", where it is there, are the single tasks: "task",
+"family" and "scores" (source -> test AUC).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
+from latentprior.report.findings import Headline
+from latentprior.report.markup import MISSING, Number, duration, figure, interval, number, table, text
+from latentprior.report.probe_figures import (
+    Look,
+    Prior,
+    Source,
+    auc_by_block,
+    auc_by_loss,
+    auc_by_sparsity,
+    auc_dots,
+    auc_grid,
+    source_looks,
+)
+
+Json = Mapping[str, Any]
+
+REFERENCES = ("mlp-neurons", "random-denoiser")  # what meta-neurons must beat to mean something
+EQUALS = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
+METHODS = {
+    "rank": "the AUC of the unit's own values, signed by the difference of the training classes' means, which is that "
+    "of a logistic probe on it",
+    "logistic": "the AUC of a logistic probe on the unit, standardised",
+}
+
+
+def section(result: Json) -> str:
+    """Figures and tables of a probing result; "" without a summary."""
+    if not (summary := result.get("summary")):
+        return ""
+    looks = source_looks(result["sources"])
+    figures = "".join([*_sparse(result, looks), *_grid(summary), *_blocks(summary), *_by_loss(result, looks)])
+    parts = [
+        f'<div class="pair"><p>{text(_prose(result))}</p>{_dots(result, looks)}</div>',
+        _sources(result),
+        *_paired(result),
+        f'<div class="pair">{figures}</div>' if figures else "",
+        _details("Exact figures of these drawings", "".join(_exact(result))),
+        _families(result),
+        _tasks(result),
+        _skipped(result),
+    ]
+    return "\n".join(filter(None, parts))
+
+
+def sentences(result: Json) -> Iterator[str]:
+    """The result in plain words, an honest negative included."""
+    if not result.get("summary"):
+        return
+    named, lead, skipped = labels(result), leading(result), len(result.get("skipped") or [])
+    yield (
+        f"{_counted(len(result['sources']), 'source')} of single features were probed on "
+        f"{_counted(len(result['tasks']), 'binary task')}{f'; {skipped} were skipped' if skipped else ''}."
+    )
+    found = scores(result)
+    score, chance = found.get((lead or "", "screened")), found.get((lead or "", "chance"))
+    if not lead or not score:
+        return
+    against = f"; with permuted training labels it is {_decimal(chance['auc'])}" if chance else ""
+    yield (
+        f"The mean test AUC of {named[lead]} is {_decimal(score['auc'])} {_ends(score['interval'])}, with one unit "
+        f"for each task, picked by validation{against}."
+    )
+    for other, row in _against_references(result):
+        yield (
+            f"The paired difference from {named[other]} is {_signed(row['difference'])} "
+            f"{_ends(row['interval'], signed=True)}: {_said(row)}."
+        )
+
+
+def headlines(result: Json) -> Iterator[Headline]:
+    """Figures of a probing result worth large type."""
+    if not result.get("summary") or not (lead := leading(result)):
+        return
+    named, found, tasks = labels(result), scores(result), _counted(len(result["tasks"]), "task")
+    if score := found.get((lead, "screened")):
+        chance = found.get((lead, "chance"))
+        note = f"{named[lead]}, {tasks}, 95% interval {_ends(score['interval'])}"
+        note += f"; chance {_decimal(chance['auc'])}" if chance else ""
+        yield Headline("Mean test AUC", _decimal(score["auc"]), "", note)
+    for other, row in _against_references(result):
+        note = f"difference of AUC, 95% interval {_ends(row['interval'], signed=True)}: {_said(row)}"
+        shown = f"{row['difference']:+.3f}".replace("-", "−")  # four decimals have no room on a phone
+        yield Headline(f"Against {named[other]}", shown, "", note)
+    if score := found.get((lead, "all")):
+        note = f"mean test AUC, picked among all units, 95% interval {_ends(score['interval'])}"
+        yield Headline("Without screening", _decimal(score["auc"]), "", note)
+
+
+# Parts of the section
+
+
+def _prose(result: Json) -> str:
+    protocol = result["protocol"]
+    candidates = f"{protocol['candidates']:,}"
+    parts = [
+        f"A probe here is one unit, and its score is {METHODS.get(result['method'], result['method'])}. For each task, "
+        f"units are screened to the {candidates} of largest difference of the class means in training, validation "
+        f"over {protocol['folds']} folds picks one, and its AUC on test texts is what counts: the AUC of validation "
+        "is that of a winner, and by that too high. Beside this, validation picks among all units. Chance is the "
+        "same with permuted training labels.",
+        "Means and intervals are over tasks: 95% bootstraps, the same tasks drawn for all sources.",
+    ]
+    if result["tasks"]:
+        texts = sum(task["train"] for task in result["tasks"]), sum(task["test"] for task in result["tasks"])
+        parts.append(f"Tasks have {texts[0]:,} training and {texts[1]:,} test texts in all.")
+    if seconds := result.get("seconds"):
+        spent = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        parts.append(f"Time: {spent}.")
+    return " ".join(parts)
+
+
+def _dots(result: Json, looks: Mapping[str, Look]) -> str:
+    named, found = labels(result), scores(result)
+    kinds = {source["name"]: source["kind"] for source in result["sources"]}
+    rows = [
+        Source(label, looks[name], {key[1]: score for key, score in found.items() if key[0] == name})
+        for name, label in named.items()
+    ]
+    rows = sorted((row for row in rows if row.scores), key=_height, reverse=True)
+    if not rows:
+        return ""
+    note = "From high to low. Lines are 95% intervals over tasks."
+    note += " Controls are grey." if "control" in kinds.values() else ""
+    return figure(auc_dots(rows), "Mean test AUC of the best unit", note)
+
+
+def _height(source: Source) -> float:
+    """Where a source stands: by its screened units, else by all of them."""
+    aucs = [source.scores[name]["auc"] for name in ("screened", "all", "chance") if name in source.scores]
+    return next((auc for auc in aucs if auc is not None), 0.0)
+
+
+def _sources(result: Json) -> str:
+    named, found = labels(result), scores(result)
+    header = ["Source", "Units", "Screened", "95% interval", "Validation", "All units", "95% interval", "Validation"]
+    header += ["Chance"]
+    cells = []
+    for source in result["sources"]:
+        screened, every, chance = (found.get((source["name"], name), {}) for name in ("screened", "all", "chance"))
+        units = MISSING if source.get("units") is None else f"{source['units']:,}"
+        measured = [
+            *(_decimal(screened.get("auc")), _ends(screened.get("interval")), _decimal(screened.get("validation"))),
+            *(_decimal(every.get("auc")), _ends(every.get("interval")), _decimal(every.get("validation"))),
+            _decimal(chance.get("auc")),
+        ]
+        cells.append([named[source["name"]], units, *measured])
+    note = (
+        "Mean AUC over tasks, of test texts unless it says validation. How far validation lies above test is the bias "
+        "of picking the best of many units: it grows with their number."
+    )
+    return table("All sources", note, header, cells)
+
+
+def _paired(result: Json) -> Iterator[str]:
+    """A table for each source that others are subtracted from, the leading one's open."""
+    named, rows = labels(result), result["summary"].get("paired") or []
+    header = ["Minus", "Units", "Difference", "95% interval", "Verdict", "Won", "Tied", "Lost", "Tasks"]
+    lead = leading(result)
+    for a in sorted(dict.fromkeys(row["a"] for row in rows), key=lambda a: a != lead):
+        cells = [
+            [
+                named.get(row["b"], row["b"]),
+                row["selection"],
+                _signed(row["difference"]),
+                _ends(row["interval"], signed=True),
+                verdict(row),
+                *(str(n) for n in (row["wins"], row["ties"], row["tasks"] - row["wins"] - row["ties"], row["tasks"])),
+            ]
+            for row in rows
+            if row["a"] == a
+        ]
+        title = f"Paired differences, {named.get(a, a)} minus the others"
+        note = "Of test AUC, task by task; the interval is of the mean over tasks."
+        shown = table(title, note, header, cells)
+        yield shown if a in (lead, rows[0]["a"]) else _details(title, shown)
+
+
+def _sparse(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
+    if series := [(label, looks[name], by_k) for name, label, by_k in _by_k(result)]:
+        note = "Logistic probes on k units, with regularisation chosen by cross-validation; lines are 95% intervals."
+        note += " Points of one k are set apart for legibility."
+        yield figure(auc_by_sparsity(series), "Probes of several units", note)
+
+
+def _by_k(result: Json) -> list[tuple[str, str, dict[int | None, Json]]]:
+    """Name, label and scores by k of every source that has any."""
+    found: dict[str, dict[int | None, Json]] = {}
+    for row in result["summary"].get("sparse") or []:
+        if row["auc"] is not None:
+            found.setdefault(row["source"], {})[row["k"]] = row
+    return [(name, label, found[name]) for name, label in labels(result).items() if name in found]
+
+
+def _grid(summary: Json) -> Iterator[str]:
+    grid = summary.get("grid")
+    if grid and any(value is not None for row in grid["auc"] for value in row):
+        note = "Stronger colour is higher, the highest is bold; every cell picks its unit by itself. "
+        note += f"Prior: {grid['prior']}."
+        yield figure(auc_grid(grid), "Meta-neurons by block and noise level", note)
+
+
+def _blocks(summary: Json) -> Iterator[str]:
+    blocks = summary.get("mlp_blocks") or []
+    if any(entry["auc"] is not None for entry in blocks):
+        note = "Every block picks its unit by itself."
+        yield figure(auc_by_block(blocks), "MLP neurons by block", note)
+
+
+def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
+    if not (rows := _priors(result)):
+        return
+    named, found = labels(result), scores(result)
+    names = distinct([row["prior"] for row in rows])
+    priors = [
+        Prior(row["heldout_loss"], row["auc"], row["interval"], name) for row, name in zip(rows, names, strict=True)
+    ]
+    aucs = {other: found.get((other, "screened"), {}).get("auc") for other in REFERENCES}
+    references = [(named[other], looks[other], auc) for other, auc in aucs.items() if auc is not None]
+    note = "A point for each prior, better priors to the right; lines are 95% intervals over tasks."
+    note += " A name that has no room is in the table of exact figures." if len(rows) > 1 else ""
+    yield figure(auc_by_loss(priors, references), "AUC by held-out loss of the prior", note)
+
+
+def _priors(result: Json) -> list[Json]:
+    """The priors whose loss and AUC are known, from worst to best."""
+    rows = result["summary"].get("scaling") or []
+    known = [row for row in rows if row["heldout_loss"] is not None and row["auc"] is not None]
+    return sorted(known, key=lambda row: -row["heldout_loss"])
+
+
+def distinct(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin or end with."""
+    parts = [PurePath(path).parts for path in paths]
+    if len(set(parts)) < 2:
+        return list(paths)
+    start, end = _shared(parts), _shared([part[::-1] for part in parts])
+    return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many leading entries all have in common."""
+    columns = enumerate(zip(*parts, strict=False))
+    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))
+
+
+def _exact(result: Json) -> Iterator[str]:
+    """What is drawn, as tables."""
+    summary = result["summary"]
+    if series := _by_k(result):
+        ks = sorted({k for _, _, by_k in series for k in by_k}, key=lambda k: (k is None, k))
+        header = ["Source", *(name for k in ks for name in ("all" if k is None else f"k{EQUALS}{k}", "95% interval"))]
+        cells = [[label, *(shown for k in ks for shown in _measured(by_k.get(k, {})))] for _, label, by_k in series]
+        yield table("Probes of several units, test AUC", "", header, cells)
+    if any(_grid(summary)):
+        grid = summary["grid"]
+        header = ["Block", *(f"t{EQUALS}{t:g}" for t in grid["times"])]
+        rows = zip(grid["blocks"], grid["auc"], strict=True)
+        cells = [[str(block), *map(_decimal, row)] for block, row in rows]
+        yield table("Meta-neurons by block and noise level, test AUC", "", header, cells)
+    if blocks := summary.get("mlp_blocks"):
+        cells = [[str(entry["block"]), _decimal(entry["auc"])] for entry in blocks]
+        yield table("MLP neurons by block of the language model", "", ["Block", "Test AUC"], cells)
+    if priors := _priors(result):
+        header = ["Prior", "Source", "Activations", "Held-out loss", "Test AUC", "95% interval"]
+        named = labels(result)
+        cells = [
+            [
+                row["prior"],
+                named.get(row["source"], row["source"]),
+                MISSING if row.get("activations") is None else f"{row['activations']:,}",
+                number(row["heldout_loss"]),
+                *_measured(row),
+            ]
+            for row in priors
+        ]
+        yield table("Priors", "", header, cells)
+
+
+def _families(result: Json) -> str:
+    if not (families := result["summary"].get("families")):
+        return ""
+    ordered = sorted(families, key=lambda family: -family["tasks"])
+    first = [[family["family"], str(family["tasks"])] for family in ordered]
+    note = "Of screened units, from many tasks to few; the best of a row is bold. Few tasks tell little."
+    return _by_source(result, "Test AUC by task family", note, ["Family", "Tasks"], first, ordered)
+
+
+def _tasks(result: Json) -> str:
+    if not (rows := result.get("rows")):
+        return ""
+    first = [[row["task"], row["family"]] for row in rows]
+    content = _by_source(result, "Test AUC by task", "The best of a row is bold.", ["Task", "Family"], first, rows)
+    return _details(f"All {len(rows)} tasks", content)
+
+
+def _by_source(
+    result: Json, title: str, note: str, header: list[str], first: Sequence[list[str]], rows: Sequence[Json]
+) -> str:
+    """A table of the "scores" of `rows` with a column for each source, the best ones bold."""
+    named = {name: label for name, label in labels(result).items() if any(name in row["scores"] for row in rows)}
+    cells = [
+        [*start, *(_decimal(row["scores"].get(name)) for name in named)] for start, row in zip(first, rows, strict=True)
+    ]
+    names = list(named)
+    bold = {
+        (i, len(header) + names.index(name))
+        for i, row in enumerate(rows)
+        for name in best_of({name: row["scores"].get(name) for name in names})
+    }
+    return table(title, note, [*header, *named.values()], cells, bold=bold)
+
+
+def _skipped(result: Json) -> str:
+    skipped = result.get("skipped") or []
+    rows = "".join(
+        f'<tr><th scope="row">{text(entry["task"])}</th><td>{text(entry["reason"])}</td></tr>' for entry in skipped
+    )
+    title = f"{_counted(len(skipped), 'skipped task')}"
+    return _details(title, rows and f'<table class="facts"><tbody>{rows}</tbody></table>')
+
+
+def _against_references(result: Json) -> Iterator[tuple[str, Json]]:
+    """The paired differences of the leading source from those that it must beat."""
+    lead, named = leading(result), labels(result)
+    for other in REFERENCES:
+        if lead and other in named and (row := difference(result, lead, other)):
+            yield other, row
+
+
+def _said(row: Json) -> str:
+    """The verdict and on how many tasks it rests."""
+    said = verdict(row)
+    against = said if said.endswith("zero") else f"{said} zero"
+    return f"{against}, better on {row['wins']} of {row['tasks']} tasks"
+
+
+def _measured(row: Json) -> tuple[str, str]:
+    return _decimal(row.get("auc")), _ends(row.get("interval"))
+
+
+def _decimal(value: Number | None) -> str:
+    """Three decimals."""
+    return MISSING if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def _signed(value: Number | None) -> str:
+    """A difference: small ones still differ from zero."""
+    return MISSING if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def _ends(ends: Sequence[Number] | None, *, signed: bool = False) -> str:
+    shown = _signed if signed else _decimal
+    return interval(None) if ends is None else f"[{shown(ends[0])}, {shown(ends[1])}]"
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{text(summary)}</summary>{content}</details>" if content else ""
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count:,} {name}" + "s" * (count != 1)
