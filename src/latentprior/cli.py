@@ -13,10 +13,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.markup import escape
-from rich.table import Column, Table
 
 from latentprior import config
-from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, table
+from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
 from latentprior.errors import InputError, Stopped, unknown
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -181,12 +180,63 @@ def sweep(options: config.SweepConfig) -> None:
     with bars() as phase:
         result = sweep(options, phase=phase)
     page = write_report(result, Path(options.output) / "report.html")
-    for title, header, rows in tables(result):
-        shown = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=title)
-        for row in rows:
-            shown.add_row(*map(escape, row))
-        out.print(shown)
+    print_tables(tables(result))
     out.print(f"report: {page}")
+
+
+def probe(options: config.ProbeConfig) -> None:
+    from pathlib import Path
+
+    from latentprior.probe.run import probe
+    from latentprior.probe.tables import tables
+    from latentprior.report import write_report
+
+    with bars() as phase:
+        result = probe(options, phase=phase)
+    page = write_report(result, Path(options.output) / "report.html")
+    print_tables(tables(result))
+    out.print(f"report: {page}")
+
+
+def neurons(options: config.NeuronsConfig) -> None:
+    from pathlib import Path
+
+    from latentprior.explore.describe import describe_store
+    from latentprior.explore.run import neurons
+    from latentprior.explore.store import NeuronStore
+    from latentprior.report.browser import write_site
+    from latentprior.steer.judge.endpoint import endpoint_of
+
+    judge = endpoint_of(options.judge, Path(options.output, "answers.jsonl"))  # a missing key is found before all else
+    with bars() as phase:
+        info = neurons(options, phase=phase)
+        described = describe_store(
+            options.output,
+            judge,
+            options.describe,
+            seed=options.seed,
+            report=phase("describe"),
+            prompt_price=options.judge.input_price,
+            answer_price=options.judge.output_price,
+        )
+        page = write_site(NeuronStore(options.output), options.html, report=phase("site")) if options.html else None
+    rows = {
+        "folder": options.output,
+        "units": info["blocks"] * info["d_mlp"],
+        "documents": info["documents"],
+        "tokens": info["tokens"],
+        "described offline": described["offline"],
+    }
+    if judge is not None:
+        rows |= {
+            "described by the endpoint": described["endpoint"],
+            "detection score": figure(described["detection"]),
+            "with another unit's description": figure(described["baseline"]),
+            "failed": ", ".join(f"{count} {name}" for name, count in described["failed"].items() if count) or "none",
+        }
+    table("Meta-neurons", rows)
+    if page is not None:
+        out.print(f"site: {page}")
 
 
 def demo(options: config.DemoConfig) -> None:
@@ -209,6 +259,8 @@ COMMANDS = {
     "convert": Command(config.ConvertConfig, convert),
     "plan": Command(config.PlanConfig, plan),
     "sweep": Command(config.SweepConfig, sweep),
+    "probe": Command(config.ProbeConfig, probe),
+    "neurons": Command(config.NeuronsConfig, neurons),
     "demo": Command(config.DemoConfig, demo),
 }
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from latentprior.progress import Phase, Report
 
@@ -57,6 +57,15 @@ def table(title: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(str(value)))
     out.print(shown)
+
+
+def print_tables(tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """Tables of plain text, each a title, a header and rows; all columns but the first align right."""
+    for title, header, rows in tables:
+        shown = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=title)
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        out.print(shown)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
