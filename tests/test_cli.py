@@ -167,3 +167,27 @@ def test_evaluate_writes_json_and_page(runs, tmp_path, texts, llm_folder, capsys
     ]  # fmt: skip
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert "Delta LM loss" in capsys.readouterr().out
+
+
+def test_probe_and_neurons_make_their_pages(runs, tmp_path, texts, llm_folder, capsys):
+    words = [("red green blue", "colour"), ("one two three", "number")]
+    rows = [f"{words[i % 2][0]} {i},{words[i % 2][1]}" for i in range(140)]
+    (tmp_path / "mine.csv").write_text("\n".join(["prompt,target", *rows]) + "\n")
+    prior, llm = str(runs / "prior"), ["--llm.model", llm_folder]
+    assert main(["probe", "--priors", prior, "--tasks", str(tmp_path / "mine.csv"), "--output", str(tmp_path / "probe"),
+                 "--times", "0.1,0.5", "--sparse", "1", "--candidates", "8", "--folds", "2", *llm]) == 0  # fmt: skip
+    assert "Meta-neurons" in capsys.readouterr().out
+    assert "Meta-neurons" in (tmp_path / "probe" / "report.html").read_text()
+    site = tmp_path / "site"
+    assert main(["neurons", "--prior", prior, "--probe", str(tmp_path / "probe"), "--output", str(tmp_path / "neurons"),
+                 "--tokens", "200", "--top", "3", "--reservoir", "4", "--html", str(site), "--text.dataset", texts,
+                 *llm]) == 0  # fmt: skip
+    assert "described offline" in capsys.readouterr().out
+    assert "mine" in (site / "units.js").read_text()
+    info = json.loads((tmp_path / "neurons" / "neurons.json").read_text())
+    assert len(list(site.glob("units/b*/n*.html"))) == info["blocks"] * info["d_mlp"]
+    said = failure(capsys, "neurons", "--prior", prior, "--output", str(tmp_path / "n"), "--tokens", "9",
+                   "--probe", str(tmp_path / "none"), *llm)  # fmt: skip
+    assert "none" in said
+    said = failure(capsys, "probe", "--priors", prior, "--tasks", "92_glue_sst", "--output", str(tmp_path / "p"), *llm)
+    assert "92_glue_sst2" in said

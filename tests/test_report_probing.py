@@ -337,14 +337,19 @@ def test_names_of_priors_lose_what_they_share():
 def test_tables_for_a_terminal(result):
     shown = tables(result)
     assert [title for title, _, _ in shown] == [
-        "Mean test AUC over 113 tasks, 95% intervals", "Paired by task", "By task family", "Skipped tasks"
+        "Mean test AUC over 113 tasks, 95% intervals", "Sources less others, task by task", "By task family",
+        "Skipped tasks",
     ]  # fmt: skip
     assert all(isinstance(cell, str) for _, _, rows in shown for row in rows for cell in row)
     assert all(len(row) == len(header) for _, header, rows in shown for row in rows)
     sources, paired, families, skipped = (rows for _, _, rows in shown)
     assert ["Meta-neurons", "3,456", "0.711 (0.692 to 0.730)", "0.742", "0.717 (0.698 to 0.736)", "0.502"] in sources
-    against = ["Meta-neurons over MLP neurons of blocks 0 to 15", "screened", "+0.0090 (-0.0015 to +0.0195)"]
+    against = ["Meta-neurons less MLP neurons of blocks 0 to 15", "screened", "+0.0090 (-0.0015 to +0.0195)"]
     assert [*against, "64, 2, 47", "not told from zero"] in paired
+    leading = [row for row in result["summary"]["paired"] if row["a"] == "meta-neurons"]
+    only = tables(result | {"summary": result["summary"] | {"paired": leading}})[1]
+    assert only[0] == "Meta-neurons less others, task by task"
+    assert "MLP neurons of blocks 0 to 15" in [row[0] for row in only[2]]
     assert families[0][:2] == ["facts", "34"] and len(families) == 7
     assert skipped[0] == ["201_tiny", "99 rows: a task needs at least 120"]
     assert [title for title, _, _ in tables(result | {"skipped": []})][-1] == "By task family"

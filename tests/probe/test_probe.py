@@ -175,6 +175,11 @@ def test_sources_are_what_they_say(bench):
     torch.testing.assert_close(units[1:2], alone)  # shared noise: the activation alone decides
     own = meta_neurons(dataclasses.replace(config, noise="own"), recording, glp, "p").features
     assert not torch.allclose(own(texts)[1:2], own(texts[1:2]))
+    both = meta_neurons(dataclasses.replace(config, t=[0.1, 0.7]), recording, glp, "p")
+    assert torch.equal(both.features(texts)[:, : units.shape[1]], units)
+    late = meta_neurons(config, recording, glp, "p", t=0.7).features(texts)
+    assert torch.equal(both.features(texts)[:, units.shape[1] :], late)
+    assert [both.place(unit) for unit in (0, 130, 256 + 129)] == [(0.1, 0, 0), (0.1, 1, 2), (0.7, 1, 1)]
     before = torch.get_rng_state()
     again = {source.name: source for source in sources_of(config, recording, {"p": glp})}
     assert torch.equal(torch.get_rng_state(), before)

@@ -41,8 +41,8 @@ class ProbeConfig:
     sae: str | None = None
     """Folder of a sparse autoencoder of the same hookpoint, of `evaluate --baseline sae` or of SAELens; adds the source
     "sae"."""
-    t: float = 0.1
-    """Noise level of the meta-neurons."""
+    t: list[float] = field(default_factory=lambda: [0.1])
+    """Noise levels of the meta-neurons; with several, a unit counts once at each."""
     times: list[float] = field(default_factory=list)
     """Noise levels of the map of AUC by block and t, such as [0.05,0.1,0.2,0.5,0.9]; by default none is drawn."""
     noises: int = 1
@@ -92,9 +92,11 @@ class ProbeConfig:
             raise InputError("name the folder of the autoencoder with --sae")
         if not self.priors:
             raise InputError("ProbeConfig.priors is empty: name at least one, it says which layer is probed")
-        for t in (self.t, *self.times):
+        for t in (*self.t, *self.times):
             if not 0 <= t <= 1:
                 raise InputError(f"noise levels must lie in [0, 1], got {t}")
+        if not self.t:
+            raise InputError("ProbeConfig.t is empty: name at least one noise level")
         if any(k < 1 for k in self.sparse):
             raise InputError(f"ProbeConfig.sparse must be positive numbers, got {self.sparse}")
 

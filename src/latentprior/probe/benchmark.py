@@ -110,18 +110,14 @@ def _permutation(task: Task, seed: int) -> Tensor:
 
 
 def _described(probes: OneD, places: Sequence[int], split: Split, source: Source) -> list[Json]:
-    units = probes.units[places].tolist()
-    return [
-        {
-            "test_auc": auc,
-            "validation_auc": float(probes.validation_auc[place]),
-            "block": unit // source.width,
-            "index": unit % source.width,
-            "t": source.t,
-            "sign": int(probes.sign[place]),
-        }
-        for place, unit, auc in zip(places, units, split.tested(probes, places), strict=True)
-    ]
+    found = []
+    for place, auc in zip(places, split.tested(probes, places), strict=True):
+        t, block, index = source.place(int(probes.units[place]))
+        validation, sign = float(probes.validation_auc[place]), int(probes.sign[place])
+        found.append(
+            {"test_auc": auc, "validation_auc": validation, "block": block, "index": index, "t": t, "sign": sign}
+        )
+    return found
 
 
 def _by_block(probes: OneD, split: Split, source: Source, config: ProbeConfig) -> list[float]:

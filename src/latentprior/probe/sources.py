@@ -34,7 +34,7 @@ _ROTATION, _DENOISER, _NOISE = 1, 2, 3  # streams of random numbers
 
 @dataclass(frozen=True)
 class Source:
-    """Features of texts: `blocks` times `width` units, numbered block by block."""
+    """Features of texts: `width` units of each block at each noise level, numbered by level, then block."""
 
     name: str
     label: str
@@ -42,8 +42,8 @@ class Source:
     features: Callable[[Sequence[str]], Float[Tensor, "n f"]]
     blocks: int
     width: int
-    t: float | None = None
-    """Noise level of a denoiser's units."""
+    times: tuple[float, ...] = ()
+    """Noise levels of a denoiser's units; none for other sources."""
     prior: str | None = None
     heldout_loss: float | None = None
     activations: int | None = None
@@ -51,11 +51,17 @@ class Source:
 
     @property
     def units(self) -> int:
-        return self.blocks * self.width
+        return max(len(self.times), 1) * self.blocks * self.width
+
+    def place(self, unit: int) -> tuple[float | None, int, int]:
+        """Noise level, block and index in it of a feature."""
+        group, index = divmod(unit, self.width)
+        level, block = divmod(group, self.blocks)
+        return self.times[level] if self.times else None, block, index
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        names = ("name", "label", "kind", "units", "blocks", "t", "prior", "heldout_loss", "activations")
+        names = ("name", "label", "kind", "units", "blocks", "times", "prior", "heldout_loss", "activations")
         return {name: getattr(self, name) for name in names}
 
 
@@ -145,10 +151,10 @@ def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
 def meta_neurons(
     config: ProbeConfig, recording: Recording, glp: GLP, prior: str, name: str = "meta-neurons", t: float | None = None
 ) -> Source:
-    """Hidden units of a prior at noise level `t` (None: the configured one), averaged over noises."""
+    """Hidden units of a prior at noise level `t` (None: the configured ones), averaged over noises."""
     label = LABELS["meta-neurons"] if name == "meta-neurons" else f"{LABELS['meta-neurons']} of {prior}"
-    level = config.t if t is None else t
-    return _denoiser_units(config, recording, glp, name, label, "prior", level, prior=prior)
+    times = config.t if t is None else [t]
+    return _denoiser_units(config, recording, glp, name, label, "prior", times, prior=prior)
 
 
 def _denoiser_units(
@@ -158,7 +164,7 @@ def _denoiser_units(
     name: str,
     label: str,
     kind: Literal["prior", "control"],
-    t: float,
+    times: Sequence[float],
     prior: str | None = None,
 ) -> Source:
     shape = glp.denoiser.config
@@ -170,7 +176,7 @@ def _denoiser_units(
         parts = []
         for rows in x.split(ROWS):
             noises = shared if config.noise == "shared" else normal(config.noises, *rows.shape, seed=own).to(x.device)
-            parts.append(unit_means(glp, rows, noises, t, config.layer))
+            parts.append(torch.cat([unit_means(glp, rows, noises, t, config.layer) for t in times], dim=1))
         return torch.cat(parts)
 
     training = glp.provenance.get("training", {})
@@ -181,7 +187,7 @@ def _denoiser_units(
         features=features,
         blocks=shape.n_layers,
         width=shape.d_mlp,
-        t=t,
+        times=tuple(times),
         prior=prior,
         heldout_loss=heldout_loss(glp) if prior is not None else None,
         activations=training.get("activations") if prior is not None else None,

@@ -102,7 +102,7 @@ def _grid(tasks: Sequence[Mapping[str, Any]], maps: Sequence[Source]) -> Json | 
     return {
         "prior": maps[0].prior,
         "blocks": list(range(maps[0].blocks)),
-        "times": [source.t for source in maps],
+        "times": [source.times[0] for source in maps],
         "auc": auc.tolist(),
     }
 

@@ -80,18 +80,20 @@ def _sources(result: Json) -> Table:
 
 def _paired(result: Json) -> Table:
     named = labels(result)
+    paired = result["summary"].get("paired") or []
+    firsts = list(dict.fromkeys(named.get(row["a"], row["a"]) for row in paired))
     rows = [
         [
-            f"{named.get(row['a'], row['a'])} over {named.get(row['b'], row['b'])}",
+            ("" if len(firsts) == 1 else f"{named.get(row['a'], row['a'])} less ") + named.get(row["b"], row["b"]),
             str(row["selection"]),
             spread(row, "difference", "+.4f"),
             f"{row['wins']}, {row['ties']}, {row['tasks'] - row['wins'] - row['ties']}",
             verdict(row),
         ]
-        for row in result["summary"].get("paired") or []
+        for row in paired
     ]
-    header = ("difference of mean test AUC", "units", "95% interval", "won, tied, lost", "verdict")
-    return "Paired by task", header, rows
+    header = ("source", "units", "difference, 95% interval", "won, tied, lost", "verdict")
+    return f"{firsts[0] if len(firsts) == 1 else 'Sources'} less others, task by task", header, rows
 
 
 def _families(result: Json) -> Table:
