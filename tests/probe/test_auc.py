@@ -11,6 +11,7 @@ from sklearn.model_selection import StratifiedKFold
 from latentprior.errors import InputError
 from latentprior.probe import auc as module
 from latentprior.probe.auc import aucs, class_difference, probe_1d, stratified_folds
+from latentprior.probe.scaler import Scaler
 
 
 def reference(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -111,3 +112,21 @@ def test_bad_input_is_refused(change, message):
     x, y = change(torch.randn(20, 3), torch.arange(20) % 2)
     with pytest.raises(InputError, match=message):
         probe_1d(x, y)
+
+
+def test_values_that_standardising_makes_equal_tie():
+    x = torch.tensor([[-3.0], [1e-40], [1e-30], [2e-30], [1e-3], [9.0]])
+    y = torch.tensor([0, 1, 0, 0, 1, 1])
+    scaler = Scaler.of(x)
+    assert aucs(x, y).item() == pytest.approx(7 / 9)  # of the three near zero, class 1 comes before class 0 twice
+    assert aucs(x, y, scaler).item() == pytest.approx(8 / 9)
+    torch.testing.assert_close(aucs(x, y, scaler), reference(scaler(x), y))
+    generator = torch.Generator().manual_seed(0)
+    gated = (
+        torch.randn(300, 40, generator=generator)
+        * torch.rand(300, 40, generator=generator).pow(-40).clamp(max=1e30).reciprocal()
+    )
+    labels_ = labels(300, 1)
+    scaler = Scaler.of(gated)
+    torch.testing.assert_close(aucs(gated, labels_, scaler), reference(scaler(gated), labels_), rtol=0, atol=1e-12)
+    assert not torch.equal(aucs(gated, labels_), aucs(gated, labels_, scaler))

@@ -32,12 +32,11 @@ class FittedOneD(OneD):
 
     C: Float[Tensor, " m"]
     """The chosen inverse strength of the penalty."""
-    scaler: Scaler
     coefficient: Float[Tensor, " m"]
     intercept: Float[Tensor, " m"]
 
     def test_auc(self, places: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Tensor, " p"]:
-        z = self.scaler.select(places)(x[:, self.units[places]]).double()
+        z = self.scaler.select(places)(x[:, self.units[places]])
         return aucs(z * self.coefficient[places] + self.intercept[places], y)
 
 
@@ -67,7 +66,7 @@ def logistic_1d(
     stratified_folds(y, folds)
     units = class_difference(x, y).abs().argsort(descending=True, stable=True)[:candidates]
     scaler = Scaler.of(x[:, units])
-    z, labels = scaler(x[:, units]).double().cpu().numpy(), y.cpu().numpy()
+    z, labels = scaler(x[:, units]).cpu().numpy(), y.cpu().numpy()
     with threadpool_limits(limits=1), warnings.catch_warnings():  # threads only cost time on one column
         warnings.simplefilter("ignore", ConvergenceWarning)  # so near the minimum rounding may end the line search
         rows = [_fit_column(column[:, None], labels, folds, Cs) for column in z.T]
@@ -174,10 +173,10 @@ class _Basis:
     @classmethod
     def of(cls, x: Tensor, units: Tensor, scaler: Scaler) -> _Basis:
         if not prefers_kernel(len(x), len(units)):
-            return cls(units, scaler.select(units).exact(x[:, units]), False, scaler)
+            return cls(units, scaler.select(units)(x[:, units]), False, scaler)
         products = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
         for part in units.split(columns(x)):
-            z = scaler.select(part).exact(x[:, part])
+            z = scaler.select(part)(x[:, part])
             products.addmm_(z, z.T)
         return cls(units, products, True, scaler)
 
@@ -201,7 +200,7 @@ def _decision(basis: _Basis, x: Tensor, y: Tensor, x_test: Tensor, C: float) -> 
     coefficients = theta[:-1].split(columns(x))
     decision = theta[-1].repeat(len(x_test))
     for place, units in enumerate(basis.units.split(columns(x))):
-        scaled = basis.scaler.select(units).exact
+        scaled = basis.scaler.select(units)
         coefficient = scaled(x[:, units]).T @ theta[:-1] if basis.is_kernel else coefficients[place]
         decision += scaled(x_test[:, units]) @ coefficient
     return decision

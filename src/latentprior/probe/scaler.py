@@ -11,6 +11,7 @@ from torch import Tensor
 from latentprior.errors import InputError
 
 CHUNK = 1 << 18  # numbers in float64 at a time: few enough to stay in the processor's cache
+STEPS = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,13 @@ class Scaler:
         """The scaler of some features."""
         return Scaler(self.mean[units], self.scale[units])
 
-    def exact(self, x: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
-        """Standardised features, float64."""
-        return (x.double() - self.mean) / self.scale
-
     def __call__(self, x: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
-        """Standardised features, float32 to 23 significant bits (the last one is free for `aucs` to sort with).
+        """Standardised features, float64, in steps of 2^-40.
 
-        Values become equal that are once the mean is subtracted, as a probe sees them: gates leave activations such as
-        1e-30 beside others of 10, and to a probe their order means nothing.
+        Gates leave values such as 1e-30 beside others of 10. In floating point their order does not survive the mean's
+        subtraction and the probe's intercept, not cleanly either: the steps say which values count as equal.
         """
-        width = columns(x)
-        parts = zip(x.split(width, dim=1), self.mean.split(width), self.scale.split(width), strict=True)
-        z = [Scaler(mean, scale).exact(part).float() for part, mean, scale in parts]
-        return (torch.cat(z, dim=1).view(torch.int32) & -2).view(torch.float32)
+        return ((x.double() - self.mean) / self.scale).mul_(STEPS).round_().div_(STEPS)
 
 
 def columns(x: Tensor) -> int:

@@ -84,7 +84,7 @@ def _paired(result: Json) -> Table:
     firsts = list(dict.fromkeys(named.get(row["a"], row["a"]) for row in paired))
     rows = [
         [
-            ("" if len(firsts) == 1 else f"{named.get(row['a'], row['a'])} less ") + named.get(row["b"], row["b"]),
+            ("" if len(firsts) == 1 else f"{named.get(row['a'], row['a'])} less ") + str(named.get(row["b"], row["b"])),
             str(row["selection"]),
             spread(row, "difference", "+.4f"),
             f"{row['wins']}, {row['ties']}, {row['tasks'] - row['wins'] - row['ties']}",
