@@ -61,7 +61,7 @@ def texts(*peaks: str, value: float = 5.0, before: str = "") -> list[Example]:
 
 def test_common_tokens_and_won_tasks():
     peaks = [" film"] * 9 + [" Film"] + [" movie"] * 4 + [f" w{i}" for i in range(6)]
-    won = {"tasks": ["113_movie_sent", "92_glue_sst2"], "task_aucs": [0.7, 0.814]}
+    won = {"tasks": ["113_movie_sent", "44_phys_tf", "92_glue_sst2"], "task_aucs": [0.7, 0.51, 0.814]}
     line = describe_offline(unit(texts(*peaks), **won)).description
     assert line == (
         'on " film", " movie" (14 of 20 top texts); tells 92_glue_sst2 apart (AUC 0.81), 113_movie_sent (0.70)'

@@ -13,6 +13,8 @@ RECURRING = 0.15
 """Share of a sign's texts in which a token must be the peak to count as common: 3 of 20; never under two texts."""
 TOKENS = 3
 """How many tokens, or tasks, are named."""
+TOLD_APART = 0.6
+"""AUC from which a task is worth naming: among the best units of a hard task are some that tell nothing."""
 LONGEST_PIECE = 40  # characters
 
 
@@ -40,9 +42,7 @@ def offline_line(unit: Unit) -> str:
     parts = [first or _uncommon(side(unit, sign))]
     if second:
         parts.append(second if sign > 0 else f"positive {second}")
-    if unit.row["tasks"]:
-        parts.append(_tasks(unit))
-    return "; ".join(parts)
+    return "; ".join([*parts, *_tasks(unit)])
 
 
 def _peaks(examples: Sequence[Example], sign: int) -> str:
@@ -77,12 +77,16 @@ def _uncommon(examples: Sequence[Example]) -> str:
     return f"no common token: peaks on {', '.join(tokens[:TOKENS])}{', ...' if len(tokens) > TOKENS else ''}"
 
 
-def _tasks(unit: Unit) -> str:
+def _tasks(unit: Unit) -> list[str]:
     won = sorted(zip(unit.row["task_aucs"], unit.row["tasks"], strict=True), key=lambda task: (-task[0], task[1]))
-    (auc, name), *others = won
+    told_apart = [task for task in won if task[0] >= TOLD_APART]
+    if not told_apart:
+        return []
+    (auc, name), *others = told_apart
     named = [f"{name} ({auc:.2f})" for auc, name in others[: TOKENS - 1]]
     more = len(others) - len(named)
-    return ", ".join([f"tells {name} apart (AUC {auc:.2f})", *named]) + (f" and {more} more tasks" if more else "")
+    line = ", ".join([f"tells {name} apart (AUC {auc:.2f})", *named])
+    return [f"{line} and {more} more task{'s' * (more > 1)}" if more else line]
 
 
 def _ending(example: Example, length: int) -> tuple[str, ...]:
