@@ -101,7 +101,7 @@ def test_the_stronger_sign_comes_first_measured_from_the_mean():
 
 
 def test_the_line_is_one_line_whatever_the_tokens_are():
-    tasks = {"tasks": list("abcde"), "task_aucs": [0.9, 0.8, 0.7, 0.6, 0.5]}
+    tasks = {"tasks": list("abcde"), "task_aucs": [0.9, 0.8, 0.7, 0.65, 0.6]}
     line = describe_offline(unit(texts('\n"', '\n"', "-" * 90, "-" * 90), **tasks)).description
     assert "\n" not in line and r'"\n\""' in line and "-" * 41 not in line
     assert line.endswith("tells a apart (AUC 0.90), b (0.80), c (0.70) and 2 more tasks")

@@ -131,7 +131,14 @@ def test_one_failing_task_loses_nothing(bench, monkeypatch, tmp_path):
 def test_the_rank_statistics_pick_what_the_fitted_reference_picks(bench):
     config, llm, _ = bench
     config = dataclasses.replace(
-        config, priors=config.priors[:1], sources=["layer", "meta-neurons"], times=[], sparse=[], dense=False
+        config,
+        tasks=config.tasks[:1],
+        priors=config.priors[:1],
+        sources=["layer", "meta-neurons"],
+        times=[],
+        sparse=[],
+        dense=False,
+        candidates=8,
     )
     ranked = benchmark(config, llm)
     fitted = benchmark(dataclasses.replace(config, method="logistic", output=config.output + "2"), llm)
