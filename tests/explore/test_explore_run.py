@@ -297,3 +297,19 @@ def test_the_denoiser_in_bfloat16(explored, tmp_path):
         half.cast(torch.float32)
     a, b = NeuronStore(config.output).units, NeuronStore(tmp_path).units
     assert np.corrcoef(a["maximum"].to_numpy(), b["maximum"].to_numpy())[0, 1] > 0.99
+
+
+def test_copies_of_a_document_count_once(texts, tmp_path, tiny_llm, tiny_glp, make_tokenizer):
+    model, tokenizer, glp = tiny_llm("llama"), make_tokenizer(), tiny_glp(32, (2,), "tiny-llama")
+    once = docs_of(texts)
+    copies = [Document(len(once) + i, doc.text + " further than it is read" * 9) for i, doc in enumerate(once[-5:])]
+    long = [doc for doc in copies if len(tokenizer.encode(doc.text)) > 2 * LENGTH]
+    assert len(long) == 5
+    cut = [Document(doc.index, tokenizer.decode(tokenizer.encode(doc.text)[: LENGTH + 4])) for doc in copies]
+    alone = explore(config_of(tmp_path / "a"), glp, model, tokenizer, once + cut)
+    both = explore(config_of(tmp_path / "b"), glp, model, tokenizer, once + cut + copies + once[:7])
+    assert (alone["documents"], alone["tokens"]) == (both["documents"], both["tokens"])
+    for one, other in zip(NeuronStore(tmp_path / "a"), NeuronStore(tmp_path / "b"), strict=True):
+        for kept, same in ((one.top(), other.top()), (one.bottom(), other.bottom())):
+            assert len({"".join(e.pieces) for e in same}) == len(same) == 3
+            assert [e.value for e in same] == pytest.approx([e.value for e in kept], rel=0.02)

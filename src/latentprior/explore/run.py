@@ -19,7 +19,7 @@ from latentprior.explore.pieces import TokenTexts
 from latentprior.explore.reservoir import Reservoir, nearest_units, sampled_units
 from latentprior.explore.statistics import BINS, SPAN, THRESHOLDS, Calibration, UnitStatistics
 from latentprior.explore.store import write_store
-from latentprior.explore.stream import DocumentBatch, UnitReader, document_batches
+from latentprior.explore.stream import DocumentBatch, UnitReader, distinct, document_batches
 from latentprior.explore.tables import Documents, example_tables, unit_table
 from latentprior.explore.topk import TopDocuments
 from latentprior.explore.winners import Win, read_winners
@@ -66,8 +66,9 @@ def explore(
 ) -> dict[str, Any]:
     """`neurons` for a prior, a language model and documents at hand; the prior keeps its precision and device.
 
-    Documents are read until `config.tokens` tokens counted. What is kept depends on the documents that were read, not
-    on their batches. A stop before the end leaves no store, or the one that was there.
+    Documents are read until `config.tokens` tokens counted; of those that are equal as far as they are read, the first.
+    What is kept depends on the documents that were read, not on their batches. A stop before the end leaves no store,
+    or the one that was there.
     """
     began = time.perf_counter()
     hookpoint = hookpoint_of(glp, config.prior, config.layer)
@@ -76,7 +77,7 @@ def explore(
     reader = UnitReader(glp, t=config.t, noises=config.noises, layer=config.layer, seed=config.seed)
     batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
     found = Collected(config, reader, glp.device)
-    found.read(document_batches(model, batches, hookpoint, glp, config.layer), report=phase("read documents"))
+    found.read(document_batches(model, distinct(batches), hookpoint, glp, config.layer), report=phase("read documents"))
 
     report = phase("tokens, neighbours, examples")
     effects = _effects(config, glp, model, hookpoint, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,24 @@ class DocumentBatch:
         rows = self.row[i][self.row[i] >= 0]
         row = self.row[i : i + 1] - rows[0]
         return DocumentBatch(self.doc[i : i + 1], [self.ids[i]], self.x[rows].clone(), row.clamp(min=-1))
+
+
+def distinct(batches: Iterable[TokenBatch]) -> Iterator[TokenBatch]:
+    """The batches without documents whose tokens, as far as they are kept, came before; eight bytes of each are kept.
+
+    Web text repeats itself: a unit's top documents would be copies of one.
+    """
+    seen: set[bytes] = set()
+    for batch in batches:
+        keys = [_digest(ids[mask]) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+        new = torch.tensor([key not in seen and key not in keys[:i] for i, key in enumerate(keys)])
+        seen.update(keys)
+        if new.any():
+            yield TokenBatch(batch.ids[new], batch.mask[new], batch.doc[new], batch.position[new], batch.index)
+
+
+def _digest(ids: Tensor) -> bytes:
+    return blake2b(ids.numpy().tobytes(), digest_size=8).digest()
 
 
 def document_batches(
