@@ -12,6 +12,7 @@ import torch
 from conftest import build_glp, build_llm, build_tokenizer
 from latentprior.config import ProbeConfig
 from latentprior.errors import InputError
+from latentprior.evaluate.sae import SAE
 from latentprior.hooks import Hookpoint
 from latentprior.probe import run as module
 from latentprior.probe.recording import record_texts
@@ -170,6 +171,10 @@ def test_sources_are_what_they_say(bench):
     texts = ["red green", "one two three", "blue"]
     recording = record_texts(model, tokenizer, texts, Hookpoint.of(model, 1), config.output)
     glp = build_glp(model="tiny")
+    eye = torch.eye(32)
+    sae = SAE.of(eye, torch.zeros(32), eye, torch.zeros(32), recording.hookpoint, threshold=torch.zeros(32))
+    latents = sources_of(dataclasses.replace(config, sae="there"), recording, {"p": glp}, sae)[3]
+    assert latents.name == "sae" and torch.equal(latents.features(texts), recording.output(texts).float().relu())
     config = dataclasses.replace(config, noises=3)
     sources = {source.name: source for source in sources_of(config, recording, {"p": glp})}
     x = recording.output(texts).float()
@@ -201,7 +206,13 @@ def test_what_does_not_belong_together_is_refused(bench, tmp_path):
         benchmark(dataclasses.replace(config, priors=[config.priors[0], str(tmp_path / "other")]), llm)
     with pytest.raises(InputError, match="no task can be probed.*cannot read"):
         benchmark(dataclasses.replace(config, tasks=["none.csv"]), llm)
-    assert not loads
+    with pytest.raises(InputError, match="cfg.json is missing"):
+        benchmark(dataclasses.replace(config, sae=config.priors[0]), llm)
+    eye = torch.eye(32)
+    SAE.of(eye, eye[0], eye, eye[0], Hookpoint("tiny", 3, 32), k=4).save(tmp_path / "sae")
+    with pytest.raises(InputError, match="belongs to layer 3 output .width 32., not to layer 1 output"):
+        benchmark(dataclasses.replace(config, sae=str(tmp_path / "sae")), llm)
+    assert not loads and not (tmp_path / "run").exists()
     benchmark(config, llm)
     with pytest.raises(InputError, match="other settings: candidates is 16"):
         benchmark(dataclasses.replace(config, candidates=8), llm)

@@ -24,7 +24,7 @@ from latentprior.prior import GLP
 from latentprior.priors import heldout_loss, priors_of
 from latentprior.probe.benchmark import probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
-from latentprior.probe.sources import Source, meta_neurons, sources_of
+from latentprior.probe.sources import Source, meta_neurons, sae_at, sources_of
 from latentprior.probe.summary import summarise
 from latentprior.probe.tasks import Task, find_task
 from latentprior.progress import Phase, Report, unseen
@@ -63,11 +63,12 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
         device=config.llm.device,
         precision=config.precision,
     )
+    sae = sae_at(config.sae, hookpoint) if config.sae else None
+    tasks, skipped = find_tasks(config)
     folder = Path(config.output)
     _keep_settings(folder, config, priors)
-    tasks, skipped = find_tasks(config)
     recording = recorded(config, tasks, hookpoint, llm, report=phase("record"))
-    sources = sources_of(config, recording, priors)
+    sources = sources_of(config, recording, priors, sae)
     first = config.priors[0]
     maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
     results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))

@@ -15,6 +15,7 @@ from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError
 from latentprior.evaluate.sae import SAE
 from latentprior.evaluate.saelens import read_sae
+from latentprior.hooks import Hookpoint
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss
 from latentprior.probe.recording import Recording
@@ -65,18 +66,20 @@ class Source:
         return {name: getattr(self, name) for name in names}
 
 
-def sources_of(config: ProbeConfig, recording: Recording, priors: Mapping[str, GLP]) -> list[Source]:
+def sources_of(
+    config: ProbeConfig, recording: Recording, priors: Mapping[str, GLP], sae: SAE | None = None
+) -> list[Source]:
     """The sources that a run compares: the baselines, the first prior, then the other priors.
 
     Raises:
-        InputError: an SAE of another hookpoint, or MLP neurons that were not recorded.
+        InputError: MLP neurons that were not recorded, or no SAE where one is a source.
     """
     first, *others = priors
     makers: dict[str, Callable[[], Source]] = {
         "layer": lambda: layer_output(recording),
         "rotation": lambda: rotated(recording, config.seed),
         "mlp-neurons": lambda: mlp_neurons(recording),
-        "sae": lambda: sae_latents(recording, config.sae or ""),
+        "sae": lambda: sae_latents(recording, sae),
         "random-denoiser": lambda: untrained(config, recording, priors[first]),
         "meta-neurons": lambda: meta_neurons(config, recording, priors[first], first),
     }
@@ -117,21 +120,34 @@ def mlp_neurons(recording: Recording) -> Source:
     return Source("mlp-neurons", LABELS["mlp-neurons"], "mlp", features, len(places), places[0].width)
 
 
-def sae_latents(recording: Recording, folder: str) -> Source:
-    """Latents of a sparse autoencoder.
+def sae_at(folder: str, here: Hookpoint) -> SAE:
+    """The sparse autoencoder in `folder`.
 
     Raises:
         InputError: no SAE there, or one of another hookpoint.
     """
-    sae, here = read_sae(folder), recording.hookpoint
+    sae = read_sae(folder)
     if (sae.hookpoint.layer, sae.hookpoint.side, sae.width) != (here.layer, here.side, here.width):
         raise InputError(
             f"the SAE in {folder} belongs to layer {sae.hookpoint.layer} {sae.hookpoint.side} (width {sae.width}), "
             f"not to layer {here.layer} {here.side} (width {here.width})"
         )
-    return Source(
-        "sae", LABELS["sae"], "sae", lambda texts: _dense(sae, recording.output(texts).float()), 1, sae.latents
-    )
+    return sae
+
+
+def sae_latents(recording: Recording, sae: SAE | None) -> Source:
+    """Latents of a sparse autoencoder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if sae is None:
+        raise InputError("the source 'sae' needs a sparse autoencoder")
+
+    def features(texts: Sequence[str]) -> Tensor:
+        return _dense(sae, recording.output(texts).float())
+
+    return Source("sae", LABELS["sae"], "sae", features, 1, sae.latents)
 
 
 def _dense(sae: SAE, x: Tensor) -> Tensor:
