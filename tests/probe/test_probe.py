@@ -209,7 +209,8 @@ def test_what_does_not_belong_together_is_refused(bench, tmp_path):
     with pytest.raises(InputError, match="cfg.json is missing"):
         benchmark(dataclasses.replace(config, sae=config.priors[0]), llm)
     eye = torch.eye(32)
-    SAE.of(eye, eye[0], eye, eye[0], Hookpoint("tiny", 3, 32), k=4).save(tmp_path / "sae")
+    parts = (eye, torch.zeros(32), 2 * eye, torch.ones(32))
+    SAE.of(*parts, Hookpoint("tiny", 3, 32), k=4).save(tmp_path / "sae")
     with pytest.raises(InputError, match="belongs to layer 3 output .width 32., not to layer 1 output"):
         benchmark(dataclasses.replace(config, sae=str(tmp_path / "sae")), llm)
     assert not loads and not (tmp_path / "run").exists()
