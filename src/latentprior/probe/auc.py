@@ -44,7 +44,7 @@ def aucs(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], scaler: Scaler | None = 
 
 def class_difference(x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Tensor, " f"]:
     """Mean of class 1 minus mean of class 0, float64."""
-    return _mean_differences(x, y, torch.ones(1, len(y), device=y.device))[0]
+    return mean_differences(x, y, torch.ones(1, len(y), device=y.device))[0]
 
 
 def stratified_folds(y: Int[Tensor, " n"], k: int = 5) -> Int[Tensor, " n"]:
@@ -113,10 +113,10 @@ def _signed(auc: Tensor, sign: Tensor) -> Tensor:
 def _fold_signs(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> Tensor:
     """Sign of the class-mean difference of each feature on each fold's training part, [folds, f]."""
     inside = fold[None] != torch.arange(folds, device=y.device)[:, None]
-    return _mean_differences(x, y, inside.double()).sign()
+    return mean_differences(x, y, inside.double()).sign()
 
 
-def _mean_differences(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+def mean_differences(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """Mean of class 1 minus mean of class 0 under each of the weights [w, n], [w, f]; exactly 0 for a constant."""
     sides = [weights.double() * y, weights.double() * (1 - y)]
     columns = max(1, CHUNK // len(x))  # no float64 copy of all of x

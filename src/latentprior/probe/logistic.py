@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from latentprior.errors import InputError
-from latentprior.probe.auc import OneD, aucs, class_difference, stratified_folds
+from latentprior.probe.auc import OneD, aucs, class_difference, mean_differences, stratified_folds
 from latentprior.probe.newton import Kernel, Primal, fit_path, prefers_kernel
 from latentprior.probe.scaler import Scaler, columns
 
@@ -145,20 +145,14 @@ def sparse_probe(
         units = scaler.scale.isfinite().nonzero().squeeze(1)
         bases = [_Basis.of(x, units, scaler)] * (folds + 1)
     else:
-        order = _differences(x, y, parts, scaler).abs().argsort(dim=1, descending=True, stable=True)[:, :k]
+        differences = (mean_differences(x, y, parts) / scaler.scale).abs()
+        order = differences.argsort(dim=1, descending=True, stable=True)[:, :k]
         bases = [_Basis.of(x, units, scaler) for units in order]
     scores = [_validation_aucs(basis, y, part, Cs) for basis, part in zip(bases[:-1], parts[:-1], strict=True)]
     validation = torch.stack(scores).mean(dim=0)
     best = int(validation.argmax())
     decision = _decision(bases[-1], x, y, x_test, Cs[best])
     return SparseResult(float(aucs(decision[:, None], y_test)), float(validation[best]), Cs[best], bases[-1].units)
-
-
-def _differences(x: Tensor, y: Tensor, parts: Bool[Tensor, "p n"], scaler: Scaler) -> Float[Tensor, "p f"]:
-    """Class-mean difference within parts of the rows, in standard deviations of all."""
-    positive, negative = parts * y.double(), parts * (1 - y.double())
-    weights = positive / positive.sum(1, keepdim=True) - negative / negative.sum(1, keepdim=True)
-    return torch.cat([weights @ chunk.double() for chunk in x.split(columns(x), dim=1)], dim=1) / scaler.scale
 
 
 @dataclass(frozen=True)
