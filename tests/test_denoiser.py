@@ -126,10 +126,12 @@ def test_meta_neurons_are_the_inputs_of_down_proj():
     seen = []
     for block in denoiser.layers:
         block.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    hidden: list[Tensor] = []
-    velocity = denoiser.run(z, denoiser.factors(torch.tensor([0.1])), hidden=hidden)
+    factors = denoiser.factors(torch.tensor([0.1]))
+    velocity = denoiser.run(z, factors)
+    taken = list(seen)  # the units are asked for with the same hooks in place
+    hidden = list(denoiser.units(z, factors))
     assert [tuple(h.shape) for h in hidden] == [(5, 20)] * 3
-    assert all(torch.equal(a, b) for a, b in zip(hidden, seen, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(hidden, taken, strict=True))
     assert torch.equal(velocity, denoiser(z, torch.tensor(0.1)))
 
 

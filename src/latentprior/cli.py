@@ -121,30 +121,31 @@ def sample(options: config.SampleConfig) -> None:
     )
 
 
-def evaluate(options: config.EvaluateConfig) -> None:
+def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
+    """Draw the page of a result, print its tables and where the page lies."""
     from pathlib import Path
 
-    from latentprior.evaluate.run import evaluate
     from latentprior.report import write_report
 
-    with bars() as phase:
-        result = evaluate(options, phase=phase)
-    page = write_report(result, Path(options.output) / "report.html")
-    print_evaluation(result)
+    page = write_report(result, Path(folder) / "report.html")
+    show(result)
     out.print(f"report: {page}")
 
 
-def steer(options: config.SteerConfig) -> None:
-    from pathlib import Path
+def evaluate(options: config.EvaluateConfig) -> None:
+    from latentprior.evaluate.run import evaluate
 
-    from latentprior.report import write_report
+    with bars() as phase:
+        result = evaluate(options, phase=phase)
+    report(result, options.output, print_evaluation)
+
+
+def steer(options: config.SteerConfig) -> None:
     from latentprior.steer.run import steer
 
     with bars() as phase:
         result = steer(options, phase=phase)
-    page = write_report(result, Path(options.output) / "report.html")
-    print_frontiers(result)
-    out.print(f"report: {page}")
+    report(result, options.output, print_frontiers)
 
 
 def convert(options: config.ConvertConfig) -> None:
@@ -171,31 +172,21 @@ def plan(options: config.PlanConfig) -> None:
 
 
 def sweep(options: config.SweepConfig) -> None:
-    from pathlib import Path
-
-    from latentprior.report import write_report
     from latentprior.scaling.grid import sweep
     from latentprior.scaling.tables import tables
 
     with bars() as phase:
         result = sweep(options, phase=phase)
-    page = write_report(result, Path(options.output) / "report.html")
-    print_tables(tables(result))
-    out.print(f"report: {page}")
+    report(result, options.output, lambda result: print_tables(tables(result)))
 
 
 def probe(options: config.ProbeConfig) -> None:
-    from pathlib import Path
-
     from latentprior.probe.run import probe
     from latentprior.probe.tables import tables
-    from latentprior.report import write_report
 
     with bars() as phase:
         result = probe(options, phase=phase)
-    page = write_report(result, Path(options.output) / "report.html")
-    print_tables(tables(result))
-    out.print(f"report: {page}")
+    report(result, options.output, lambda result: print_tables(tables(result)))
 
 
 def neurons(options: config.NeuronsConfig) -> None:

@@ -7,7 +7,7 @@ the matrix work, so it is computed once for each *distinct* time (`Denoiser.fact
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,16 +129,24 @@ class Denoiser(nn.Module):
         self,
         z_t: Float[Tensor, "n d"],
         factors: list[Float[Tensor, "m d_mlp"]],
-        hidden: list[Tensor] | None = None,
     ) -> Float[Tensor, "n d"]:
-        """Velocity with given factors (n rows or one each); `hidden` collects every block's meta-neurons."""
+        """Velocity with given factors (n rows or one each)."""
         x = self.in_proj(z_t.to(self.dtype))
         for block, factor in zip(self._blocks(), factors, strict=True):
-            units = block.hidden(x, factor)
-            if hidden is not None:
-                hidden.append(units)
-            x = x + block.down_proj(units)
+            x = x + block.down_proj(block.hidden(x, factor))
         return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def units(
+        self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]
+    ) -> Iterator[Float[Tensor, "n d_mlp"]]:
+        """Each block's meta-neurons with given factors, one block at a time; what follows the last is not computed."""
+        x, below = self.in_proj(z_t.to(self.dtype)), None
+        for block, factor in zip(self._blocks(), factors, strict=True):
+            if below is not None:
+                x = x + below[0].down_proj(below[1])
+            hidden = block.hidden(x, factor)
+            yield hidden
+            below = block, hidden
 
     def forward(
         self,

@@ -210,9 +210,8 @@ class GLP(nn.Module):
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
         times = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
         z_t = flow.interpolate(z_0, eps, times)
-        units: list[Tensor] = []
-        self.denoiser.run(z_t, self.denoiser.gathered(times, self._layers(layer, x.shape[:-1])), hidden=units)
-        stacked = torch.stack(units, dim=1)
+        factors = self.denoiser.gathered(times, self._layers(layer, x.shape[:-1]))
+        stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
         return stacked.reshape(*x.shape[:-1], *stacked.shape[1:])
 
     @torch.no_grad()

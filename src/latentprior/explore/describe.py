@@ -155,10 +155,7 @@ def describe_store(
     if judge is None or not chosen:
         return summary
     cases = cases_of(store, [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen], seed)
-    cost = _estimate(cases, judge, seed, prompt_price, answer_price)
-    expected: dict[str, Any] = {"tokens": cost.prompt_tokens + cost.answer_tokens}
-    if cost.money is not None:
-        expected["cost"] = cost.money
+    expected = _estimate(cases, judge, seed, prompt_price, answer_price).figures()
     report(len(store), total, expected)
     described, answers = _describe(cases, judge, seed, _after(report, len(store), total))
     descriptions |= {description.unit: description for description in described}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from hashlib import blake2b
 from typing import Any
 
@@ -137,22 +138,11 @@ class UnitReader:
         with torch.no_grad():
             self._factors = glp.denoiser.gathered(torch.tensor(t, device=glp.device), layers)
 
+    @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "n d_mlp"]]:
         """Each block's units at raw activations [N, d], the mean over the noises, in the denoiser's precision."""
-        with torch.no_grad():
-            z_0 = self._normalizer.normalize(x, self._layer)
-            states = [
-                self._denoiser.in_proj(flow.interpolate(z_0, noise.expand_as(z_0), self._t).to(self._denoiser.dtype))
-                for noise in self.noises
-            ]
-        for number, (block, factor) in enumerate(zip(self.blocks, self._factors, strict=True)):
-            with torch.no_grad():  # not around the yield: it would hold in the caller, too
-                total: Tensor | None = None
-                for i, state in enumerate(states):
-                    units = block.hidden(state, factor)
-                    if number + 1 < len(self.blocks):
-                        states[i] = state + block.down_proj(units)
-                    total = units if total is None else total + units
-                assert total is not None  # there is at least one noise
-                mean = total if len(states) == 1 else total / len(states)
-            yield mean
+        z_0 = self._normalizer.normalize(x, self._layer)
+        noisy = (flow.interpolate(z_0, noise.expand_as(z_0), self._t) for noise in self.noises)
+        for units in zip(*(self._denoiser.units(z_t, self._factors) for z_t in noisy), strict=True):
+            total = reduce(torch.add, units)
+            yield total if len(units) == 1 else total / len(units)

@@ -36,7 +36,7 @@ def aucs(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], scaler: Scaler | None = 
     Raises:
         InputError: features that are not finite, labels that are not 0 and 1, or only one of them.
     """
-    _check(x, y)
+    check_features(x, y)
     width = max(1, CHUNK // len(x))
     places = torch.arange(x.shape[1], device=x.device).split(width)
     return torch.cat([_aucs(x[:, p].T.contiguous(), y, scaler and scaler.select(p)) for p in places])
@@ -95,7 +95,7 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
     Raises:
         InputError: see `aucs` and `stratified_folds`.
     """
-    _check(x, y)
+    check_features(x, y)
     difference = class_difference(x, y)
     units = difference.abs().argsort(descending=True, stable=True)[:candidates]
     kept, fold = x[:, units], stratified_folds(y, folds)
@@ -127,7 +127,8 @@ def mean_differences(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return means[0] - means[1]
 
 
-def _check(x: Tensor, y: Tensor) -> None:
+def check_features(x: Tensor, y: Tensor) -> None:
+    """Raise `InputError` for features or labels that cannot be probed."""
     if not x.isfinite().all():
         raise InputError("features to be probed must be finite")
     if not ((y == 0) | (y == 1)).all() or not 0 < int(y.sum()) < len(y):

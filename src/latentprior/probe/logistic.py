@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from latentprior.errors import InputError
-from latentprior.probe.auc import OneD, aucs, class_difference, mean_differences, stratified_folds
+from latentprior.probe.auc import OneD, aucs, check_features, class_difference, mean_differences, stratified_folds
 from latentprior.probe.newton import Kernel, Primal, fit_path, prefers_kernel
 from latentprior.probe.scaler import Scaler, columns
 
@@ -62,7 +62,7 @@ def logistic_1d(
     Raises:
         InputError: see `aucs` and `stratified_folds`.
     """
-    aucs(x, y)  # refuses what cannot be probed
+    check_features(x, y)
     stratified_folds(y, folds)
     units = class_difference(x, y).abs().argsort(descending=True, stable=True)[:candidates]
     scaler = Scaler.of(x[:, units])

@@ -52,7 +52,7 @@ def record_texts(
     """Record the last token's activations of all `texts` that `folder` does not hold yet.
 
     Longer texts keep their last tokens, as in SAE-Probes, so that the last token is the text's own. Texts without a
-    token after the first position, and activations that are not finite, are left out: `Recording.rows` gives -1.
+    token after the first position, and activations that are not finite, are left out: `Recording.has` tells.
 
     Args:
         hookpoint: what is recorded, usually a layer's output.

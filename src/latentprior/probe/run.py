@@ -134,9 +134,7 @@ def recorded(
         InputError: a recording of another hookpoint or `max_length`.
     """
     folder = Path(config.recording or Path(config.output, "recording"))
-    texts = list(
-        dict.fromkeys(text for task in tasks for rows in (task.train, task.test) for text in task.select(rows))
-    )
+    texts = list(dict.fromkeys(text for task in tasks for text in task.used()))
     mlp = "mlp-neurons" in config.chosen_sources()
     if (folder / OUTPUT / MANIFEST).exists():
         recording = Recording(folder)

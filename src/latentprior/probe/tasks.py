@@ -11,7 +11,7 @@ import pyarrow.csv
 
 from latentprior import corpus
 from latentprior.errors import InputError, unknown
-from latentprior.probe.families import family
+from latentprior.probe.families import OWN, family
 
 LEAST = 120  # rows: the protocol keeps 100 of them from training
 
@@ -65,7 +65,7 @@ def find_task(name: str, *, seed: int = 42, max_test: int | None = None, text: s
             balanced.
     """
     if name.endswith((".csv", ".csv.zst")):
-        title, group = Path(name).name.removesuffix(".zst").removesuffix(".csv"), "own"
+        title, group = Path(name).name.removesuffix(".zst").removesuffix(".csv"), OWN
         texts, labels = read_csv(name, text=text, label=label)
         texts, labels = _balanced(texts, labels, seed)
     else:

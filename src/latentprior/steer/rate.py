@@ -40,11 +40,8 @@ def rater_of(config: SteerConfig) -> Rater:
         fluencies = [RatingRequest("fluency", request.continuation) for request in concepts]
         cost = endpoint.estimate(concepts + fluencies, prompt_price=judge.input_price, answer_price=judge.output_price)
         report = phase("rate")
-        expected: dict[str, Any] = {"tokens": cost.prompt_tokens + cost.answer_tokens}
-        if cost.money is not None:
-            expected["cost"] = cost.money
         if cost.calls:
-            report(0, cost.calls, expected)
+            report(0, cost.calls, cost.figures())
         ratings = endpoint(concepts + fluencies, report=report)
         values = ratings.values()
         concept, fluency = values[: len(concepts)] / SCALES[kind], values[len(concepts) :] / SCALES["fluency"]

@@ -41,6 +41,11 @@ class Cost:
     money: float | None
     """In the currency of the prices; None if no price is known."""
 
+    def figures(self) -> dict[str, Any]:
+        """What progress shows of it: tokens, and money where prices are known."""
+        tokens = {"tokens": self.prompt_tokens + self.answer_tokens}
+        return tokens if self.money is None else tokens | {"cost": self.money}
+
 
 RatingResult = Answer[int]
 
