@@ -437,3 +437,13 @@ def test_forward_inputs_of_direct_calls(tiny_llm):
         model(inputs_embeds=torch.zeros(1, 4, 32), position_ids=torch.arange(4)[None])
         assert inputs.ids is None and inputs.past_length == 0 and inputs.position_ids.shape == (1, 4)
     assert inputs.calls == 3 and hooks_in(model) == 0
+
+
+def test_same_place_compares_models_by_their_last_component():
+    here = Hookpoint("org/m", 2, 8)
+    for same in ("org/m", "copies/m", "m", ""):
+        assert here.same_place(Hookpoint(same, 2, 8)) and Hookpoint(same, 2, 8).same_place(here)
+    for other in (Hookpoint("org/n", 2, 8), Hookpoint("org/m", 1, 8), Hookpoint("", 2, 9), Hookpoint("m", 2, 8, "mlp")):
+        assert not here.same_place(other)
+    assert here.same_place(Hookpoint("org/n", 2, 8), check_model=False)
+    assert str(Hookpoint("", 2, 8)) == "some model layer 2 output (width 8)"

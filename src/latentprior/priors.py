@@ -41,9 +41,8 @@ def priors_of(
         glp = GLP.from_pretrained(name, checkpoint, device=place).cast(dtype)
         mine = hookpoint_of(glp, name, layer)
         first = found[0] if found else mine
-        if (mine.model, mine.layer, mine.side) != (first.model, first.layer, first.side):
-            places = [f"{h.model} layer {h.layer} {h.side}" for h in (mine, first)]
-            raise InputError(f"{name} is a prior of {places[0]}, {names[0]} of {places[1]}")
+        if not mine.same_place(first):
+            raise InputError(f"{name} is a prior of {mine}, {names[0]} of {first}")
         found.append(mine)
         priors[name] = glp
     return priors, found[0]

@@ -44,9 +44,9 @@ def test_runs_that_do_not_fit_are_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(InputError, match="another shape: it has unit 3 of block 0"):
         read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=3)
-    with pytest.raises(InputError, match="probed layer 2, this prior has layer 1"):
+    with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to m layer 1"):
         read_winners(tmp_path, 0.1, Hookpoint("m", 1, 32), blocks=2, d_mlp=5)
-    with pytest.raises(InputError, match="probed model 'm', this prior has model 'other'"):
+    with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to other layer 2"):
         read_winners(tmp_path, 0.1, Hookpoint("other", 2, 32), blocks=2, d_mlp=5)
     assert read_winners(tmp_path, 0.1, Hookpoint("copies/m", 2, 32), blocks=2, d_mlp=5)
     write(tmp_path, ROWS[-1:])

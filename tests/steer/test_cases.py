@@ -110,5 +110,5 @@ def test_files_of_any_kind(llm, tmp_path):
         torch.testing.assert_close(case.direction.vector, direction.vector)
     elsewhere = Direction.of(direction.vector, Hookpoint.of(llm[0], 0), "ramp", "random")
     path = str(write_direction(elsewhere, tmp_path / "c.safetensors"))
-    with pytest.raises(InputError, match="the direction has layer 0, the prior 1"):
+    with pytest.raises(InputError, match="belongs to .* layer 0 output .width .*., the prior to .* layer 1"):
         cases_of(config("files", directions=[path]), *llm)

@@ -302,7 +302,7 @@ def test_any_frontier_is_monotone_concave_and_above_its_points(points, width):
         assert f.gain_at(max(x, 0.0))[0] >= y - 1e-9
     for x, gain in zip(at[1:], gains[1:], strict=True):
         assert f.gain_at(f.increase_at(gain)[0])[0] == pytest.approx(gain, abs=1e-9)
-        assert f.increase_at(gain)[0] <= x + 1e-9
+        assert f.increase_at(gain - 1e-12)[0] <= x + 1e-9  # less by rounding: on a flat part it costs any increase
     vertices = [x for x in f.increase[0] if 0 < x < width]
     grid = np.unique(np.concatenate([at, vertices]))
     exact = np.trapezoid([f.gain_at(x)[0] for x in grid], grid) / width

@@ -391,8 +391,8 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     def phase(name: str):
         return lambda done, total, figures: shown.append((done, total, dict(figures)))
 
-    rate = rater_of(SteerConfig(judge=judge))
-    table, found = rate(pa.table(columns), [case], tmp_path, phase)
+    rate = rater_of(SteerConfig(judge=judge, output=str(tmp_path)))
+    table, found = rate(pa.table(columns), [case], phase)
     assert table["concept"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["fluency"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["concept_offline"].to_pylist() == [0.1, 0.2, 0.3, 0.4]
@@ -401,13 +401,14 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     assert server.paid == {"a": 2, "b": 2, "bad": 0}
     assert any("much praise" in body["messages"][1]["content"] for body in server.bodies)
     calls = server.calls.total()
-    again, _ = rate(pa.table(columns), [case], tmp_path, phase)
+    again, _ = rate(pa.table(columns), [case], phase)
     assert again.equals(table) and server.calls.total() == calls + 2  # only what failed
+    assert (tmp_path / "ratings.jsonl").is_file()
 
 
-def test_without_an_endpoint_nothing_is_rated(tmp_path):
+def test_without_an_endpoint_nothing_is_rated():
     table = pa.table({"concept": [0.5]})
-    assert rater_of(SteerConfig())(table, [], tmp_path, lambda name: lambda *_: None) == (table, None)
+    assert rater_of(SteerConfig())(table, [], lambda name: lambda *_: None) == (table, None)
 
 
 def test_a_missing_key_is_found_before_anything_runs(monkeypatch):

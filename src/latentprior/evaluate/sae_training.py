@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,11 +70,8 @@ def prepare_sae(
 
 
 def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> None:
-    # As everywhere: a local copy has the same last component, an empty name is unknown and matches everything.
-    names = {PurePosixPath(h.model).name for h in (found, wanted) if h.model}
-    if len(names) > 1 or (found.layer, found.side, found.width) != (wanted.layer, wanted.side, wanted.width):
-        places = (f"{h.model or 'some model'} layer {h.layer} {h.side} (width {h.width})" for h in (found, wanted))
-        raise InputError("{} belongs to {}, but this prior to {}".format(folder, *places))
+    if not found.same_place(wanted):
+        raise InputError(f"{folder} belongs to {found}, but this prior to {wanted}")
 
 
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:

@@ -76,14 +76,10 @@ def read_winners(
 
 def _check_hookpoint(path: Path, hookpoint: Hookpoint) -> None:
     try:
-        probed = json.loads(path.read_bytes()).get("hookpoint") or {}
+        probed = Hookpoint.from_dict(json.loads(path.read_bytes())["hookpoint"])
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} holds no probing run: {path.name} is missing") from error
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise damaged(path, error) from error
-    for name in ("model", "layer", "side"):
-        theirs, ours = probed.get(name), getattr(hookpoint, name)
-        # As in `Hookpoint.check`: an unknown model is any, and a local copy is the same one.
-        if theirs in (None, "") or ours == "" or Path(str(theirs)).name == Path(str(ours)).name:
-            continue
-        raise InputError(f"{path.parent} probed {name} {theirs!r}, this prior has {name} {ours!r}")
+    if not probed.same_place(hookpoint):
+        raise InputError(f"{path.parent} probed {probed}, this prior belongs to {hookpoint}")

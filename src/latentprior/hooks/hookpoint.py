@@ -55,6 +55,15 @@ class Hookpoint:
             revision=getattr(source, "_commit_hash", None),
         )
 
+    def __str__(self) -> str:
+        return f"{self.model or 'some model'} layer {self.layer} {self.side} (width {self.width})"
+
+    def same_place(self, other: Hookpoint, *, check_model: bool = True) -> bool:
+        """Whether two hookpoints are the same side of the same block; model names are compared as in `check`."""
+        if check_model and not _same_model(self.model, other.model):
+            return False
+        return (self.layer, self.side, self.width) == (other.layer, other.side, other.width)
+
     def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
         """The block of `model` that this hookpoint names.
 
@@ -66,7 +75,7 @@ class Hookpoint:
             InputError: another model, a layer that it does not have, or another width.
         """
         name = getattr(getattr(language_model(model), "config", None), "_name_or_path", "")
-        if check_model and self.model and name and _last_component(self.model) != _last_component(name):
+        if check_model and not _same_model(self.model, name):
             raise InputError(
                 f"this hookpoint belongs to model {self.model!r}, not {name!r} (check_model=False allows it on purpose)"
             )
@@ -85,6 +94,11 @@ class Hookpoint:
     def from_dict(cls, values: dict[str, Any]) -> Hookpoint:
         """The inverse of `to_dict`; an unknown key is an `InputError`."""
         return config.from_dict(cls, values)
+
+
+def _same_model(name: str, other: str) -> bool:
+    """A local copy has the same last component; an empty name is unknown and matches everything."""
+    return not name or not other or _last_component(name) == _last_component(other)
 
 
 def _last_component(name: str) -> str:

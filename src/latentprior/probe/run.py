@@ -138,7 +138,8 @@ def recorded(
     mlp = "mlp-neurons" in config.chosen_sources()
     if (folder / OUTPUT / MANIFEST).exists():
         recording = Recording(folder)
-        _check_place(recording.hookpoint, hookpoint, folder)
+        if not recording.hookpoint.same_place(hookpoint):
+            raise InputError(f"{folder} was recorded at {recording.hookpoint}, the prior belongs to {hookpoint}")
         if recording.has(texts).all() and (recording.mlp_hookpoints or not mlp):
             return recording
     model, tokenizer = llm()
@@ -153,13 +154,6 @@ def recorded(
         batch_tokens=config.batch_tokens,
         report=report,
     )
-
-
-def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path) -> None:
-    names = {PurePosixPath(h.model).name for h in (found, wanted) if h.model}
-    if len(names) > 1 or (found.layer, found.side, found.width) != (wanted.layer, wanted.side, wanted.width):
-        places = [f"{h.model or 'some model'} layer {h.layer} {h.side}" for h in (found, wanted)]
-        raise InputError(f"{folder} was recorded at {places[0]}, the prior belongs to {places[1]}")
 
 
 def _probe_all(

@@ -127,11 +127,8 @@ def sae_at(folder: str, here: Hookpoint) -> SAE:
         InputError: no SAE there, or one of another hookpoint.
     """
     sae = read_sae(folder)
-    if (sae.hookpoint.layer, sae.hookpoint.side, sae.width) != (here.layer, here.side, here.width):
-        raise InputError(
-            f"the SAE in {folder} belongs to layer {sae.hookpoint.layer} {sae.hookpoint.side} (width {sae.width}), "
-            f"not to layer {here.layer} {here.side} (width {here.width})"
-        )
+    if not sae.hookpoint.same_place(here, check_model=False):  # SAELens has names of its own for models
+        raise InputError(f"the SAE in {folder} belongs to {sae.hookpoint}, the prior to {here}")
     return sae
 
 

@@ -200,10 +200,8 @@ def at(direction: Direction, hookpoint: Hookpoint, path: str) -> Direction:
     Raises:
         InputError: another layer, side or width.
     """
-    for name in ("layer", "side", "width"):
-        mine, wanted = getattr(direction.hookpoint, name), getattr(hookpoint, name)
-        if mine != wanted:
-            raise InputError(f"{path}: the direction has {name} {mine}, the prior {wanted}")
+    if not direction.hookpoint.same_place(hookpoint, check_model=False):  # `Edit` checks the model
+        raise InputError(f"the direction in {path} belongs to {direction.hookpoint}, the prior to {hookpoint}")
     return direction
 
 
@@ -237,12 +235,8 @@ def _persona(
 def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
     """Latents are judged by whether a text is like those that they are most active on, rather than other latents'."""
     sae = read_sae(str(config.sae), model=config.llm.model)
-    if (sae.hookpoint.layer, sae.hookpoint.side, sae.hookpoint.width) != (
-        hookpoint.layer,
-        hookpoint.side,
-        hookpoint.width,
-    ):
-        raise InputError(f"the SAE in {config.sae} belongs to layer {sae.hookpoint.layer}, the prior {hookpoint.layer}")
+    if not sae.hookpoint.same_place(hookpoint, check_model=False):  # SAELens has names of its own for models
+        raise InputError(f"the SAE in {config.sae} belongs to {sae.hookpoint}, the prior to {hookpoint}")
     latents: list[int] | int = [_number(name) for name in config.directions] or config.features
     described = describe_latents(
         sae, ActivationStore(config.store), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed

@@ -15,7 +15,7 @@ from latentprior.steer.cases import Case
 from latentprior.steer.judge.endpoint import endpoint_of
 from latentprior.steer.judge.ratings import SCALES, Kind, RatingRequest
 
-Rater = Callable[[pa.Table, Sequence[Case], Path, Phase], tuple[pa.Table, dict[str, Any] | None]]
+Rater = Callable[[pa.Table, Sequence[Case], Phase], tuple[pa.Table, dict[str, Any] | None]]
 
 
 def rater_of(config: SteerConfig) -> Rater:
@@ -24,17 +24,17 @@ def rater_of(config: SteerConfig) -> Rater:
     The returned function replaces the column "concept" by the endpoint's rating over its best one (0 to 2 as in
     AxBench; 0 to 100 for personas) and keeps the offline score as "concept_offline"; "fluency" is its rating over 2.
     Failed ratings are NaN, counted, and never scored. Tokens, and money where prices are known, show in the progress
-    figures before the first call.
+    figures before the first call. Paid answers are kept in ``ratings.jsonl`` of the experiment's folder.
 
     Raises:
         InputError: the environment variable of the key is not set.
     """
     endpoint = endpoint_of(config.judge, Path(config.output) / "ratings.jsonl")
     if endpoint is None:
-        return lambda table, cases, folder, phase: (table, None)
+        return lambda table, cases, phase: (table, None)
     judge = config.judge
 
-    def rate(table: pa.Table, cases: Sequence[Case], folder: Path, phase: Phase) -> tuple[pa.Table, dict[str, Any]]:
+    def rate(table: pa.Table, cases: Sequence[Case], phase: Phase) -> tuple[pa.Table, dict[str, Any]]:
         kind: Kind = "trait" if config.experiment == "persona" else "concept"
         concepts = requests(table, cases, kind)
         fluencies = [RatingRequest("fluency", request.continuation) for request in concepts]

@@ -69,7 +69,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
         write_direction(case.direction, folder / "directions" / f"{_slug(case.direction.name)}.safetensors")
     bench = Bench(config, model, tokenizer, priors, mean_norm, config.layer)
     table = run_cells(bench, cases, folder / "cells", report=phase("steer"))
-    table, ratings = rate(table, cases, folder, phase)
+    table, ratings = rate(table, cases, phase)
     pq.write_table(table, folder / "results.parquet", compression="zstd")
     result = {
         "kind": "frontier",
