@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlencode
@@ -18,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from html_page import Page
+from latentprior import report
 from latentprior.errors import InputError
 from latentprior.explore.store import (
     DESCRIPTIONS_SCHEMA,
@@ -36,41 +36,6 @@ BLOCKS, D_MLP = 2, 40
 FLAT = 7  # a unit that never moves
 PIECES = (" river", " bank", "naïve", " مرحبا", " שלום", ".", "\n", "Donaudampfschifffahrtsgesellschaft" * 3)
 EVIL = "</script><img src=x onerror=alert(1)><!--\"'&\u2028\x00\u202e"
-VOID = {"meta", "link", "input"}
-
-
-class Page(HTMLParser):
-    """A page's elements, text and attributes; fails on tags that do not match."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: dict[str, str] = {}
-        self.feed(page)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        for tag in self.open:
-            self.text[tag] = self.text.get(tag, "") + data
-
-    def values(self, name: str) -> list[str]:
-        return [value for _, attribute, value in self.attributes if attribute == name]
 
 
 def unit_row(number: int, draw: random.Random) -> dict[str, Any]:
@@ -128,7 +93,7 @@ def make_store(folder: Path, *, described: bool = True, blocks: int = BLOCKS) ->
         "documents": 1000,
         "tokens": 64000,
         "max_length": 64,
-        "corpus": {"data": EVIL},
+        "corpus": {"dataset": EVIL},
         "thresholds": [1.0, 2.0, 4.0],
         "quantiles": [0.5, 1.0],
     }
@@ -189,7 +154,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_is_a_page_for_every_unit_a_list_for_every_block_and_an_index(built: Path) -> None:
-    wanted = {"index.html", "site.css", "site.js", "units.js"} | {f"blocks/{b}.html" for b in range(BLOCKS)}
+    wanted = {"index.html", "base.css", "site.css", "site.js", "units.js"} | {f"blocks/{b}.html" for b in range(BLOCKS)}
     wanted |= {f"units/b{b}/n{i}.html" for b in range(BLOCKS) for i in range(D_MLP)}
     assert set(contents(built)) == wanted
 
@@ -197,7 +162,7 @@ def test_there_is_a_page_for_every_unit_a_list_for_every_block_and_an_index(buil
 def test_every_page_has_a_language_a_title_and_one_heading(pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
         assert ("html", "lang", "en") in page.attributes, path
-        assert page.text["title"].strip() and page.text["h1"].strip() and page.tags["h1"] == 1, path
+        assert page.inside["title"].strip() and page.inside["h1"].strip() and page.tags["h1"] == 1, path
         assert all(scope in ("col", "row") for scope in page.values("scope")), path
         assert page.tags["th"] == len(page.values("scope")), path
 
@@ -206,10 +171,10 @@ def test_nothing_of_the_store_becomes_markup(built: Path, pages: dict[Path, Page
     for path, page in pages.items():
         scripts = 2 if path.name == "index.html" else 1
         assert page.tags["script"] == scripts == len(page.values("src")), path
-        assert not page.text.get("script", "").strip() and not page.tags["img"] and not page.tags["style"], path
+        assert not page.inside["script"].strip() and not page.tags["img"] and not page.tags["style"], path
         assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"], path
         assert "\x00" not in path.read_text("utf-8"), path
-    assert "onerror=alert(1)" in pages[built / "units/b0/n1.html"].text["mark"]  # the text itself is all there
+    assert "onerror=alert(1)" in pages[built / "units/b0/n1.html"].inside["mark"]  # the text itself is all there
     script = (built / "units.js").read_text("utf-8")
     assert "<" not in script and "\u2028" not in script and "onerror" in script
 
@@ -259,17 +224,17 @@ def test_statistics_that_no_unit_has_are_left_out(tmp_path: Path) -> None:
 
 def test_a_unit_page_says_all_that_the_store_knows(built: Path) -> None:
     page = Page((built / "units/b1/n1.html").read_text("utf-8"))  # unit 41
-    text = page.text["body"]
-    assert page.text["h1"] == "Block 1, unit 1" and "Rivers and banks 41" in text
+    text = page.inside["body"]
+    assert page.inside["h1"] == "Block 1, unit 1" and "Rivers and banks 41" in text
     assert "Consistency 4 of 5. Complexity 2 of 5. Detection score (AUC) 0.541." in text
     for wanted in ("Top documents", "Bottom documents", "Quantile 1", "Quantile 0.5", "Share above 4 sd", "0.100%"):
         assert wanted in text
     assert "␣word41" in text and "−1.50" in text and "0.750" in text and "lower" in text
-    assert page.tags["mark"] == 5 and page.text["mark"].count("(peak, 1.00)") == 2
+    assert page.tags["mark"] == 5 and page.inside["mark"].count("(peak, 1.00)") == 2
     assert "← b1 n0" in text and "b1 n2 →" in text and page.tags["svg"] == 1
     first, last = ((built / path).read_text("utf-8") for path in ("units/b0/n0.html", f"units/b1/n{D_MLP - 1}.html"))
     assert 'rel="prev"' not in first and 'rel="next"' not in last
-    assert "⏎" in Page(first).text["mark"]
+    assert "⏎" in Page(first).inside["mark"]
 
 
 def test_the_same_store_gives_the_same_site_again(built: Path, store: NeuronStore, tmp_path: Path) -> None:
@@ -337,7 +302,7 @@ def test_long_lists_are_cut_into_pages(tmp_path: Path, store: NeuronStore, monke
     monkeypatch.setattr("latentprior.report.browser.listing.ROWS", 25)
     write_site(store, tmp_path)
     rows = [Page((tmp_path / f"blocks/{name}.html").read_text("utf-8")) for name in ("0", "0-2")]
-    assert [page.text["tbody"].count("b0 n") for page in rows] == [25, 15]
+    assert [page.inside["tbody"].count("b0 n") for page in rows] == [25, 15]
     assert "0-2.html" in " ".join(rows[0].values("href"))
 
 
@@ -356,7 +321,7 @@ def test_runs_of_tokens_of_equal_level_are_one_element() -> None:
 
 def test_long_documents_are_cut_around_the_peak() -> None:
     n, peak = 500, 250
-    drawn = Page(passage(example([0.0] * n, [f" {i}" for i in range(n)], peak), 0.0)).text["bdi"]
+    drawn = Page(passage(example([0.0] * n, [f" {i}" for i in range(n)], peak), 0.0)).inside["bdi"]
     assert drawn.startswith(f"… {peak - CONTEXT} ") and drawn.endswith(f" {peak + CONTEXT}…")
 
 
@@ -385,7 +350,7 @@ def test_a_token_is_never_invisible(piece: str, wanted: str) -> None:
 
 
 def test_a_token_by_itself_shows_the_blanks_at_its_ends() -> None:
-    assert [Page(token(piece)).text["bdi"] for piece in (" a ", "b", "  ", "c\n")] == ["␣a␣", "b", "␣␣", "c⏎"]
+    assert [Page(token(piece)).inside["bdi"] for piece in (" a ", "b", "  ", "c\n")] == ["␣a␣", "b", "␣␣", "c⏎"]
 
 
 def test_a_histogram_tells_negative_from_positive_and_says_what_it_shows() -> None:
@@ -393,7 +358,7 @@ def test_a_histogram_tells_negative_from_positive_and_says_what_it_shows() -> No
     page = Page(drawn)
     bars = {kind: d for kind, d in zip(page.values("class")[1:], page.values("d"), strict=False)}
     assert bars["minus"].count("M") == 1 and bars["plus"].count("M") == 2
-    assert "Histogram" in page.text["title"] and "1,011 tokens from −2.00 to 2.00" in page.text["desc"]
+    assert "Histogram" in page.inside["title"] and "1,011 tokens from −2.00 to 2.00" in page.inside["desc"]
     assert drawn.count("NaN") == drawn.count("nan") == 0
 
 
@@ -417,9 +382,13 @@ def test_a_histogram_of_nothing_is_a_sentence(
 
 
 def palettes() -> list[dict[str, str]]:
-    css = (Path(site.__file__).parent / "site.css").read_text("utf-8")
-    found = [dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root {(.*?)}", css, re.S)]
-    assert len(found) == 2 and found[0].keys() == found[1].keys()
+    """The colours of light and of dark pages."""
+    found: list[dict[str, str]] = [{}, {}]
+    for path in site.ASSETS:
+        style = (Path(report.__file__).parent / path).read_text("utf-8")
+        for palette, block in zip(found, re.findall(r":root {(.*?)}", style, re.S), strict=False):
+            palette |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+    assert found[0].keys() == found[1].keys() >= {"ink", "p1"}
     return found
 
 

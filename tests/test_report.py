@@ -7,7 +7,6 @@ import json
 import re
 import warnings
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,13 @@ import matplotlib
 import pytest
 from matplotlib.axes import Axes
 
+from html_page import Page
 from latentprior.errors import InputError
 from latentprior.report import figures, render, write_report
 from latentprior.report.markup import duration, interval, number, table
 
 SAMPLE = Path(__file__).parent / "data" / "report" / "demo.json"
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 EVIL = "\"'><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)></style></svg>&\x00\ud800\u202e"
-
-
-class Page(HTMLParser):
-    """A page's elements; fails on tags that do not match."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def values(self, name: str) -> list[str]:
-        return [value for _, attribute, value in self.attributes if attribute == name]
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from html_page import Page
 from latentprior.errors import InputError
-from latentprior.probe.tables import difference, leading, tables, verdict
+from latentprior.probe.tables import difference, distinct, leading, tables, verdict
 from latentprior.report import render
-from latentprior.report.probing import distinct, headlines, sentences
-from test_report import EVIL, Page, check_page, headings
+from latentprior.report.probing import headlines, sentences
+from test_report import EVIL, check_page, headings
 
 # name, label, kind, units, mean AUC of the screened units
 SOURCES = [

@@ -19,6 +19,7 @@ from latentprior.hooks import Hookpoint
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss
 from latentprior.probe.recording import Recording
+from latentprior.probe.tables import distinct
 from latentprior.random import keyed_generator, normal
 
 ROWS = 1024  # activations that pass through a denoiser together
@@ -84,7 +85,11 @@ def sources_of(
         "meta-neurons": lambda: meta_neurons(config, recording, priors[first], first),
     }
     chosen = [makers[name]() for name in config.chosen_sources()]
-    return chosen + [meta_neurons(config, recording, priors[name], name, f"meta-neurons: {name}") for name in others]
+    short = dict(zip(priors, distinct(list(priors)), strict=True))
+    for name in others:
+        label = f"{LABELS['meta-neurons']} of {short[name]}"
+        chosen.append(meta_neurons(config, recording, priors[name], name, f"meta-neurons: {name}", label=label))
+    return chosen
 
 
 def layer_output(recording: Recording) -> Source:
@@ -162,10 +167,15 @@ def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
 
 
 def meta_neurons(
-    config: ProbeConfig, recording: Recording, glp: GLP, prior: str, name: str = "meta-neurons", t: float | None = None
+    config: ProbeConfig,
+    recording: Recording,
+    glp: GLP,
+    prior: str,
+    name: str = "meta-neurons",
+    t: float | None = None,
+    label: str = LABELS["meta-neurons"],
 ) -> Source:
     """Hidden units of a prior at noise level `t` (None: the configured ones), averaged over noises."""
-    label = LABELS["meta-neurons"] if name == "meta-neurons" else f"{LABELS['meta-neurons']} of {prior}"
     times = config.t if t is None else [t]
     return _denoiser_units(config, recording, glp, name, label, "prior", times, prior=prior)
 

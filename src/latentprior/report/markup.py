@@ -66,6 +66,17 @@ def duration(seconds: Number) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things: "1 task", "113 tasks"."""
+    return f"{count:,} {name}" + "s" * (count != 1)
+
+
+def details(summary: str, content: str, *, opened: bool = False) -> str:
+    """HTML under a line that unfolds it; "" without content."""
+    shown = " open" if opened else ""
+    return f"<details{shown}><summary>{text(summary)}</summary>{content}</details>" if content else ""
+
+
 def table(
     title: str,
     note: str,

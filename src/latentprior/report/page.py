@@ -89,8 +89,11 @@ def _page(result: Json, parts: Json) -> str:
         *(f'<section id="{anchor}">\n<h2>{name}</h2>\n{content}\n</section>' for anchor, name, content in shown),
         "</main>\n<footer>Drawn by latentprior from JSON alone.</footer>",
     ]
-    template = resources.files("latentprior.report").joinpath("template.html").read_text(encoding="utf-8")
-    return Template(template).substitute(title=title, body="\n".join(body))
+    template, base = (
+        resources.files("latentprior.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("template.html", "base.css")
+    )
+    return Template(template).substitute(title=title, base=base, body="\n".join(body))
 
 
 def _headlines(parts: Json) -> str:

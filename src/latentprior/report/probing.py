@@ -7,12 +7,11 @@ The result is of kind "probe", what ``probe.json`` holds. "rows", where it is th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
-from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
+from latentprior.probe.tables import best_of, difference, distinct, labels, leading, scores, verdict
 from latentprior.report.findings import Headline
-from latentprior.report.markup import MISSING, Number, duration, figure, interval, number, table, text
+from latentprior.report.markup import MISSING, Number, counted, details, duration, figure, interval, number, table, text
 from latentprior.report.probe_figures import (
     Look,
     Prior,
@@ -47,7 +46,7 @@ def section(result: Json) -> str:
         _sources(result),
         *_paired(result),
         f'<div class="pair">{figures}</div>' if figures else "",
-        _details("Exact figures of these drawings", "".join(_exact(result))),
+        details("Exact figures of these drawings", "".join(_exact(result))),
         _families(result),
         _tasks(result),
         _skipped(result),
@@ -61,8 +60,8 @@ def sentences(result: Json) -> Iterator[str]:
         return
     named, lead, skipped = labels(result), leading(result), len(result.get("skipped") or [])
     yield (
-        f"{_counted(len(result['sources']), 'source')} of single features were probed on "
-        f"{_counted(len(result['tasks']), 'binary task')}{f'; {skipped} were skipped' if skipped else ''}."
+        f"{counted(len(result['sources']), 'source')} of single features were probed on "
+        f"{counted(len(result['tasks']), 'binary task')}{f'; {skipped} were skipped' if skipped else ''}."
     )
     found = scores(result)
     score, chance = found.get((lead or "", "screened")), found.get((lead or "", "chance"))
@@ -84,7 +83,7 @@ def headlines(result: Json) -> Iterator[Headline]:
     """Figures of a probing result worth large type."""
     if not result.get("summary") or not (lead := leading(result)):
         return
-    named, found, tasks = labels(result), scores(result), _counted(len(result["tasks"]), "task")
+    named, found, tasks = labels(result), scores(result), counted(len(result["tasks"]), "task")
     if score := found.get((lead, "screened")):
         chance = found.get((lead, "chance"))
         note = f"{named[lead]}, {tasks}, 95% interval {_ends(score['interval'])}"
@@ -185,7 +184,7 @@ def _paired(result: Json) -> Iterator[str]:
         title = f"Paired differences, {named.get(a, a)} minus the others"
         note = "Of test AUC, task by task; the interval is of the mean over tasks."
         shown = table(title, note, header, cells)
-        yield shown if a in (lead, rows[0]["a"]) else _details(title, shown)
+        yield shown if a in (lead, rows[0]["a"]) else details(title, shown)
 
 
 def _sparse(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
@@ -241,21 +240,6 @@ def _priors(result: Json) -> list[Json]:
     return sorted(known, key=lambda row: -row["heldout_loss"])
 
 
-def distinct(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them begin or end with."""
-    parts = [PurePath(path).parts for path in paths]
-    if len(set(parts)) < 2:
-        return list(paths)
-    start, end = _shared(parts), _shared([part[::-1] for part in parts])
-    return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many leading entries all have in common."""
-    columns = enumerate(zip(*parts, strict=False))
-    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))
-
-
 def _exact(result: Json) -> Iterator[str]:
     """What is drawn, as tables."""
     summary = result["summary"]
@@ -303,7 +287,7 @@ def _tasks(result: Json) -> str:
         return ""
     first = [[row["task"], row["family"]] for row in rows]
     content = _by_source(result, "Test AUC by task", "The best of a row is bold.", ["Task", "Family"], first, rows)
-    return _details(f"All {len(rows)} tasks", content)
+    return details(f"All {len(rows)} tasks", content)
 
 
 def _by_source(
@@ -328,8 +312,8 @@ def _skipped(result: Json) -> str:
     rows = "".join(
         f'<tr><th scope="row">{text(entry["task"])}</th><td>{text(entry["reason"])}</td></tr>' for entry in skipped
     )
-    title = f"{_counted(len(skipped), 'skipped task')}"
-    return _details(title, rows and f'<table class="facts"><tbody>{rows}</tbody></table>')
+    title = f"{counted(len(skipped), 'skipped task')}"
+    return details(title, rows and f'<table class="facts"><tbody>{rows}</tbody></table>')
 
 
 def _against_references(result: Json) -> Iterator[tuple[str, Json]]:
@@ -364,11 +348,3 @@ def _signed(value: Number | None) -> str:
 def _ends(ends: Sequence[Number] | None, *, signed: bool = False) -> str:
     shown = _signed if signed else _decimal
     return interval(None) if ends is None else f"[{shown(ends[0])}, {shown(ends[1])}]"
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{text(summary)}</summary>{content}</details>" if content else ""
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count:,} {name}" + "s" * (count != 1)

@@ -23,7 +23,7 @@ from latentprior.report.frontiers import (
     method_looks,
     right_edge,
 )
-from latentprior.report.markup import MISSING, figure, interval, number, table, text
+from latentprior.report.markup import MISSING, counted, details, figure, interval, number, table, text
 
 Json = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ def section(result: Json) -> str:
     if not (summary := result.get("summary")):
         return ""
     looks, prior = method_looks(summary), leading_prior(result)
-    parts = [f"<p>{text(_prose(result))}</p>", _details("How each method repairs", _repairs(result))]
+    parts = [f"<p>{text(_prose(result))}</p>", details("How each method repairs", _repairs(result))]
     for i, direction in enumerate(summary["directions"]):
         name, shown = direction["direction"], _shown(direction, prior)
         drawn = [*_curves(i, direction, shown, looks, leading_method(result)), *_repair(i, name, shown, looks)]
@@ -45,11 +45,11 @@ def section(result: Json) -> str:
             f"<h3>{text(name)}</h3>\n<p>{text(_facts(result, direction))}</p>",
             f'<div class="pair">{"".join(drawn)}</div>',
             _areas(direction, shown, summary["baseline"], losses),
-            _details("Areas with every prior", _areas(direction, direction["methods"], summary["baseline"], losses))
+            details("Areas with every prior", _areas(direction, direction["methods"], summary["baseline"], losses))
             if len(shown) < len(direction["methods"])
             else "",
-            _details("At matched fluency and at matched concept", _matched(shown, summary["baseline"])),
-            _details("All points", _points(direction, shown)),
+            details("At matched fluency and at matched concept", _matched(shown, summary["baseline"])),
+            details("All points", _points(direction, shown)),
         ]
     return "\n".join(parts)
 
@@ -70,7 +70,9 @@ def texts(result: Json) -> str:
         parts.append(f"<h3>{text(direction)}</h3>")
         for strength in strengths:
             chosen = unsteered + [row for row in mine if row["strength"] == strength]
-            parts.append(_details(f"Strength {_signed(strength)}", _side_by_side(chosen, looks), strength == first))
+            parts.append(
+                details(f"Strength {_signed(strength)}", _side_by_side(chosen, looks), opened=strength == first)
+            )
     return "\n".join(parts)
 
 
@@ -85,7 +87,7 @@ def sentences(result: Json) -> Iterator[str]:
     yield (
         f"{summary['baseline'].capitalize()} steering was "
         + (f"compared with {against}" if others else "measured")
-        + f" along {_counted(len(directions), 'direction')} on {max(d['prompts'] for d in directions):,} prompts."
+        + f" along {counted(len(directions), 'direction')} on {max(d['prompts'] for d in directions):,} prompts."
     )
     if not (method := leading_method(result)):
         return
@@ -173,7 +175,7 @@ def _curves(
         )
         note = "Drawn in the same way." if part else note
         if beyond:
-            note += f" {_counted(beyond, 'point')} beyond the right edge: see the table of all points."
+            note += f" {counted(beyond, 'point')} beyond the right edge: see the table of all points."
         yield figure(frontier_curves(f"{i}-{part}", title, direction, entries, looks), title, note)
 
 
@@ -306,11 +308,6 @@ def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> str:
     return f'<ul class="examples">{items}</ul>'
 
 
-def _details(summary: str, content: str, opened: bool = False) -> str:
-    shown = " open" if opened else ""
-    return f"<details{shown}><summary>{text(summary)}</summary>{content}</details>" if content else ""
-
-
 def _prose(result: Json) -> str:
     summary, prior = result["summary"], leading_prior(result)
     parts = [
@@ -389,7 +386,3 @@ def _option(value: object) -> str:
 
 def _signed(strength: float) -> str:
     return f"{strength:+g}".replace("-", "−")
-
-
-def _counted(count: int, name: str) -> str:
-    return f"{count} {name}" + "s" * (count != 1)

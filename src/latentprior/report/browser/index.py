@@ -38,14 +38,12 @@ def render_index(listing: Listing) -> str:
 
 
 def _paragraph(info: Mapping[str, Any], units: int) -> str:
-    made = info.get("date") or info.get("created")
-    corpus = info.get("corpus") or {}
-    name = next((corpus[key] for key in ("name", "data", "path") if corpus.get(key)), None)
+    name = (info.get("corpus") or {}).get("dataset")
     return (
         f"{units:,} hidden units of a generative prior of <bdi>{text(source_words(info))}</bdi>, "
         f"{info['blocks']} blocks of {info['d_mlp']:,}. Each was read at noise level t = {info.get('t')} over "
         f"{info.get('tokens', 0):,} tokens of {info.get('documents', 0):,} documents"
-        f"{f' of <bdi>{text(name)}</bdi>' if name else ''}{f', on {text(made)}' if made else ''}. "
+        f"{f' of <bdi>{text(name)}</bdi>' if name else ''}. "
         "A unit’s page shows the documents that move it most, how it fires, the tokens that it promotes through the "
         "language model’s head, and the units nearest to it."
     )

@@ -30,7 +30,8 @@ def page(title: str, body: str, *, root: str, scripts: Sequence[str] = ("site.js
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<link rel="icon" href="data:,">\n<link rel="stylesheet" href="{root}site.css">\n{tags}'
+        f'<link rel="icon" href="data:,">\n<link rel="stylesheet" href="{root}base.css">\n'
+        f'<link rel="stylesheet" href="{root}site.css">\n{tags}'
         f"<title>{text(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 

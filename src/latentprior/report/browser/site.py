@@ -17,7 +17,9 @@ from latentprior.report.browser.shell import GENERATOR, unit_path
 from latentprior.report.browser.unit import render_unit
 from latentprior.report.markup import printable
 
-ASSETS = ("site.css", "site.js")  # the style sheet first: it marks a folder whose index is not there yet as ours
+# The site's style sheet first: it marks a folder whose index is not there yet as ours.
+ASSETS = ("browser/site.css", "base.css", "browser/site.js")
+STYLE = "site.css"
 MARK = "/* latentprior neurons"
 PAGES = re.compile(r"(units/b\d+/n\d+|blocks/\d+(-\d+)?)\.html(\.partial)?")
 REPORTED = 50  # units between reports
@@ -43,8 +45,8 @@ def write_site(store: NeuronStore, folder: str | Path, *, report: Report = silen
     folder = Path(folder)
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ASSETS:
-        replace_text(folder / name, resources.files("latentprior.report.browser").joinpath(name).read_text("utf-8"))
+    for path in ASSETS:
+        replace_text(folder / Path(path).name, resources.files("latentprior.report").joinpath(path).read_text("utf-8"))
     listing, written = _write_units(store, folder, report)
     (folder / "blocks").mkdir(exist_ok=True)
     for path, page in listing.pages().items():
@@ -63,8 +65,8 @@ def _check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; a site is written to a folder")
-    found = {path.name for path in folder.iterdir()} - {f"{ASSETS[0]}.partial"}
-    index, style = folder / "index.html", folder / ASSETS[0]
+    found = {path.name for path in folder.iterdir()} - {f"{STYLE}.partial"}
+    index, style = folder / "index.html", folder / STYLE
     ours = GENERATOR in _start(index) if index.exists() else _start(style).startswith(MARK)
     if found and not ours:
         raise InputError(f"{folder} holds something else than a site of neurons: give an empty or a new folder")
