@@ -53,17 +53,12 @@ def test_histogram_and_shares_equal_counting():
     assert statistics.share_above()[0, 2] > 0 and statistics.share_above()[3].tolist() == [0, 0, 0]
 
 
-def test_batches_and_merging_do_not_matter():
+def test_batches_do_not_matter():
     values = heavy()
-    whole, parts = collected(values, 1), collected(values[:2000], 3)
-    other = UnitStatistics(parts.centre, parts.scale)
-    other.update(torch.from_numpy(values[2000:]))
-    parts.merge(other)
+    whole, parts = collected(values, 1), collected(values, 3)
     assert parts.count == whole.count and torch.equal(parts.histogram, whole.histogram)
     torch.testing.assert_close(parts.powers, whole.powers, rtol=1e-5, atol=1e-3)
     assert torch.equal(parts.low, whole.low) and torch.equal(parts.high, whole.high)
-    with pytest.raises(InputError, match="different calibrations"):
-        parts.merge(UnitStatistics(parts.centre + 1, parts.scale))
 
 
 def test_a_unit_that_wakes_after_the_calibration():

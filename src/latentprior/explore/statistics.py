@@ -56,19 +56,6 @@ class UnitStatistics:
             flat += torch.bincount(bins.view(-1), minlength=len(flat))
         self.count += len(units)
 
-    def merge(self, other: UnitStatistics) -> None:
-        """Add what `other`, of the same calibration, has seen.
-
-        Raises:
-            InputError: another calibration.
-        """
-        if not (torch.equal(self.centre, other.centre) and torch.equal(self.scale, other.scale)):
-            raise InputError("statistics of different calibrations cannot be merged")
-        self.count += other.count
-        self.powers += other.powers
-        self.histogram += other.histogram
-        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
-
     def mean(self) -> Float64[Tensor, " M"]:
         return self.centre + self.scale * self._raw()[0]
 
