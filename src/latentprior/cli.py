@@ -194,11 +194,12 @@ def neurons(options: config.NeuronsConfig) -> None:
 
     from latentprior.explore.describe import describe_store
     from latentprior.explore.run import neurons
-    from latentprior.explore.store import NeuronStore
+    from latentprior.explore.store import INFO, NeuronStore
     from latentprior.report.browser import write_site
     from latentprior.steer.judge.endpoint import endpoint_of
 
     judge = endpoint_of(options.judge, Path(options.output, "answers.jsonl"))  # a missing key is found before all else
+    kept = Path(options.output, INFO).exists()
     with bars() as phase:
         info = neurons(options, phase=phase)
         described = describe_store(
@@ -215,7 +216,7 @@ def neurons(options: config.NeuronsConfig) -> None:
         "folder": options.output,
         "units": info["blocks"] * info["d_mlp"],
         "documents": info["documents"],
-        "tokens": info["tokens"],
+        "tokens": f"{info['tokens']:,}{' (read by an earlier run)' if kept else ''}",
         "described offline": described["offline"],
     }
     if judge is not None:

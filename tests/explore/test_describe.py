@@ -491,6 +491,17 @@ def test_failures_are_counted_and_not_in_the_means(serve, tmp_path, store):
     assert summary["troubles"]["400"] == 1
 
 
+def test_descriptions_by_an_endpoint_stay_until_it_describes_the_unit_again(serve, tmp_path, store):
+    server = serve(able)
+    describe_store(store.folder, judge_at(server.url, tmp_path), 3, seed=0)
+    before = NeuronStore(store.folder).units
+    assert describe_store(store.folder, None, 0, seed=0) == {"units": UNITS, "offline": UNITS - 3, "endpoint": 3}
+    assert NeuronStore(store.folder).units.equals(before)
+    summary = describe_store(store.folder, judge_at(server.url, tmp_path), 4, seed=0)
+    # The fourth unit is described, tested and has a baseline; it is the new partner in the baseline of another.
+    assert (summary["endpoint"], summary["offline"], summary["calls"]) == (4, UNITS - 4, 4)
+
+
 def test_an_endpoint_that_refuses_everything_leaves_the_offline_descriptions(serve, tmp_path, store):
     server = serve(lambda question, n: Reply(status=401, body=b"no"))
     with pytest.raises(InputError, match="refuses every request"):

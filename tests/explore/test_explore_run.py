@@ -14,9 +14,10 @@ from latentprior import tokens
 from latentprior.activations import activations
 from latentprior.config import LLMConfig, NeuronsConfig, TextConfig
 from latentprior.errors import InputError
+from latentprior.explore.describe import describe_store
 from latentprior.explore.reservoir import random_keys
 from latentprior.explore.run import QUANTILES, explore, neurons
-from latentprior.explore.store import DESCRIPTIONS, INFO, NeuronStore
+from latentprior.explore.store import EXAMPLES, INFO, UNITS, NeuronStore
 from latentprior.explore.stream import UnitReader
 from latentprior.text import Document, documents
 
@@ -265,21 +266,52 @@ def test_the_whole_command(texts, tmp_path, llm_folder, tiny_glp):
     stored = json.loads((tmp_path / "out" / INFO).read_text())
     assert stored == json.loads(json.dumps(info)) and stored["hookpoint"]["layer"] == 1
     assert stored["corpus"]["dataset"] == texts and {"config", "versions", "seed", "git"} <= stored.keys()
-    (tmp_path / "out" / DESCRIPTIONS).write_bytes(b"of the units that were")
-    neurons(config)
-    assert len(NeuronStore(tmp_path / "out")) == 256
     with pytest.raises(InputError, match="holds no probing run"):
         neurons(dataclasses.replace(config, probe=str(tmp_path)))
     with pytest.raises(InputError, match="nowhere"):
         neurons(dataclasses.replace(config, prior=str(tmp_path / "nowhere")))
 
 
-def test_units_name_the_tasks_of_a_probing_run(explored, tmp_path):
-    config, glp, model, tokenizer, docs, info = explored
-    (tmp_path / "probe.json").write_text(json.dumps({"hookpoint": info["hookpoint"]}))
+def test_a_store_is_kept_and_can_get_the_tasks_of_a_probing_run(texts, tmp_path, llm_folder, tiny_glp, monkeypatch):
+    prior, out = tmp_path / "prior", tmp_path / "out"
+    tiny_glp(32, (1,), "tiny-llama").save_pretrained(prior)
+    config = config_of(
+        out,
+        prior=str(prior),
+        llm=LLMConfig(model=llm_folder, dtype="float32", device="cpu"),
+        text=TextConfig(dataset=texts, part="all"),
+    )
+    first = neurons(config)
+    describe_store(out, None, 0, seed=0)
+    monkeypatch.setattr("latentprior.explore.run.load_llm", lambda _: pytest.fail("the language model was loaded"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    changed = dataclasses.replace(config, batch_tokens=64, html="anywhere")
+    assert neurons(changed) == first and {path.name: path.read_bytes() for path in out.iterdir()} == before
+    write_wins(tmp_path, first["hookpoint"])
+    info = neurons(dataclasses.replace(config, probe=str(tmp_path)))
+    store = NeuronStore(out)
+    assert store.info == info and info["config"]["probe"] == str(tmp_path) and info["tokens"] == first["tokens"]
+    assert store.unit(1, 7).row["tasks"] == ["sst2"] and store.unit(1, 7).row["source"] == "offline"
+    assert (out / EXAMPLES).read_bytes() == before[EXAMPLES]
+    assert neurons(config) == info and NeuronStore(out).unit(1, 7).row["tasks"] == ["sst2"]
+    with pytest.raises(InputError, match="holds units with other settings: t is 0.2 in the store and 0.3 now"):
+        neurons(dataclasses.replace(config, t=0.3))
+    (out / UNITS).write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="units.parquet is damaged"):
+        neurons(config)
+
+
+def write_wins(folder, hookpoint: dict) -> None:
+    """A probing run in which unit 7 of block 1 wins a task."""
+    (folder / "probe.json").write_text(json.dumps({"hookpoint": hookpoint}))
     row = {"task": "sst2", "source": "meta-neurons", "t": 0.1, "block": 1, "index": 7, "rank": 0, "sign": -1}
     table = pa.Table.from_pylist([{**row, "validation_auc": 0.9, "test_auc": 0.75}])
-    pq.write_table(table, tmp_path / "winners.parquet")
+    pq.write_table(table, folder / "winners.parquet")
+
+
+def test_units_name_the_tasks_of_a_probing_run(explored, tmp_path):
+    config, glp, model, tokenizer, docs, info = explored
+    write_wins(tmp_path, info["hookpoint"])
     changed = dataclasses.replace(config, output=str(tmp_path / "out"), probe=str(tmp_path))
     explore(changed, glp, model, tokenizer, docs[:5])
     neurons = NeuronStore(tmp_path / "out")

@@ -124,8 +124,8 @@ def describe_store(
     """Describe every unit of a store offline and, with a judge, `count` of them by its endpoint.
 
     These are the units that win most tasks, then those of the largest kurtosis. Offline descriptions are written first,
-    so that a judge that fails takes nothing away. Descriptions of an earlier call are replaced; the judge's
-    ledger gives those back that were paid for.
+    so that a judge that fails takes nothing away. Descriptions by an endpoint stay until it describes the unit again;
+    what was paid for comes from the judge's ledger.
 
     Args:
         judge: None for offline descriptions alone.
@@ -147,21 +147,31 @@ def describe_store(
     total = len(store) + 3 * len(chosen)
     descriptions: dict[int, Description] = {}
     for unit in store:
-        descriptions[unit.row["unit"]] = describe_offline(unit)
+        descriptions[unit.row["unit"]] = _earlier(unit) or describe_offline(unit)
         if len(descriptions) % EVERY == 0 or len(descriptions) == len(store):
             report(len(descriptions), total, {})
     write_descriptions(folder, descriptions.values())
-    summary: dict[str, Any] = {"units": len(store), "offline": len(store), "endpoint": 0}
     if judge is None or not chosen:
-        return summary
+        return _counts(descriptions)
     cases = cases_of(store, [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen], seed)
     expected = _estimate(cases, judge, seed, prompt_price, answer_price).figures()
     report(len(store), total, expected)
     described, answers = _describe(cases, judge, seed, _after(report, len(store), total))
     descriptions |= {description.unit: description for description in described}
     write_descriptions(folder, descriptions.values())
-    summary |= _summary(described, answers) | expected | {"model": judge.model}
-    return summary | {"offline": len(store) - summary["endpoint"]}
+    return _summary(described, answers) | expected | {"model": judge.model} | _counts(descriptions)
+
+
+def _earlier(unit: Unit) -> Description | None:
+    """What an endpoint said about the unit in an earlier call."""
+    if unit.row["source"] != "endpoint":
+        return None
+    return Description(**{name: unit.row[name] for name in files.DESCRIPTIONS_SCHEMA.names})
+
+
+def _counts(descriptions: Mapping[int, Description]) -> dict[str, int]:
+    endpoint = sum(description.source == "endpoint" for description in descriptions.values())
+    return {"units": len(descriptions), "offline": len(descriptions) - endpoint, "endpoint": endpoint}
 
 
 def _describe(
@@ -236,7 +246,6 @@ def _summary(described: Sequence[Description], answers: Sequence[Answers[Any]]) 
     }
     endpoint = sum(item.source == "endpoint" for item in described)
     return {
-        "endpoint": endpoint,
         **{name: float(np.mean(values)) if values else None for name, values in scores.items()},
         "scored": {name: len(values) for name, values in scores.items()},
         "failed": {

@@ -18,15 +18,16 @@ from latentprior.explore.effects import Effects, direct_effects
 from latentprior.explore.pieces import TokenTexts
 from latentprior.explore.reservoir import Reservoir, nearest_units, sampled_units
 from latentprior.explore.statistics import BINS, SPAN, THRESHOLDS, Calibration, UnitStatistics
-from latentprior.explore.store import write_store
+from latentprior.explore.store import INFO, NeuronStore, write_store, write_units
 from latentprior.explore.stream import DocumentBatch, UnitReader, distinct, document_batches
-from latentprior.explore.tables import Documents, example_tables, unit_table
+from latentprior.explore.tables import Documents, example_tables, unit_table, with_wins
 from latentprior.explore.topk import TopDocuments
 from latentprior.explore.winners import Win, read_winners
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
+from latentprior.manifest import differences
 from latentprior.prior import GLP
-from latentprior.priors import hookpoint_of, priors_of
+from latentprior.priors import heldout_loss, hookpoint_of, priors_of
 from latentprior.progress import Phase, Report, silent, unseen
 from latentprior.provenance import stamp
 from latentprior.text import Document
@@ -35,11 +36,18 @@ CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
 
 
+# What may differ between a run and an earlier one whose store it keeps.
+FREE = ("output", "probe", "html", "describe", "judge", "batch_tokens", "llm")
+
+
 def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     """Explore a prior's units as `config` says, write the store and return what is in neurons.json.
 
+    A store that an earlier run with the same settings wrote is kept, as it is or with the tasks of `config.probe`.
+
     Raises:
-        InputError: no prior, language model or text there; ones that do not belong together; no token to look at.
+        InputError: no prior, language model or text there; ones that do not belong together; no token to look at; a
+            folder that holds units read with other settings, or a damaged store.
     """
     priors, hookpoint = priors_of(
         [config.prior],
@@ -49,7 +57,9 @@ def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
         precision=config.precision,
     )
     glp = priors[config.prior]
-    _wins(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
+    wins = _wins(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
+    if Path(config.output, INFO).exists():
+        return _kept(config, glp, wins)
     documents = text.documents(config.text)
     model, tokenizer = load_llm(config.llm)
     return explore(config, glp, model, tokenizer, documents, phase=phase)
@@ -99,6 +109,7 @@ def explore(
         "tokens": found.tokens,
         "max_length": config.max_length,
         "corpus": to_dict(config.text),
+        "settings": _settings(config, glp),
         "thresholds": list(THRESHOLDS),
         "histogram": {"bins": BINS, "span": SPAN},
         "calibration_tokens": found.calibration_tokens,
@@ -177,6 +188,28 @@ def _effects(config: NeuronsConfig, glp: GLP, model: nn.Module, hookpoint: Hookp
     if not config.promoted:
         return None
     return direct_effects(glp, model, hookpoint, config.promoted, layer=config.layer, vocabulary=len(tokenizer))
+
+
+def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
+    """What the store depends on."""
+    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    return settings | {"model": config.llm.model, "heldout_loss": heldout_loss(glp)}
+
+
+def _kept(config: NeuronsConfig, glp: GLP, wins: dict[int, list[Win]]) -> dict[str, Any]:
+    """The store that is there, with the tasks of the probing run that `config` names.
+
+    Raises:
+        InputError: it was written with other settings, or is damaged.
+    """
+    store = NeuronStore(config.output)
+    if difference := next(differences(store.info.get("settings", {}), _settings(config, glp)), None):
+        raise InputError(f"{config.output} holds units with other settings: {difference}; choose another --output")
+    if config.probe is None:
+        return store.info
+    info = store.info | {"config": to_dict(config)}
+    write_units(config.output, info, with_wins(store.units, wins))
+    return info
 
 
 def _wins(config: NeuronsConfig, glp: GLP, hookpoint: Hookpoint) -> dict[int, list[Win]]:

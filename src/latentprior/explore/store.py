@@ -265,6 +265,20 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
                 part.unlink()
 
 
+def write_units(folder: str | Path, info: dict[str, Any], table: pa.Table) -> None:
+    """Write the units of the store in `folder` again, all of them; their examples and descriptions stay.
+
+    Args:
+        info: neurons.json.
+        table: of `UNITS_SCHEMA`, in order of `unit`; other columns are left out.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    _replace_parquet(Path(folder) / UNITS, UNITS_SCHEMA, table)
+    replace_text(Path(folder) / INFO, json.dumps(info, indent=1) + "\n")
+
+
 def write_descriptions(folder: str | Path, table: pa.Table) -> None:
     """Write the descriptions of some units of the store in `folder`, in place of those that are there.
 
@@ -275,10 +289,13 @@ def write_descriptions(folder: str | Path, table: pa.Table) -> None:
         InputError: the folder cannot be written.
         ValueError: a table of another schema, or out of order.
     """
-    path = Path(folder) / DESCRIPTIONS
-    part = path.with_name(f"{DESCRIPTIONS}.partial")
+    _replace_parquet(Path(folder) / DESCRIPTIONS, DESCRIPTIONS_SCHEMA, table)
+
+
+def _replace_parquet(path: Path, schema: pa.Schema, table: pa.Table) -> None:
+    part = path.with_name(f"{path.name}.partial")
     try:
-        _write_parquet(part, DESCRIPTIONS_SCHEMA, [table], 65536)
+        _write_parquet(part, schema, [table], 65536)
         part.replace(path)
         sync_folder(path.parent)
     except OSError as error:

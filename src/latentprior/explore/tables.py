@@ -86,11 +86,24 @@ def unit_table(
     correlated = correlation != 0
     columns["neighbours"] = _ragged(pa.array(number[correlated]), correlated.sum(axis=1))
     columns["neighbour_correlations"] = _ragged(pa.array(correlation[correlated]), correlated.sum(axis=1))
-    won = [wins.get(i, ()) for i in range(total)]
-    columns["tasks"] = pa.array([[win.task for win in found] for found in won], pa.list_(pa.string()))
-    columns["task_aucs"] = pa.array([[win.auc for win in found] for found in won], pa.list_(pa.float32()))
-    columns["task_signs"] = pa.array([[win.sign for win in found] for found in won], pa.list_(pa.int8()))
+    columns |= _win_columns(wins, total)
     return pa.table({name: _as(columns[name], UNITS_SCHEMA.field(name).type) for name in UNITS_SCHEMA.names})
+
+
+def with_wins(units: pa.Table, wins: Mapping[int, Sequence[Win]]) -> pa.Table:
+    """`units` with other tasks that they win."""
+    for name, column in _win_columns(wins, len(units)).items():
+        units = units.set_column(units.schema.get_field_index(name), UNITS_SCHEMA.field(name), column)
+    return units
+
+
+def _win_columns(wins: Mapping[int, Sequence[Win]], total: int) -> dict[str, pa.Array]:
+    won = [wins.get(i, ()) for i in range(total)]
+    return {
+        "tasks": pa.array([[win.task for win in found] for found in won], pa.list_(pa.string())),
+        "task_aucs": pa.array([[win.auc for win in found] for found in won], pa.list_(pa.float32())),
+        "task_signs": pa.array([[win.sign for win in found] for found in won], pa.list_(pa.int8())),
+    }
 
 
 def _effect_columns(effects: Effects | None, total: int, texts: TokenTexts) -> dict[str, pa.Array]:
