@@ -5,6 +5,7 @@ python benchmarks/gpu.py --dry-run             # every part at tiny sizes on the
 
 - ``training/<shape>/<how>``: throughput, MFU and memory of a training step against the plain loop (bench_training).
 - ``sampling/<shape>``: samples per second, and the latency of projection (bench_sampling).
+- ``ranks``: 1-D probes of every unit on one task (bench_ranks).
 - ``steering``: generation plain, steered and repaired (bench_steering).
 - ``recording``, ``stream``: tokens per second, and where the time of `train --from llm` goes (bench_recording,
   bench_stream).
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_prior
+import bench_ranks
 import bench_recording
 import bench_sampling
 import bench_steering
@@ -97,6 +99,7 @@ def all_parts(options: argparse.Namespace, work: Path) -> dict[str, Part | str]:
     no_float8 = reason_against_float8(device)
     parts: dict[str, Part | str] = {f"training/{s}/compiled": training(s, compile=True) for s in SHAPES}
     parts |= {f"sampling/{s}": sampling(s) for s in SHAPES}
+    parts["ranks"] = Part(bench_ranks.measure, {"device": device} | ranks_sizes(dry))
     parts["recording"] = Part(bench_recording.measure, text | recording_sizes(dry))
     llm = {name: text[name] for name in ("llm", "layer", "device")}
     parts["steering"] = Part(bench_steering.measure, llm | steering_sizes(dry))
@@ -115,6 +118,10 @@ def reason_against_float8(device: str) -> str | None:
         check_float8(resolve_device(device))
     except InputError as error:
         return str(error)
+
+
+def ranks_sizes(dry: bool) -> dict[str, Any]:
+    return {"units": 64, "rows": 128, "test_rows": 128, "plain_units": 8} if dry else {}
 
 
 def recording_sizes(dry: bool) -> dict[str, Any]:

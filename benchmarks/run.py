@@ -18,6 +18,7 @@ from typing import Any
 import bench_frechet
 import bench_loading
 import bench_plan
+import bench_ranks
 import bench_recording
 import bench_sampling
 import bench_steering
@@ -36,6 +37,10 @@ BENCHMARKS: dict[str, tuple[Measure, Measure]] = {  # full size, quick
     "steering": (
         bench_steering.measure,
         lambda: bench_steering.measure(rows=2, new_tokens=3, d_model=64, blocks=1, repeats=1),
+    ),
+    "ranks": (
+        bench_ranks.measure,
+        lambda: bench_ranks.measure(units=256, rows=256, test_rows=256, plain_units=16),
     ),
     "recording": (
         lambda: bench_recording.measure(batches=4),
