@@ -184,6 +184,19 @@ def test_verdicts_are_said_honestly(result):
     assert verdict({"interval": [0.0, 0.1]}) == verdict({"interval": None}) == "not told from zero"
 
 
+def test_labels_inside_sentences_are_lower_case_save_for_abbreviations(result):
+    assert "The mean test AUC of meta-neurons is" in told(result)
+    assert "from denoiser of random weights is" in told(result) and "from MLP neurons of" in told(result)
+
+
+def test_only_times_that_were_spent_are_named(result):
+    assert "Time: features 12.0 s, probes 1 min 20 s." in render(result)
+    result["seconds"] = {"features": 12.0, "sparse": 0.02}
+    assert "Time: features 12.0 s." in render(result)
+    result["seconds"] = {"sparse": 0.02}
+    assert " Time: " not in render(result)
+
+
 def test_a_difference_is_found_either_way_round(result):
     row = row_of(result, "mlp-neurons")
     turned = copy.deepcopy(result)

@@ -27,6 +27,7 @@ from latentprior.report.probe_figures import (
 Json = Mapping[str, Any]
 
 REFERENCES = ("mlp-neurons", "random-denoiser")  # what meta-neurons must beat to mean something
+LEAST_SECONDS = 0.1  # below, a part of the run was not asked for
 EQUALS = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
 METHODS = {
     "rank": "the AUC of the unit's own values, signed by the difference of the training classes' means, which is that "
@@ -69,12 +70,12 @@ def sentences(result: Json) -> Iterator[str]:
         return
     against = f"; with permuted training labels it is {_decimal(chance['auc'])}" if chance else ""
     yield (
-        f"The mean test AUC of {named[lead]} is {_decimal(score['auc'])} {_ends(score['interval'])}, with one unit "
-        f"for each task, picked by validation{against}."
+        f"The mean test AUC of {_within(named[lead])} is {_decimal(score['auc'])} {_ends(score['interval'])}, with one "
+        f"unit for each task, picked by validation{against}."
     )
     for other, row in _against_references(result):
         yield (
-            f"The paired difference from {named[other]} is {_signed(row['difference'])} "
+            f"The paired difference from {_within(named[other])} is {_signed(row['difference'])} "
             f"{_ends(row['interval'], signed=True)}: {_said(row)}."
         )
 
@@ -92,7 +93,7 @@ def headlines(result: Json) -> Iterator[Headline]:
     for other, row in _against_references(result):
         note = f"difference of AUC, 95% interval {_ends(row['interval'], signed=True)}: {_said(row)}"
         shown = f"{row['difference']:+.3f}".replace("-", "−")  # four decimals have no room on a phone
-        yield Headline(f"Against {named[other]}", shown, "", note)
+        yield Headline(f"Against {_within(named[other])}", shown, "", note)
     if score := found.get((lead, "all")):
         note = f"mean test AUC, picked among all units, 95% interval {_ends(score['interval'])}"
         yield Headline("Without screening", _decimal(score["auc"]), "", note)
@@ -115,9 +116,9 @@ def _prose(result: Json) -> str:
     if result["tasks"]:
         texts = sum(task["train"] for task in result["tasks"]), sum(task["test"] for task in result["tasks"])
         parts.append(f"Tasks have {texts[0]:,} training and {texts[1]:,} test texts in all.")
-    if seconds := result.get("seconds"):
-        spent = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-        parts.append(f"Time: {spent}.")
+    seconds = (result.get("seconds") or {}).items()
+    if spent := [f"{name} {duration(value)}" for name, value in seconds if value >= LEAST_SECONDS]:
+        parts.append(f"Time: {', '.join(spent)}.")
     return " ".join(parts)
 
 
@@ -181,7 +182,7 @@ def _paired(result: Json) -> Iterator[str]:
             for row in rows
             if row["a"] == a
         ]
-        title = f"Paired differences, {named.get(a, a)} minus the others"
+        title = f"Paired differences, {_within(named.get(a, a))} minus the others"
         note = "Of test AUC, task by task; the interval is of the mean over tasks."
         shown = table(title, note, header, cells)
         yield shown if a in (lead, rows[0]["a"]) else details(title, shown)
@@ -329,6 +330,11 @@ def _said(row: Json) -> str:
     said = verdict(row)
     against = said if said.endswith("zero") else f"{said} zero"
     return f"{against}, better on {row['wins']} of {row['tasks']} tasks"
+
+
+def _within(label: str) -> str:
+    """A label inside a sentence: "meta-neurons", but "MLP neurons"."""
+    return label if label[:2].isupper() else label[:1].lower() + label[1:]
 
 
 def _measured(row: Json) -> tuple[str, str]:
