@@ -182,7 +182,7 @@ def _paired(result: Json) -> Iterator[str]:
             for row in rows
             if row["a"] == a
         ]
-        title = f"Paired differences, {_within(named.get(a, a))} minus the others"
+        title = f"Paired differences, {_within(str(named.get(a, a)))} minus the others"
         note = "Of test AUC, task by task; the interval is of the mean over tasks."
         shown = table(title, note, header, cells)
         yield shown if a in (lead, rows[0]["a"]) else details(title, shown)
