@@ -96,6 +96,8 @@ def read_csv(path: str | Path, *, text: str = "prompt", label: str = "target") -
                 column_types={text: pa.string(), label: pa.string()}, strings_can_be_null=True
             ),
         )
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read the task {str(path)!r}: there is no such file") from error
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read the task {str(path)!r}: {' '.join(str(error).split())}") from error
     for column in (text, label):
