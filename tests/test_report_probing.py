@@ -16,7 +16,7 @@ import pytest
 
 from html_page import Page
 from latentprior.errors import InputError
-from latentprior.probe.tables import difference, distinct, leading, tables, verdict
+from latentprior.probe.tables import difference, leading, short_names, tables, verdict
 from latentprior.report import render
 from latentprior.report.probing import headlines, sentences
 from test_report import EVIL, check_page, headings
@@ -343,9 +343,9 @@ def test_same_result_same_bytes(result, page):
 
 
 def test_names_of_priors_lose_what_they_share():
-    assert distinct(["runs/a/prior", "runs/b/prior"]) == ["a", "b"]
-    assert distinct(["runs/a", "runs/a/more"]) == ["runs/a", "more"]
-    assert distinct(["a", "a"]) == ["a", "a"] and distinct(["x/y"]) == ["x/y"] and distinct([]) == []
+    assert short_names(["runs/a/prior", "runs/b/prior"]) == ["a", "b"]
+    assert short_names(["runs/a", "runs/a/more"]) == ["runs/a", "more"]
+    assert short_names(["a", "a"]) == ["a", "a"] and short_names(["x/y"]) == ["x/y"] and short_names([]) == []
 
 
 def test_tables_for_a_terminal(result):

@@ -140,13 +140,12 @@ class Denoiser(nn.Module):
         self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]
     ) -> Iterator[Float[Tensor, "n d_mlp"]]:
         """Each block's meta-neurons with given factors, one block at a time; what follows the last is not computed."""
-        x, below = self.in_proj(z_t.to(self.dtype)), None
-        for block, factor in zip(self._blocks(), factors, strict=True):
-            if below is not None:
-                x = x + below[0].down_proj(below[1])
+        blocks, x = self._blocks(), self.in_proj(z_t.to(self.dtype))
+        for block, factor in zip(blocks, factors, strict=True):
             hidden = block.hidden(x, factor)
             yield hidden
-            below = block, hidden
+            if block is not blocks[-1]:
+                x = x + block.down_proj(hidden)
 
     def forward(
         self,

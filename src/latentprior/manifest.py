@@ -241,6 +241,20 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
         yield f"{name} is {stored!r} in the store and {given!r} now"
 
 
+def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:
+    """Refuse to mix what `folder` holds with what other settings would give.
+
+    Args:
+        what: is in the folder.
+        stored, given: the settings of then and of now, JSON-ready.
+
+    Raises:
+        InputError: they differ; the first difference is named.
+    """
+    if difference := next(differences(stored, json.loads(json.dumps(given))), None):
+        raise InputError(f"{folder} holds {what} with other settings: {difference}; choose another --output")
+
+
 def damaged(path: Path, reason: object) -> InputError:
     """The error for a file that is not what was written; a reason of several lines is cut to its first."""
     return InputError(f"{path} is damaged: {(str(reason).splitlines() or [''])[0]}")

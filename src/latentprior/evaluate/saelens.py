@@ -25,6 +25,18 @@ def read_sae(path_or_repo: str | Path, name: str = "", *, model: str | None = No
     return SAE.load(folder) if (folder / CONFIG).is_file() else load_saelens(path_or_repo, name, model=model)
 
 
+def sae_at(folder: str, hookpoint: Hookpoint, *, model: str | None = None) -> SAE:
+    """The SAE in `folder`, of the place that a prior belongs to; see `read_sae`.
+
+    Raises:
+        InputError: no SAE there, or one of another layer, side or width.
+    """
+    sae = read_sae(folder, model=model)
+    if not sae.hookpoint.same_place(hookpoint, check_model=False):  # SAELens has names of its own for models
+        raise InputError(f"the SAE in {folder} belongs to {sae.hookpoint}, the prior to {hookpoint}")
+    return sae
+
+
 def load_saelens(
     path_or_repo: str | Path, name: str = "", *, model: str | None = None, revision: str | None = None
 ) -> SAE:

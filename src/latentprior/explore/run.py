@@ -25,7 +25,7 @@ from latentprior.explore.topk import TopDocuments
 from latentprior.explore.winners import Win, read_winners
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
-from latentprior.manifest import differences
+from latentprior.manifest import check_settings
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss, hookpoint_of, priors_of
 from latentprior.progress import Phase, Report, silent, unseen
@@ -34,9 +34,7 @@ from latentprior.text import Document
 
 CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
-
-
-# What may differ between a run and an earlier one whose store it keeps.
+# What may differ from the run whose store is kept.
 FREE = ("output", "probe", "html", "describe", "judge", "batch_tokens", "llm")
 
 
@@ -203,8 +201,7 @@ def _kept(config: NeuronsConfig, glp: GLP, wins: dict[int, list[Win]]) -> dict[s
         InputError: it was written with other settings, or is damaged.
     """
     store = NeuronStore(config.output)
-    if difference := next(differences(store.info.get("settings", {}), _settings(config, glp)), None):
-        raise InputError(f"{config.output} holds units with other settings: {difference}; choose another --output")
+    check_settings(config.output, "units", store.info.get("settings", {}), _settings(config, glp))
     if config.probe is None:
         return store.info
     info = store.info | {"config": to_dict(config)}

@@ -16,15 +16,16 @@ import pyarrow.parquet as pq
 from latentprior import corpus
 from latentprior.config import ProbeConfig, to_dict
 from latentprior.errors import InputError
+from latentprior.evaluate.saelens import sae_at
 from latentprior.files import replace_text
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
-from latentprior.manifest import MANIFEST, differences
+from latentprior.manifest import MANIFEST, check_settings
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss, priors_of
 from latentprior.probe.benchmark import probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
-from latentprior.probe.sources import Source, meta_neurons, sae_at, sources_of
+from latentprior.probe.sources import Source, meta_neurons, sources_of
 from latentprior.probe.summary import summarise
 from latentprior.probe.tasks import Task, find_task
 from latentprior.progress import Phase, Report, unseen
@@ -204,8 +205,7 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
     settings["heldout_loss"] = {name: heldout_loss(glp) for name, glp in priors.items()}
     path = folder / "settings.json"
     if path.exists():
-        if difference := next(differences(_read(path), json.loads(json.dumps(settings))), None):
-            raise InputError(f"{folder} holds results with other settings: {difference}; choose another --output")
+        check_settings(folder, "results", _read(path), settings)
         return
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(settings, indent=1) + "\n")

@@ -14,12 +14,10 @@ from latentprior.config import ProbeConfig
 from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError
 from latentprior.evaluate.sae import SAE
-from latentprior.evaluate.saelens import read_sae
-from latentprior.hooks import Hookpoint
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss
 from latentprior.probe.recording import Recording
-from latentprior.probe.tables import distinct
+from latentprior.probe.tables import short_names
 from latentprior.random import keyed_generator, normal
 
 ROWS = 1024  # activations that pass through a denoiser together
@@ -85,7 +83,7 @@ def sources_of(
         "meta-neurons": lambda: meta_neurons(config, recording, priors[first], first),
     }
     chosen = [makers[name]() for name in config.chosen_sources()]
-    short = dict(zip(priors, distinct(list(priors)), strict=True))
+    short = dict(zip(priors, short_names(list(priors)), strict=True))
     for name in others:
         label = f"{LABELS['meta-neurons']} of {short[name]}"
         chosen.append(meta_neurons(config, recording, priors[name], name, f"meta-neurons: {name}", label=label))
@@ -123,18 +121,6 @@ def mlp_neurons(recording: Recording) -> Source:
         return torch.cat([recording.mlp(texts, block) for block in range(len(places))], dim=1)
 
     return Source("mlp-neurons", LABELS["mlp-neurons"], "mlp", features, len(places), places[0].width)
-
-
-def sae_at(folder: str, here: Hookpoint) -> SAE:
-    """The sparse autoencoder in `folder`.
-
-    Raises:
-        InputError: no SAE there, or one of another hookpoint.
-    """
-    sae = read_sae(folder)
-    if not sae.hookpoint.same_place(here, check_model=False):  # SAELens has names of its own for models
-        raise InputError(f"the SAE in {folder} belongs to {sae.hookpoint}, the prior to {here}")
-    return sae
 
 
 def sae_latents(recording: Recording, sae: SAE | None) -> Source:

@@ -128,7 +128,7 @@ def spread(row: Json, name: str, form: str = ".3f") -> str:
 _SELECTIONS = ("screened", "all", "chance")
 
 
-def distinct(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
     """Paths without the folders that all of them begin or end with."""
     parts = [PurePath(path).parts for path in paths]
     if len(set(parts)) < 2:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentprior.probe.tables import best_of, difference, distinct, labels, leading, scores, verdict
+from latentprior.probe.tables import best_of, difference, labels, leading, scores, short_names, verdict
 from latentprior.report.findings import Headline
 from latentprior.report.markup import MISSING, Number, counted, details, duration, figure, interval, number, table, text
 from latentprior.report.probe_figures import (
@@ -223,7 +223,7 @@ def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
     if not (rows := _priors(result)):
         return
     named, found = labels(result), scores(result)
-    names = distinct([row["prior"] for row in rows])
+    names = short_names([row["prior"] for row in rows])
     priors = [
         Prior(row["heldout_loss"], row["auc"], row["interval"], name) for row, name in zip(rows, names, strict=True)
     ]
@@ -313,8 +313,8 @@ def _skipped(result: Json) -> str:
     rows = "".join(
         f'<tr><th scope="row">{text(entry["task"])}</th><td>{text(entry["reason"])}</td></tr>' for entry in skipped
     )
-    title = f"{counted(len(skipped), 'skipped task')}"
-    return details(title, rows and f'<table class="facts"><tbody>{rows}</tbody></table>')
+    content = rows and f'<table class="facts"><tbody>{rows}</tbody></table>'
+    return details(counted(len(skipped), "skipped task"), content)
 
 
 def _against_references(result: Json) -> Iterator[tuple[str, Json]]:

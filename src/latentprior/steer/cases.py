@@ -12,7 +12,7 @@ import numpy as np
 from latentprior import corpus, text
 from latentprior.config import SteerConfig, TextConfig
 from latentprior.errors import InputError, unknown
-from latentprior.evaluate.saelens import read_sae
+from latentprior.evaluate.saelens import sae_at
 from latentprior.hooks import Hookpoint
 from latentprior.steer.collect import (
     LabelledKind,
@@ -234,9 +234,7 @@ def _persona(
 
 def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
     """Latents are judged by whether a text is like those that they are most active on, rather than other latents'."""
-    sae = read_sae(str(config.sae), model=config.llm.model)
-    if not sae.hookpoint.same_place(hookpoint, check_model=False):  # SAELens has names of its own for models
-        raise InputError(f"the SAE in {config.sae} belongs to {sae.hookpoint}, the prior to {hookpoint}")
+    sae = sae_at(str(config.sae), hookpoint, model=config.llm.model)
     latents: list[int] | int = [_number(name) for name in config.directions] or config.features
     described = describe_latents(
         sae, ActivationStore(config.store), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
