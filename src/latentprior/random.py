@@ -1,4 +1,4 @@
-"""Random numbers from explicit sources: the global generator is never touched."""
+"""Random numbers from explicit sources; torch's default generator is asked for a seed where none was given."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import torch
 from torch import Tensor
 
 Seed = torch.Generator | int | None
+"""A generator, which advances; a number, which repeats exactly; or None, fresh numbers at every call."""
+
+
+def seed_of(generator: Seed) -> int:
+    """A number to seed with: drawn from a generator, which advances, or itself.
+
+    None is drawn from torch's default generator: two calls differ, and `torch.manual_seed` makes both repeat.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        return int(generator)
+    source = torch.default_generator if generator is None else generator
+    return int(torch.randint(2**63 - 1, (), generator=source, device=source.device))
 
 
 def generator_of(seed: Seed) -> torch.Generator:
-    """`seed` itself if it is a generator, else a fresh CPU generator with that seed (None is 0).
+    """`seed` itself if it is a generator, else a fresh CPU generator with the seed `seed_of` it.
 
     Drawing on the CPU makes a seed mean the same on every device.
     """
-    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed or 0)
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed_of(seed))
 
 
 def keyed_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
