@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from latentprior.decoding import prompt_keys
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, run_cut
 from latentprior.repair import PositionNoise, attach, hookpoints_on
@@ -83,16 +85,16 @@ def test_priors_that_change_nothing_leave_generation_alone(family, decoding, tin
 def test_nothing_is_left_behind(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp()
     plain, state = generate(model), torch.get_rng_state()
-    with glp.attach(model):
+    with glp.attach(model, generator=0):
         generate(model)
-    with pytest.raises(KeyError), glp.attach(model):
+    with pytest.raises(KeyError), glp.attach(model, generator=0):
         generate(model)
         raise KeyError
 
     def fail(x: Tensor) -> Tensor:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), glp.attach(model, edit=fail):
+    with pytest.raises(ZeroDivisionError), glp.attach(model, edit=fail, generator=0):
         generate(model)
     assert not any(
         m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not isinstance(m, nn.ModuleList)
@@ -109,9 +111,9 @@ def test_nothing_is_left_behind(tiny_llm, tiny_glp):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_equals_uncached(family, positions, tiny_llm, tiny_glp):
     model, glp = tiny_llm(family), tiny_glp(model=f"tiny-{family}")
-    with glp.attach(model, positions=positions):
+    with glp.attach(model, positions=positions, generator=0):
         cached, static = generate(model), generate(model, cache_implementation="static")
-    with glp.attach(model, positions=positions):
+    with glp.attach(model, positions=positions, generator=0):
         assert_same(generate(model, use_cache=False), cached)
     assert_same(static, cached)
     assert_differ(cached, generate(model))
@@ -120,17 +122,16 @@ def test_cached_equals_uncached(family, positions, tiny_llm, tiny_glp):
 @pytest.mark.parametrize("options", [{"edit": lambda x: x + 1}, {"edit": lambda x: x + 1, "paired": True}])
 def test_cached_equals_uncached_with_an_edit(options, tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp(32, (0, 2))
-    with glp.attach(model, solver="heun", steps=5, t_start=0.7, **options):
+    with glp.attach(model, solver="heun", steps=5, t_start=0.7, generator=0, **options):
         cached, uncached = generate(model), generate(model, use_cache=False)
     assert_same(uncached, cached)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_left_padded_batch_equals_single_rows(family, positions, tiny_llm):
-    """With a repair that needs no noise, which depends on the row."""
-    model, stub = tiny_llm(family), Stub(lambda x: -2 * x, (Hookpoint(f"tiny-{family}", 1, 32),))
-    with attach(stub, model, positions=positions):
+def test_left_padded_batch_equals_single_rows(family, positions, tiny_llm, tiny_glp):
+    model, glp = tiny_llm(family), tiny_glp(model=f"tiny-{family}")
+    with glp.attach(model, positions=positions, generator=3):
         batch = generate(model)
         for row, n in enumerate((7, 4)):
             single = generate(model, IDS[row : row + 1, -n:], MASK[row : row + 1, -n:])
@@ -143,7 +144,8 @@ def test_each_position_is_repaired_with_its_own_noise(tiny_llm, tiny_glp):
     before = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
     with glp.attach(model, generator=3, t_start=0.6, steps=2):
         after = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
-    noise = PositionNoise(3)(site([0] * 7 + [1] * 7, [*range(7)] * 2, batch=2), 32).view(2, 7, 32)
+    where = replace(site([0] * 7 + [1] * 7, [*range(7)] * 2, batch=2), prompts=prompt_keys(IDS, MASK.bool()))
+    noise = PositionNoise(3)(where, 32).view(2, 7, 32)
     assert torch.equal(after[0, 0], before[0, 0]) and torch.equal(after[1, :4], before[1, :4])
     expected = glp.project(before[0, 1:], noise=noise[0, 1:], t_start=0.6, steps=2)
     torch.testing.assert_close(after[0, 1:], expected, atol=1e-5, rtol=1e-5)
@@ -154,9 +156,9 @@ def test_each_position_is_repaired_with_its_own_noise(tiny_llm, tiny_glp):
 def test_the_same_call_gives_the_same_text(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp()
     other = IDS[:1, :3], MASK[:1, :3]
-    with glp.attach(model):
+    with glp.attach(model, generator=0):
         together = [generate(model), generate(model, *other), generate(model)]
-    with glp.attach(model):
+    with glp.attach(model, generator=0):
         alone = generate(model, *other)
     assert_same(together[0], together[2], 0)
     assert_same(together[1], alone, 0)
@@ -180,14 +182,13 @@ def test_beams_run_with_a_real_prior(tiny_llm, tiny_glp):
 
 def test_embeddings_as_the_prompt(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp()
-    with glp.attach(model):
-        expected, _ = generate(model)
+    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 2, "eos_token_id": None}
+    with glp.attach(model, generator=0):
         embeds = model.get_input_embeddings()(IDS)
-        out = model.generate(
-            inputs_embeds=embeds, attention_mask=MASK, do_sample=False, max_new_tokens=NEW, pad_token_id=2,
-            eos_token_id=None,
-        )  # fmt: skip
-    assert torch.equal(out, expected)
+        out = model.generate(inputs_embeds=embeds, attention_mask=MASK, **options)
+        alone = model.generate(inputs_embeds=embeds[1:, 3:], attention_mask=MASK[1:, 3:], **options)
+    assert torch.equal(out[1:], alone)
+    assert not torch.equal(out, model.generate(inputs_embeds=embeds, attention_mask=MASK, **options))
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -217,9 +218,9 @@ def test_gradients_stay_off_and_the_prior_unchanged(tiny_llm, tiny_glp):
 
 def test_several_layers(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp(32, (0, 2), "tiny-llama")
-    with glp.attach(model):
+    with glp.attach(model, generator=0):
         both = generate(model)
-    with glp.attach(model, layer=0), glp.attach(model, layer=[2]):
+    with glp.attach(model, layer=0, generator=0), glp.attach(model, layer=[2], generator=0):
         assert_same(generate(model), both, 0)
     with glp.attach(model, layer=2):
         assert_differ(generate(model), both)
@@ -346,11 +347,16 @@ def test_noise_depends_on_row_and_position_alone():
     assert not torch.equal(PositionNoise(1)(site([0], [1]), 4)[0], whole[0])
 
 
-def test_rows_of_one_key_share_their_noise():
-    noise = PositionNoise(0, keys=[7, 3, 7])(site([0, 1, 2], [2, 2, 2]), 4)
+def test_rows_of_one_prompt_share_their_noise():
+    noise = PositionNoise(0)(replace(site([0, 1, 2], [2, 2, 2]), prompts=[7, 3, 7]), 4)
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
-    with pytest.raises(InputError, match="keyed for 2 rows, the batch has 3"):
-        PositionNoise(0, keys=[0, 1])(site([0], [1]), 4)
+
+
+def test_several_noises_come_sample_by_sample():
+    noise = PositionNoise(0, samples=3)(site([0, 1], [1, 2]), 4)
+    assert noise.shape == (6, 4) and len(noise.unique()) == 24
+    again = PositionNoise(0, samples=3)(site([1], [2]), 4)
+    assert torch.equal(noise.view(3, 2, 4)[:, 1], again)
 
 
 def test_one_noise_for_a_whole_sequence():
@@ -358,14 +364,57 @@ def test_one_noise_for_a_whole_sequence():
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
 
 
-def test_noise_that_was_dropped_is_drawn_again(monkeypatch):
-    monkeypatch.setattr(PositionNoise, "MOST", 1)
-    noise = PositionNoise(0)
+def test_noise_is_bounded_in_bytes_and_drawn_again(monkeypatch):
+    """Whatever the width and however many noises: 4,096 blocks were 2.1 GB at a width of 4,096, times the noises."""
+    block = PositionNoise.BLOCK * 4 * 4
+    monkeypatch.setattr(PositionNoise, "BYTES", 2 * 3 * block)
+    noise = PositionNoise(0, samples=3)
     first = noise(site([0], [1]), 4)
-    noise(site([1], [1]), 4)
+    for row in (1, 2, 0, 2, 1):
+        last = noise(site([row], [1]), 4)
+        held = sum(kept.nbytes for kept in noise._blocks.values())
+        assert held == noise._bytes <= PositionNoise.BYTES
     assert torch.equal(noise(site([0], [1]), 4), first)
+    assert torch.equal(noise(site([0, 1, 2], [1, 1, 1]), 4).view(3, 3, 4)[:, 1], last)  # more than is kept
 
 
 def test_noise_is_standard_normal():
     x = PositionNoise(0)(site([0, 1, 2] * 300, [p for p in range(300) for _ in range(3)]), 32)
     assert abs(float(x.mean())) < 0.03 and abs(float(x.std()) - 1) < 0.03
+
+
+def test_a_prompt_gets_the_same_text_alone_and_in_any_batch(tiny_llm, tiny_glp):
+    model, glp = tiny_llm(), tiny_glp()
+    with glp.attach(model, generator=0, edit=lambda x: x + 5, paired=True) as counts:
+        batch = generate(model)
+        turned = generate(model, IDS.flip(0), MASK.flip(0))
+        alone = generate(model, IDS[1:, 3:], MASK[1:, 3:])
+    assert_same((batch[0].flip(0), batch[1].flip(0)), turned)
+    assert_same((batch[0][1:], batch[1][1:]), alone)
+    assert counts.edited == (6 + 3 + 2 * (NEW - 1)) * 2 + 3 + NEW - 1
+
+
+def test_without_a_seed_texts_differ_unless_torch_is_seeded(tiny_llm, tiny_glp):
+    model, glp = tiny_llm(), tiny_glp()
+
+    def repaired() -> tuple[Tensor, Tensor]:
+        with glp.attach(model):
+            return generate(model)
+
+    torch.manual_seed(1)
+    first, second = repaired(), repaired()
+    assert_differ(first, second)
+    torch.manual_seed(1)
+    assert_same(repaired(), first, 0)
+
+
+def test_sinks_are_left_alone_and_counted(tiny_llm, tiny_glp):
+    model, glp = tiny_llm(), tiny_glp()
+    before = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
+    glp.normalizer.median_norm.fill_(float(before[0, 3].norm()) / 10.001)
+    with glp.attach(model, generator=0, edit=lambda x: x + 1) as counts:
+        after = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
+    sinks = (before.norm(dim=-1) >= before[0, 3].norm()) & MASK.bool()
+    sinks[0, 0] = sinks[1, 3] = False
+    assert counts.passed_over["sink"] == int(sinks.sum()) > 0
+    assert torch.equal(after[sinks], before[sinks]) and counts.edited == 9 - int(sinks.sum())

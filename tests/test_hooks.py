@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint, capture, edit, find_blocks, forward_inputs, run_cut
+from latentprior.hooks import Hookpoint, cache_argument, capture, edit, find_blocks, forward_inputs, run_cut
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "qwen3", "gemma3", "mistral", "phi", "falcon")
 IDS = torch.arange(3, 43).reshape(2, 20)  # longer than the tiny Gemma's window of 16
@@ -430,7 +430,7 @@ def test_forward_inputs_under_generate(family, cache, beams, tiny_llm):
 def test_forward_inputs_of_direct_calls(tiny_llm):
     model = tiny_llm("gpt2")  # its second argument is the cache
     with forward_inputs(model) as inputs:
-        cache = model(IDS).past_key_values
+        cache = model(IDS)[cache_argument(model)]
         assert inputs.ids is IDS and inputs.attention_mask is None and inputs.past_length == 0
         model(IDS[:, :3], cache)
         assert inputs.past_length == 20

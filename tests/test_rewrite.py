@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -11,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from latentprior.errors import InputError
-from latentprior.rewrite import POSITIONS, Positions, Site, for_batch, rewrite
+from latentprior.hooks import cache_argument
+from latentprior.rewrite import POSITIONS, EditCounts, Positions, Site, for_batch, rewrite
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
 LENGTHS = (7, 4)
@@ -45,7 +47,7 @@ class Recorder:
         return sorted(site for call in self.calls for site in call)
 
 
-def generate(model: nn.Module, ids: Tensor = IDS, mask: Tensor = MASK, **options) -> tuple[Tensor, Tensor]:
+def generate(model: nn.Module, ids: Tensor = IDS, mask: Tensor | None = MASK, **options) -> tuple[Tensor, Tensor]:
     """New tokens [B, NEW] and their logits [B, NEW, V]."""
     out = model.generate(
         input_ids=ids,
@@ -55,6 +57,11 @@ def generate(model: nn.Module, ids: Tensor = IDS, mask: Tensor = MASK, **options
         output_logits=True,
     )
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The argument that hands over a key-value cache."""
+    return {cache_argument(model): cache}
 
 
 def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-4) -> None:
@@ -215,7 +222,7 @@ def test_a_conversation_that_goes_on_with_its_cache(positions, tiny_llm):
         for turn in range(2):
             recorder.calls.clear()
             seen = cache.get_seq_length()
-            answer, _ = generate(model, ids, torch.ones_like(ids), past_key_values=cache)
+            answer, _ = generate(model, ids, torch.ones_like(ids), **cached(model, cache))
             length = ids.shape[1]
             ids = torch.cat([ids, answer, torch.tensor([[60 + turn, 61, 62]])], dim=1)
     with rewrite(model, {1: fresh}, positions=positions):
@@ -224,16 +231,16 @@ def test_a_conversation_that_goes_on_with_its_cache(positions, tiny_llm):
     assert recorder.sites() == [site for site in fresh.sites() if site[1] >= seen]
 
 
-@pytest.mark.parametrize("cached", [0, 3])
-def test_another_prompt_one_token_longer(cached, tiny_llm):
+@pytest.mark.parametrize("columns", [0, 3])
+def test_another_prompt_one_token_longer(columns, tiny_llm):
     """With another beginning, or with a beginning that both take from a cache."""
     model, recorder = tiny_llm(), Recorder()
     longer = torch.cat([IDS.flip(0), IDS[:, :1]], dim=1)
-    prompts = (longer[:, :7] if cached else IDS, longer)
-    caches = [model(ids[:, :cached], use_cache=True).past_key_values if cached else None for ids in prompts]
+    prompts = (longer[:, :7] if columns else IDS, longer)
+    caches = [model(ids[:, :columns], use_cache=True)[cache_argument(model)] if columns else None for ids in prompts]
     with rewrite(model, {1: recorder}, positions="last"):
         for ids, cache in zip(prompts, caches, strict=True):
-            model(ids[:, cached:], past_key_values=cache, use_cache=bool(cached))
+            model(ids[:, columns:], **cached(model, cache), use_cache=bool(columns))
     assert [sorted(call) for call in recorder.calls] == [[(0, 6), (1, 6)], [(0, 7), (1, 7)]]
 
 
@@ -247,8 +254,8 @@ def test_a_hand_written_loop(positions, tiny_llm):
         for _ in range(NEW):
             new = ids if cache is None else ids[:, -1:]
             position = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            out = model(new, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(new, attention_mask=mask, position_ids=position, **cached(model, cache), use_cache=True)
+            cache = out[cache_argument(model)]
             ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], dim=1)
             mask = torch.cat([mask, torch.ones(2, 1).long()], dim=1)
     assert torch.equal(ids[:, IDS.shape[1] :], expected)
@@ -415,9 +422,9 @@ def test_positions_given_with_a_causal_mask_count(tiny_llm):
 def test_a_cache_that_drops_keys_needs_positions(tiny_llm):
     model, cache = tiny_llm("mistral"), transformers.DynamicCache()
     with rewrite(model, {0: Recorder()}, side="input"):
-        model(IDS[:, :6], past_key_values=cache)
+        model(IDS[:, :6], **cached(model, cache))
         with pytest.raises(InputError, match="positions cannot be told"):
-            model(IDS[:, 6:], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 4).bool())
+            model(IDS[:, 6:], **cached(model, cache), attention_mask=torch.ones(2, 1, 1, 4).bool())
 
 
 def test_other_masks_are_refused(tiny_llm):
@@ -474,3 +481,167 @@ def test_bad_arguments_are_refused(tiny_llm, monkeypatch):
     with pytest.raises(InputError, match="compiled"):
         rewrite(torch.compile(model, backend="eager"), {1: Recorder()}).__enter__()
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+# what was done, and never a silent nothing
+
+
+def test_counts_add_up_to_what_was_seen(tiny_llm):
+    model = tiny_llm()
+    with rewrite(model, {1: Recorder(), 2: Recorder()}, positions="last") as counts:
+        assert counts.seen == counts.edited == 0
+        generate(model)
+    # Each of two layers sees 2 x 7 columns of the prompt, then 2 x (NEW - 1) tokens.
+    assert counts.passed_over == {"first": 4, "padding": 6, "sink": 0, "not asked for": 2 * (5 + 2)}
+    assert counts.edited == 2 * 2 * NEW and counts.seen == 2 * 2 * (7 + NEW - 1)
+    assert "40 positions seen, 16 edited" in str(counts)
+    assert EditCounts([counts, counts]).edited == 2 * counts.edited
+
+
+def test_sinks_are_passed_over_and_counted(tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}, sinks=lambda hidden, layer: IDS[:, : hidden.shape[1]] == 34) as counts:
+        model(IDS, attention_mask=MASK)
+    assert counts.passed_over["sink"] == 1 and (0, 4) not in recorder.sites() and counts.edited == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": 50}, "no sequence reached position 50"),
+        ({"positions": torch.eye(2, 7).bool()[:, [0, 1, 1, 1, 1, 1, 1]] & False}, "first positions, padding or no"),
+        (
+            {"sinks": lambda hidden, layer: torch.ones(hidden.shape[:2]).bool()},
+            "all 9 positions .* are attention sinks",
+        ),
+    ],
+)
+def test_an_edit_that_touched_nothing_is_an_error(options, message, tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with pytest.raises(InputError, match=message), rewrite(model, {1: recorder}, **options):
+        model(IDS, attention_mask=MASK)
+    assert not recorder.calls
+    with rewrite(model, {1: recorder}, **options):
+        pass  # the model did not run
+
+
+def test_a_layer_that_the_model_does_not_run_through_is_an_error(tiny_llm):
+    model = tiny_llm()
+    model.model.layers[2].forward = model.model.layers[3].forward
+    model.model.layers[2].__class__ = type(
+        "Skipped", (type(model.model.layers[2]),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
+    )
+    with pytest.raises(InputError, match="never through the edited layers"), rewrite(model, {2: Recorder()}):
+        model(IDS)
+
+
+def test_an_error_inside_is_not_covered_by_that_of_nothing_edited(tiny_llm):
+    model = tiny_llm()
+    with pytest.raises(KeyError), rewrite(model, {1: Recorder()}, positions=50):
+        model(IDS)
+        raise KeyError
+
+
+# what a forward pass is, whatever its arguments are called
+
+
+class Renamed(transformers.LlamaForCausalLM):
+    """Takes its cache under a name that nobody knows, and neither mask nor positions."""
+
+    opaque = False
+
+    def forward(self, input_ids=None, memory=None, use_cache=None, **kwargs):
+        cache = memory.inner if isinstance(memory, Opaque) else memory
+        out = super().forward(input_ids=input_ids, use_cache=use_cache, **cached(self.plain, cache))
+        return out
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+        known = 0 if cache is None else cache.get_seq_length()
+        memory = Opaque(cache) if self.opaque and cache is not None else cache
+        return {"input_ids": input_ids[:, known:], "memory": memory, "use_cache": cache is not None}
+
+
+class Opaque:
+    """A cache that does not say how long it is."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+def renamed(tiny_llm, *, opaque: bool) -> nn.Module:
+    plain = tiny_llm()
+    model = tiny_llm()
+    model.__class__ = type("Renamed", (Renamed,), {"opaque": opaque, "plain": plain, "__module__": Renamed.__module__})
+    return model
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "generated", 3])
+def test_a_cache_under_an_unknown_name_and_no_mask(positions, tiny_llm):
+    ids, plain = IDS[:1], tiny_llm()
+    with rewrite(plain, {1: Recorder(-2.0)}, positions=positions):
+        expected = generate(plain, ids, MASK[:1], use_cache=False)
+    model, recorder = renamed(tiny_llm, opaque=False), Recorder(-2.0)
+    with rewrite(model, {1: recorder}, positions=positions) as counts:
+        assert_same(generate(model, ids, None), expected)
+    assert len(recorder.calls) >= NEW - 1 and counts.passed_over["first"] <= 1
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "generated", 3])
+def test_a_cache_that_tells_nothing_is_an_error(positions, tiny_llm):
+    model = renamed(tiny_llm, opaque=True)
+    with pytest.raises(InputError, match="do not tell which positions"):
+        with rewrite(model, {1: Recorder(-2.0)}, positions=positions):
+            generate(model, IDS[:1], None)
+
+
+def test_a_cache_of_another_kind_under_a_known_name_is_an_error(tiny_llm):
+    model = tiny_llm()
+    with pytest.raises(InputError, match="has no get_seq_length"), rewrite(model, {1: Recorder()}):
+        model(IDS[:, :1], past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
+def test_position_ids_tell_what_no_cache_and_no_mask_do(tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}):
+        model(IDS[:, :1], position_ids=torch.tensor([[6]]))
+        model(IDS[:, :2], position_ids=torch.tensor([[3, 4]]))
+    assert [sorted(call) for call in recorder.calls] == [[(0, 6), (1, 6)], [(r, p) for r in (0, 1) for p in (3, 4)]]
+
+
+def test_positions_that_count_padding_do_not_hide_the_first_token(tiny_llm):
+    model, recorder = tiny_llm(), Recorder()
+    with rewrite(model, {1: recorder}):
+        model(IDS, attention_mask=MASK, position_ids=torch.arange(7)[None])
+    assert recorder.sites() == [*sites_of("all", 7, 7, 0), *sites_of("all", 4, 4, 1)]
+
+
+def test_a_mask_that_leaves_out_cached_columns_is_an_error(tiny_llm):
+    model = tiny_llm()
+    cache = model(IDS, use_cache=True)[cache_argument(model)]
+    with pytest.raises(InputError, match="has 3 columns, cache and tokens 8"), rewrite(model, {1: Recorder()}):
+        model(IDS[:, :1], attention_mask=MASK[:, :3], **cached(model, cache))
+
+
+def test_prompts_are_known_by_their_tokens(tiny_llm):
+    """Wherever a prompt stands, however it is padded, and with its cache made before."""
+    model, found = tiny_llm(), []
+
+    def note(x: Tensor, site: Site) -> Tensor:
+        found.append(site.prompts)
+        return x
+
+    with rewrite(model, {1: note}):
+        generate(model)
+        generate(model, IDS.flip(0), MASK.flip(0), use_cache=False)
+        generate(model, IDS[1:, 3:], MASK[1:, 3:], num_beams=2)
+        cache = model(IDS[1:, 3:6], use_cache=True)[cache_argument(model)]
+        generate(model, IDS[1:, 3:], MASK[1:, 3:], **cached(model, cache))
+        model(IDS, attention_mask=MASK)
+    first, second = found[0]
+    assert first != second and all(keys == [first, second] for keys in found[:NEW])
+    assert all(keys == [second, first] for keys in found[NEW : 2 * NEW])
+    assert all(keys == [second, second] for keys in found[2 * NEW : 3 * NEW])
+    assert found[3 * NEW] != [second]  # three of its tokens, by hand
+    assert all(keys == [second] for keys in found[3 * NEW + 1 : -1])
+    assert found[-1] == [first, second]

@@ -25,7 +25,7 @@ from latentprior.hooks import Hookpoint
 from latentprior.hub import fetch, upload
 from latentprior.normalizer import Normalizer
 from latentprior.random import Seed, generator_of, normal
-from latentprior.rewrite import Positions
+from latentprior.rewrite import EditCounts, Positions
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 Layer = Int[Tensor, "..."] | int | None
@@ -259,12 +259,13 @@ class GLP(nn.Module):
         steps: int = 4,
         solver: Solver = "euler",
         grid: Grid = "uniform",
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[EditCounts]:
         """Repair what flows through the hookpoint of a running model, also under ``generate()``.
 
-        Works with and without a KV cache, with batches, left padding and beams. The first position and padding are
-        never touched. The noise depends on the generator, the batch size, the row and the position alone, so the
-        same call gives the same text. When the context closes, the model is as before.
+        Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
+        attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
+        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
+        greedy ties may then fall otherwise). When the context closes, the model is as before.
 
         Args:
             model: the language model the prior was trained on; checked before anything runs.
@@ -279,9 +280,14 @@ class GLP(nn.Module):
             generator: source of the noise, or a seed; seed 0 by default.
             t_start, steps, solver, grid: as in `project`.
 
+        Yields:
+            counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
+
         Raises:
-            InputError: a model, layer or width that the prior was not trained on.
+            InputError: a model, layer or width that the prior was not trained on; see `latentprior.rewrite.rewrite` for
+                forward passes that cannot be followed and for leaving the context with nothing edited.
         """
+        several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()
         return repair.attach(
             self,
@@ -292,6 +298,7 @@ class GLP(nn.Module):
             paired=paired,
             check_model=check_model,
             generator=generator,
+            sinks=lambda hidden, layer: self.normalizer.sinks(hidden, layer if several else None),
             t_start=t_start,
             steps=steps,
             solver=solver,

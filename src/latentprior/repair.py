@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
 from latentprior.hooks import Hookpoint
-from latentprior.random import keyed_generator
-from latentprior.rewrite import Positions, Rewriter, Site, rewrite
+from latentprior.random import Seed, keyed_generator, seed_of
+from latentprior.rewrite import EditCounts, Positions, Rewriter, Site, rewrite
 
 
 @runtime_checkable
@@ -26,50 +27,49 @@ class Projector(Protocol):
 
 
 class PositionNoise:
-    """Standard normal noise that depends on seed, layer, row and position alone.
+    """Standard normal noise that depends on seed, layer, prompt and position alone.
 
     A position gets the same noise however often it is computed and whatever else is in the batch, so that generation
-    without a cache equals generation with one, rows one by one equal a batch, and a second run equals the first.
+    without a cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one
+    prompt, such as copies of it under several strengths, share their noise. Where a site does not know its prompts, the
+    row's index stands for them.
 
     Args:
         seed: of everything.
-        keys: [B] numbers that stand for the rows; rows of one key share their noise, as copies of one prompt under
-            several strengths may. By default the row's index.
+        samples: noises of each position.
         shared: one noise for all positions of a sequence.
     """
 
     BLOCK = 32  # positions that are drawn together
-    MOST = 4096  # blocks that are kept; all can be drawn again
+    BYTES = 2**28  # of blocks that are kept, those used last; all can be drawn again
 
-    def __init__(self, seed: int, keys: Sequence[int] | None = None, *, shared: bool = False) -> None:
-        self._seed, self._keys, self._shared = seed, keys, shared
-        self._blocks: dict[tuple[int, int, int], Tensor] = {}  # (layer, row's key, block) -> noise
+    def __init__(self, seed: int, *, samples: int = 1, shared: bool = False) -> None:
+        self._seed, self._samples, self._shared = seed, samples, shared
+        self._blocks: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()  # (layer, prompt, block) -> noise
+        self._bytes = 0
 
     def __call__(self, site: Site, width: int) -> Tensor:
-        """Noise [N, width] of the rows of `site`.
+        """Noise [samples N, width] of the rows of `site`, sample-major."""
+        row, position = site.row.tolist(), site.position.cpu()
+        position = torch.zeros_like(position) if self._shared else position
+        prompts = row if site.prompts is None else [site.prompts[i] for i in row]
+        places = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
+        blocks = {place: i for i, place in enumerate(dict.fromkeys(places))}
+        noise = torch.stack([self._block(site.layer, *place, width) for place in blocks], dim=1)
+        chosen = noise[:, [blocks[place] for place in places], position % self.BLOCK]
+        return chosen.flatten(0, 1).to(site.row.device)
 
-        Raises:
-            InputError: a batch of another size than `keys`.
-        """
-        if self._keys is not None and len(self._keys) != site.batch:
-            raise InputError(f"noise was keyed for {len(self._keys)} rows, the batch has {site.batch}")
-        row, position = site.row.cpu(), site.position.cpu()
-        if self._shared:
-            position = torch.zeros_like(position)
-        keys = row if self._keys is None else torch.as_tensor(self._keys)[row]
-        places = torch.stack([keys, position // self.BLOCK], dim=1)
-        places, which = torch.unique(places, dim=0, return_inverse=True)
-        blocks = torch.stack([self._block(site.layer, key, block, width) for key, block in places.tolist()])
-        offset = position % self.BLOCK
-        return blocks[which, offset].to(site.row.device)
-
-    def _block(self, layer: int, key: int, block: int, width: int) -> Tensor:
-        place = (layer, key, block)
+    def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
+        """Noise [samples, positions, width]."""
+        place = (layer, prompt, block)
         if place not in self._blocks:
-            if len(self._blocks) >= self.MOST:
-                self._blocks.clear()
             rows = 1 if self._shared else self.BLOCK
-            self._blocks[place] = torch.randn(rows, width, generator=keyed_generator(self._seed, *place))
+            drawn = torch.randn(self._samples, rows, width, generator=keyed_generator(self._seed, *place))
+            self._blocks[place] = drawn
+            self._bytes += drawn.nbytes
+            while self._bytes > self.BYTES and len(self._blocks) > 1:
+                self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+        self._blocks.move_to_end(place)
         return self._blocks[place]
 
 
@@ -104,10 +104,11 @@ def attach(
     edit: Callable[[Tensor], Tensor] | None = None,
     paired: bool = False,
     check_model: bool = True,
-    generator: torch.Generator | int | None = None,
+    generator: Seed = None,
+    sinks: Callable[[Tensor, int], Tensor] | None = None,
     **options: Any,
-) -> Iterator[None]:
-    """See `GLP.attach`, whose implementation this is."""
+) -> Iterator[EditCounts]:
+    """See `GLP.attach`, whose implementation this is; `sinks` as in `rewrite`."""
     if paired and edit is None:
         raise InputError("paired repair compares an activation with its edit: give `edit`")
     chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)
@@ -116,7 +117,7 @@ def attach(
     sides: set[Side] = {h.side for h in chosen}
     if len(sides) > 1:
         raise InputError("attach one side at a time: this prior has hookpoints on block inputs and outputs")
-    noise = PositionNoise(_seed(generator))
+    noise = PositionNoise(seed_of(generator))
     several = len(prior.hookpoints) > 1
 
     def repaired(x: Tensor, site: Site) -> Tensor:
@@ -130,12 +131,5 @@ def attach(
         )
 
     rewriters: dict[int, Rewriter] = {h.layer: repaired for h in chosen}
-    with rewrite(model, rewriters, positions=positions, side=sides.pop()):
-        yield
-
-
-def _seed(generator: torch.Generator | int | None) -> int:
-    """A seed from a generator (which it advances), from a number, or 0."""
-    if isinstance(generator, torch.Generator):
-        return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    return generator or 0
+    with rewrite(model, rewriters, positions=positions, side=sides.pop(), sinks=sinks) as counts:
+        yield counts

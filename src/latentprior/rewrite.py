@@ -7,18 +7,17 @@ activations with their row and position, each position once for every time that 
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from latentprior import hooks
 from latentprior.config import Side
+from latentprior.decoding import Decoding, Prompt, columns
 from latentprior.errors import InputError, unknown
 
 NamedPositions = Literal["all", "last", "prompt", "generated"]
@@ -32,16 +31,6 @@ Positions = NamedPositions | int | Tensor
   the whole prompt; columns after the mask are left alone, so a wider mask reaches generated tokens too.
 """
 
-# What `generate()` does under these options cannot be told from its forward passes alone.
-_HIDES_THE_PROMPT = {
-    "assistant_model": "assisted decoding",
-    "assistant_early_exit": "assisted decoding",
-    "prompt_lookup_num_tokens": "assisted decoding",
-    "use_mtp": "assisted decoding",
-    "guidance_scale": "classifier-free guidance",
-    "prefill_chunk_size": "a prompt in chunks",
-}
-
 
 @dataclass(frozen=True)
 class Site:
@@ -54,26 +43,69 @@ class Site:
     """[N] int64, index of the token in its sequence; padding does not count, 0 is the first token."""
     batch: int
     """Rows in the batch."""
+    prompts: Sequence[int] | None = None
+    """[batch] a number for each row's prompt, the same for the same tokens; None where they are not known."""
 
 
 Rewriter = Callable[[Tensor, Site], Tensor]  # [N, d] -> [N, d]
 
 
-@dataclass
-class _Prompt:
-    """The first forward pass of the sequence being generated, to tell prompt from generated columns."""
+class EditCounts:
+    """What a context has done so far: one count for every position of every edited layer in every forward pass.
 
-    ids: Tensor | None
-    last: Tensor  # [B] column of each row's last prompt token
-    begun: int  # columns of the prompt, those from a cache included
-    width: int  # columns seen so far
-    cached: bool = False  # has it been continued from a key-value cache?
+    ``seen`` is the sum of ``edited`` and of what ``passed_over`` counts by reason.
+    """
+
+    REASONS = ("first", "padding", "sink", "not asked for")
+
+    def __init__(self, parts: Sequence[EditCounts] = ()) -> None:
+        self._parts = parts  # what contexts of their own count
+        self._totals: list[Tensor] = []  # on the device of each layer, so that counting does not make the host wait
+
+    def add(self, edited: Tensor, first: Tensor, padding: Tensor, sink: Tensor, not_asked_for: Tensor) -> None:
+        """Count the positions of one layer in one pass; masks [B, T] that exclude one another."""
+        counts = torch.stack([edited, first, padding, sink, not_asked_for]).sum(dim=(1, 2))
+        for total in self._totals:
+            if total.device == counts.device:
+                total += counts
+                return
+        self._totals.append(counts)
+
+    def _count(self, index: int) -> int:
+        return sum(int(total[index]) for total in self._totals) + sum(part._count(index) for part in self._parts)
+
+    @property
+    def edited(self) -> int:
+        """Positions that were edited."""
+        return self._count(0)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Positions that were left alone: first positions, padding, attention sinks, and those not asked for."""
+        return {reason: self._count(i) for i, reason in enumerate(self.REASONS, 1)}
+
+    @property
+    def seen(self) -> int:
+        """All positions that passed through the edited layers."""
+        return self.edited + sum(self.passed_over.values())
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{count:,} {reason}" for reason, count in self.passed_over.items())
+        return f"{self.seen:,} positions seen, {self.edited:,} edited; passed over: {left}"
+
+    def __repr__(self) -> str:
+        return f"EditCounts({self})"
 
 
 @contextmanager
 def rewrite(
-    model: nn.Module, rewriters: Mapping[int, Rewriter], *, positions: Positions = "all", side: Side = "output"
-) -> Iterator[None]:
+    model: nn.Module,
+    rewriters: Mapping[int, Rewriter],
+    *,
+    positions: Positions = "all",
+    side: Side = "output",
+    sinks: Callable[[Tensor, int], Tensor] | None = None,
+) -> Iterator[EditCounts]:
     """Replace the activations of `model` at given layers and positions while the context is open.
 
     The first position of a sequence and padding are never touched; see `Positions` for the rest.
@@ -81,42 +113,77 @@ def rewrite(
     Every call of ``generate()`` starts a new prompt. Between forward passes of the caller's own, a pass continues the
     one before if it adds one token: to the key-value cache, or, without a cache, to the same beginning.
 
+    Args:
+        model: the language model.
+        rewriters: a function of activations [N, d] and their `Site` for each layer.
+        positions: which positions.
+        side: of the blocks.
+        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not rewritten.
+
+    Yields:
+        what was done so far.
+
     Raises:
         InputError: unknown positions, a layer out of range, a compiled model; in the forward pass, an attention mask
-            that does not tell which tokens are real, or a mask of positions that does not fit the prompt; from
-            ``generate()``, paged caches, and options that hide where the prompt ends (assisted decoding,
-            classifier-free guidance, chunked prompts) unless positions are "all" or a number.
+            or a cache that does not tell where the tokens stand, or a mask of positions that does not fit the prompt;
+            from ``generate()``, paged caches, and options that hide where the prompt ends (assisted decoding,
+            classifier-free guidance, chunked prompts) unless positions are "all" or a number. On leaving the context
+            if the model ran and nothing was edited although something was asked for: all of it were sinks, a mask
+            named first positions and padding only, no sequence reached the number to start from, or the layers never
+            ran. Where nothing was asked for, as with prompts of one token under "all" or one new token under
+            "generated", nothing is raised.
     """
     check_positions(positions)
-    prompt: list[_Prompt] = []  # at most one: the closures below replace it
+    counts = EditCounts()
+    decoding = Decoding()
 
     with hooks.forward_inputs(model) as inputs:
-        seen: dict[str, Tensor | int] = {}
 
-        def chosen(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        def chosen(hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
             """Mask [B, T] of the columns to rewrite and position [B, T] of every column."""
-            real, position = _columns(hidden, inputs)
-            if seen.get("call") != inputs.calls:  # several layers see the same forward pass
-                seen["call"] = inputs.calls
-                _follow(prompt, inputs, hidden, real)
+            real, position = columns(hidden, inputs)
+            prompt = decoding.prompt_of(inputs, hidden, real)
             column = inputs.past_length + torch.arange(hidden.shape[1], device=hidden.device)
-            return real & (position > 0) & _wanted(positions, prompt[0], column, position), position
+            first = real & (position <= 0)
+            ordinary = real & ~first
+            asked = ordinary & _wanted(positions, prompt, column, position)
+            sink = torch.zeros_like(asked) if sinks is None else asked & sinks(hidden, layer)
+            edited = asked & ~sink
+            counts.add(edited, first, ~real, sink, ordinary & ~asked)
+            return edited, position
 
         def editor(layer: int, rewriter: Rewriter) -> Callable[[Tensor], Tensor]:
             def edit(hidden: Tensor) -> Tensor:
-                mask, position = chosen(hidden)
+                mask, position = chosen(hidden, layer)
                 row, column = mask.nonzero(as_tuple=True)
                 if not len(row):
                     return hidden
-                site = Site(layer, row, position[row, column], hidden.shape[0])
+                site = Site(layer, row, position[row, column], hidden.shape[0], decoding.keys(hidden.shape[0]))
                 hidden[row, column] = rewriter(hidden[row, column], site).to(hidden.dtype)  # `hidden` is a copy
                 return hidden
 
             return edit
 
         edits = {layer: editor(layer, rewriter) for layer, rewriter in rewriters.items()}
-        with hooks.edit(model, edits, side=side), _generations(model, positions, prompt.clear):
-            yield
+        named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
+        with hooks.edit(model, edits, side=side), decoding.generations(model, needs_prompt=named_by_prompt):
+            yield counts
+        if rewriters and inputs.completed and not counts.edited:
+            _refuse_untouched(positions, counts, inputs.completed)
+
+
+def _refuse_untouched(positions: Positions, counts: EditCounts, passes: int) -> None:
+    """Raise `InputError` if something that was not edited had been asked for."""
+    if not counts.seen:
+        raise InputError(f"the model ran {passes} times, but never through the edited layers: nothing was edited")
+    if sinks := counts.passed_over["sink"]:
+        raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
+    if isinstance(positions, Tensor):
+        raise InputError(
+            f"nothing was edited: the mask names first positions, padding or no position at all ({counts})"
+        )
+    if isinstance(positions, int) and positions > 1:
+        raise InputError(f"nothing was edited: no sequence reached position {positions} ({counts})")
 
 
 def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
@@ -145,7 +212,7 @@ def check_positions(positions: Positions) -> None:
         raise unknown("positions", positions, (*POSITIONS, "a position to start from", "a boolean mask"))
 
 
-def _wanted(positions: Positions, prompt: _Prompt, column: Tensor, position: Tensor) -> Tensor:
+def _wanted(positions: Positions, prompt: Prompt, column: Tensor, position: Tensor) -> Tensor:
     """Mask, of a shape that broadcasts to [B, T], of what `positions` names among `column` [T], `position` [B, T]."""
     if isinstance(positions, Tensor):
         if positions.shape[1] < prompt.begun:
@@ -163,104 +230,3 @@ def _wanted(positions: Positions, prompt: _Prompt, column: Tensor, position: Ten
     if positions == "generated":
         return column > last
     return torch.ones_like(position, dtype=torch.bool)
-
-
-@contextmanager
-def _generations(model: nn.Module, positions: Positions, begin: Callable[[], None]) -> Iterator[None]:
-    """Call `begin` before each ``model.generate()``, and refuse what this module could not follow there."""
-    from transformers import GenerationMixin  # slow to import
-
-    generator: Any = next((module for module in model.modules() if isinstance(module, GenerationMixin)), None)
-    if generator is None:
-        yield
-        return
-    before, own = generator.generate, "generate" in vars(generator)
-
-    @functools.wraps(before)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(before).bind(*args, **kwargs).arguments
-        _refuse_unfollowable(positions, given.pop("kwargs", {}) | given, generator.generation_config)
-        begin()
-        return before(*args, **kwargs)
-
-    generator.generate = generate
-    try:
-        yield
-    finally:
-        if own:
-            generator.generate = before
-        else:
-            del generator.generate
-
-
-def _refuse_unfollowable(positions: Positions, given: Mapping[str, Any], defaults: Any) -> None:
-    configs = (given.get("generation_config"), defaults)
-
-    def option(name: str) -> Any:
-        values = (given.get(name), *(getattr(config, name, None) for config in configs))  # as `generate()` takes them
-        return next((value for value in values if value is not None), None)
-
-    if option("cache_implementation") == "paged":
-        raise InputError("a paged cache packs several sequences into one row: generate with another cache")
-    if isinstance(positions, int) or (isinstance(positions, str) and positions == "all"):
-        return
-    for name, meaning in _HIDES_THE_PROMPT.items():
-        value = option(name)
-        if value is not None and value is not False and not (name == "guidance_scale" and value == 1):
-            raise InputError(
-                f"{meaning} ({name}) hides where the prompt ends: use positions 'all' or a number, or generate without"
-            )
-
-
-def _columns(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
-    """Which columns of this forward pass are real tokens, and every column's position: two [B, T]."""
-    batch, width = hidden.shape[:2]
-    attention = inputs.attention_mask
-    if attention is None:
-        position = inputs.past_length + torch.arange(width, device=hidden.device).expand(batch, width)
-        return torch.ones(batch, width, dtype=torch.bool, device=hidden.device), position
-    if not isinstance(attention, Tensor) or attention.ndim not in (2, 4):
-        raise InputError("this model's attention mask is neither [batch, keys] nor [batch, 1, queries, keys]")
-    if attention.ndim == 4:
-        real, position = _causal_columns(attention, inputs, width)
-    else:
-        known = attention[:, : inputs.past_length + width].bool()
-        real, position = known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
-    return real.to(hidden.device).expand(batch, -1), position.to(hidden.device).expand(batch, -1)
-
-
-def _causal_columns(attention: Tensor, inputs: hooks.ForwardInputs, width: int) -> tuple[Tensor, Tensor]:
-    """`_columns` of a mask [B, 1, queries, keys], as static caches come with: a real token sees itself."""
-    sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
-    total = inputs.past_length + width
-    complete = sees.shape[-1] >= total  # else a sliding window has dropped its oldest keys
-    known = sees.any(dim=1)[:, :total] if complete else sees.any(dim=2)
-    if inputs.position_ids is not None and inputs.position_ids.ndim == 2:
-        return known[:, -width:], inputs.position_ids
-    if not complete:
-        raise InputError("this model's cache drops keys, and without `position_ids` positions cannot be told")
-    return known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
-
-
-def _follow(prompt: list[_Prompt], inputs: hooks.ForwardInputs, hidden: Tensor, real: Tensor) -> None:
-    """Tell a new prompt from the continuation of the last one, cached or not."""
-    width = inputs.past_length + hidden.shape[1]
-    ids = inputs.ids
-    if prompt and _continues(prompt[0], inputs, hidden.shape[0], width):
-        prompt[0].width, prompt[0].cached = width, inputs.past_length > 0
-        return
-    column = torch.arange(hidden.shape[1], device=hidden.device)
-    last = inputs.past_length + torch.where(real, column, -1).amax(dim=1)
-    prompt[:] = [_Prompt(None if ids is None else ids.detach().clone(), last, width, width)]
-
-
-def _continues(prompt: _Prompt, inputs: hooks.ForwardInputs, batch: int, width: int) -> bool:
-    if len(prompt.last) != batch or width != prompt.width + 1:
-        return False
-    if inputs.past_length > 0:  # several new columns at once are a prompt: the next turn of a conversation
-        return inputs.past_length == prompt.width
-    if inputs.ids is None or prompt.ids is None or prompt.cached:
-        return False
-    # Without a cache the whole sequence comes again, one token longer. Beams may have been reordered, but only
-    # among beams of one prompt, so the prompt's columns stay.
-    return torch.equal(inputs.ids[:, : prompt.ids.shape[1]].to(prompt.ids.device), prompt.ids)

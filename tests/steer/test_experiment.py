@@ -13,7 +13,7 @@ import torch
 
 from latentprior.config import SteerConfig
 from latentprior.errors import InputError
-from latentprior.steer import experiment
+from latentprior.steer import experiment, intervene
 from latentprior.steer.cases import Case
 from latentprior.steer.direction import Direction
 from latentprior.steer.experiment import Bench, Cell, cells, run_cells
@@ -53,7 +53,7 @@ def case(bench, tiny_tokenizer):
 
 
 def rows(bench: Bench, case: Case, method: str, prior: str = "") -> list[dict]:
-    return pa.concat_tables(bench.measured(Cell(case, method, prior))).to_pylist()
+    return bench.measured(Cell(case, method, prior))[0].to_pylist()
 
 
 def test_methods_without_repair_have_one_cell_for_all_priors(case):
@@ -146,6 +146,28 @@ def test_a_direction_that_changed_in_its_file_is_refused(bench, case, tmp_path):
     with pytest.raises(InputError, match="another directions"):
         other = dataclasses.replace(case, direction=direction)
         run_cells(dataclasses.replace(bench, config=files), [other], tmp_path / "cells")
+
+
+def test_a_method_that_changes_no_text_is_refused(bench, case, tmp_path, monkeypatch):
+    """Whatever the reason: here each push is lost on the way."""
+    monkeypatch.setattr(intervene, "_APPLY", intervene._APPLY | {"add": lambda x, w, strength, unit: x})
+    with pytest.raises(InputError) as caught:
+        run_cells(bench, [case], tmp_path)
+    message = str(caught.value)
+    assert "'plain' along 'test' changed none of 12 texts at any strength" in message and "\n" not in message
+    assert "transformers" in message and "48 edited" in message  # 12 texts of 4 tokens
+    assert len(list(tmp_path.glob("plain-*.parquet"))) == 0
+
+
+def test_texts_that_were_kept_are_refused_as_well(bench, case, tmp_path):
+    run_cells(bench, [case], tmp_path)
+    (plain,) = tmp_path.glob("plain-*.parquet")
+    (none,) = tmp_path.glob("none-*.parquet")
+    table, unsteered = pq.read_table(plain), pq.read_table(none)["text"].to_pylist()
+    texts = pa.array([unsteered[prompt] for prompt in table["prompt"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", texts), plain)
+    with pytest.raises(InputError, match="changed none of 12 texts"):
+        run_cells(bench, [case], tmp_path)
 
 
 def test_the_frontiers_of_the_rows(bench, case, tmp_path):

@@ -26,9 +26,9 @@ def test_sharing_the_prompts_changes_no_token(family, tiny_llm, tiny_tokenizer):
 
     def steered(share: bool) -> torch.Tensor:
         context = steering(model, Edit(direction, strengths), mean_norm=3.0, positions="last")
-        return continued(model, prompts, 3, NEW, context, share=share)
+        return continued(model, prompts, 3, NEW, context, share=share)[0]
 
-    plain = continued(model, prompts, 1, NEW)
+    plain = continued(model, prompts, 1, NEW)[0]
     assert torch.equal(steered(True), steered(False))
     assert torch.equal(steered(True)[::3], plain)
     assert not torch.equal(steered(True)[1::3], plain)
@@ -46,7 +46,7 @@ def test_chat_prompts_end_where_the_model_answers(tiny_llm, tiny_tokenizer, monk
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     chat, plain = tokenized(tiny_tokenizer, ["fox"], chat=True), tokenized(tiny_tokenizer, ["<fox>:"])
     assert torch.equal(chat.ids[:, -3:], plain.ids[:, -3:])
-    assert continued(tiny_llm(), chat, 2, 3).shape == (2, 3)
+    assert continued(tiny_llm(), chat, 2, 3)[0].shape == (2, 3)
 
 
 def test_messages(tiny_tokenizer, monkeypatch):

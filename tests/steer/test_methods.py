@@ -72,7 +72,8 @@ def test_what_was_lost_is_added_again(glp, edit):
 def test_the_mean_of_several_noises(glp, edit):
     repair = PriorRepair(glp, RepairConfig(paired=True, samples=3))
     clean, edited, site, _ = edit
-    alone = [glp.project(edited, reference=clean, noise=noise(site, D)) for noise in repair._noises]
+    noises = PositionNoise(0, samples=3)(site, D).view(3, N, D)
+    alone = [glp.project(edited, reference=clean, noise=noise) for noise in noises]
     assert not torch.allclose(alone[0], alone[1])
     torch.testing.assert_close(repair(*edit), torch.stack(alone).mean(dim=0), atol=1e-5, rtol=1e-5)
     assert repair.nfe == 4 * 3 * 2

@@ -7,11 +7,12 @@ found from the model itself, so any decoder-only architecture works.
 
 from latentprior.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
 from latentprior.hooks.hookpoint import Hookpoint
-from latentprior.hooks.passes import ForwardInputs, capture, edit, forward_inputs, run_cut
+from latentprior.hooks.passes import ForwardInputs, cache_argument, capture, edit, forward_inputs, run_cut
 
 __all__ = [
     "ForwardInputs",
     "Hookpoint",
+    "cache_argument",
     "capture",
     "drop_blocks_after",
     "edit",

@@ -178,44 +178,98 @@ class ForwardInputs:
 
     ids: Tensor | None = None
     """[B, T] token ids; None if the call gave embeddings."""
+    embeds: Tensor | None = None
+    """[B, T, d] embeddings; None if the call gave token ids."""
     attention_mask: Tensor | None = None
     """[B, past + T], or [B, 1, T, keys] under a static cache; None if the call gave none."""
     position_ids: Tensor | None = None
     """[B, T] or [1, T]; None if the call gave none."""
     past_length: int = 0
     """Columns already in the key-value cache: column t of this call is column past_length + t of the sequence."""
+    placed: bool = False
+    """Whether anything in the call (cache, positions, mask) told `past_length`; else it is taken for 0."""
     calls: int = 0
-    """Forward passes seen so far."""
+    """Forward passes begun so far."""
+    completed: int = 0
+    """Forward passes that ran to their end."""
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which this model, in the installed version of transformers, takes its key-value cache."""
+    taken = forward_parameters(model)
+    return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
 
 
 @contextmanager
 def forward_inputs(model: nn.Module) -> Iterator[ForwardInputs]:
-    """The inputs of the latest forward pass of `model`, for functions that edit its hidden states."""
+    """The inputs of the latest forward pass of `model`, for functions that edit its hidden states.
+
+    Raises:
+        InputError: in the forward pass, a cache of a kind that does not tell its length, in a call that gives no
+            positions and no mask of all columns either.
+    """
     latest = ForwardInputs()
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        inputs = dict(zip(names[module], args, strict=False)) | kwargs
         mask = inputs.get("attention_mask")
         if isinstance(mask, Mapping):  # one mask for each kind of attention
             mask = mask.get("full_attention", next(iter(mask.values())))
         latest.ids = inputs.get("input_ids")
+        latest.embeds = inputs.get("inputs_embeds") if latest.ids is None else None
+        given = latest.embeds if latest.ids is None else latest.ids
+        width = 0 if given is None else given.shape[1]
         latest.attention_mask = mask
-        latest.position_ids = inputs.get("position_ids")
-        latest.past_length = _cached(inputs, mask)
+        latest.position_ids = _position_ids(inputs.get("position_ids"), width)
+        past_length = _past_length(inputs, mask, latest.position_ids, width)
+        latest.past_length, latest.placed = past_length or 0, past_length is not None
         latest.calls += 1
+
+    def complete(*_: Any) -> None:
+        latest.completed += 1
 
     # Both, as a PEFT wrapper may call the model's `forward` itself while `generate()` calls the model.
     entries = {model, language_model(model) or model}
+    names = {entry: list(inspect.signature(entry.forward).parameters) for entry in entries}
     with ExitStack() as stack:
         for entry in entries:
             stack.callback(entry.register_forward_pre_hook(note, with_kwargs=True).remove)
+            stack.callback(entry.register_forward_hook(complete).remove)
         yield latest
 
 
-def _cached(inputs: Mapping[str, Any], mask: Tensor | None) -> int:
-    """Columns that are in the cache already."""
-    cache = inputs.get("past_key_values")
-    if cache is not None and hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    given = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs.get("inputs_embeds")
-    return mask.shape[1] - given.shape[1] if mask is not None and mask.ndim == 2 and given is not None else 0
+def _position_ids(given: Any, width: int) -> Tensor | None:
+    """[B, T] or [1, T]; None for those of other shapes, such as one for each axis of an image."""
+    if not isinstance(given, Tensor):
+        return None
+    given = given[None] if given.ndim == 1 else given
+    return given if given.ndim == 2 and given.shape[1] == width else None
+
+
+def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | None, width: int) -> int | None:
+    """Columns before this call's; None if nothing tells.
+
+    The cache is known by what it is: its argument has had three names so far. Caches without keys, as of state space
+    models, say 0 at any time, so whatever says more is believed.
+    """
+    told = []
+    for value in inputs.values():
+        if callable(length := getattr(value, "get_seq_length", None)):
+            told.append(int(length()))
+    cache_position = inputs.get("cache_position")
+    if isinstance(cache_position, Tensor) and cache_position.numel():
+        told.append(int(cache_position.flatten()[0]))
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        told.append(max(mask.shape[1] - width, 0))
+    elif position_ids is not None:
+        told.append(max(int(position_ids[:, -1].max()) + 1 - width, 0))  # packed sequences begin again at 0
+    unknown = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    if unknown is not None and not told:
+        raise InputError(
+            f"the cache ({type(unknown).__name__}) has no get_seq_length, and neither positions nor a mask of all "
+            "columns came with it: where the tokens stand cannot be told"
+        )
+    return next((length for length in told if length), 0) if told else None

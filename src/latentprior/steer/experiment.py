@@ -25,6 +25,8 @@ from latentprior.errors import InputError
 from latentprior.files import replace_text
 from latentprior.prior import GLP
 from latentprior.progress import Report, silent
+from latentprior.provenance import versions
+from latentprior.rewrite import EditCounts
 from latentprior.steer.cases import Case
 from latentprior.steer.direction import Direction
 from latentprior.steer.estimate import random_direction
@@ -77,29 +79,34 @@ class Bench:
     def strengths(self, method: str) -> list[float]:
         return [0.0] if method == "none" else self.config.signed_strengths()
 
-    def measured(self, cell: Cell) -> Iterator[pa.Table]:
+    def measured(self, cell: Cell) -> tuple[pa.Table, EditCounts]:
+        """The rows of a cell, and what was edited for them."""
+        tables, counts = zip(*self._parts(cell), strict=True)
+        return pa.concat_tables(tables), EditCounts(counts)
+
+    def _parts(self, cell: Cell) -> Iterator[tuple[pa.Table, EditCounts]]:
         """The rows of a cell, some prompts at a time."""
         strengths = self.strengths(cell.method)
         step = max(1, self.config.batch_rows // len(strengths))
         for start in range(0, len(cell.case.prompts), step):
             yield self._rows(cell, strengths, start, cell.case.prompts.select(slice(start, start + step)))
 
-    def _rows(self, cell: Cell, strengths: list[float], first: int, prompts: Prompts) -> pa.Table:
+    def _rows(self, cell: Cell, strengths: list[float], first: int, prompts: Prompts) -> tuple[pa.Table, EditCounts]:
         count, copies = len(prompts), len(strengths)
         numbers = [first + i for i in range(count) for _ in strengths]
         signed = torch.tensor(strengths, dtype=torch.float64).repeat(count)
-        trace = Trace(self._repair(cell, numbers), len(numbers), self.mean_norm, keep=self.config.new_tokens // 2)
+        trace = Trace(self._repair(cell), len(numbers), self.mean_norm, keep=self.config.new_tokens // 2)
         edit = Edit(self._direction(cell), signed)
         context = steering(
             self.model, edit, mean_norm=self.mean_norm, positions=self.config.positions, repair=trace, check_model=False
         )
         share = self.config.positions != "all"
-        ids = continued(self.model, prompts, copies, self.config.new_tokens, context, share=share)
+        ids, counts = continued(self.model, prompts, copies, self.config.new_tokens, context, share=share)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         repeats = [repetition(row) for row in ids.tolist()]
         off = trace.off_manifold(self.scorer, self.layer, self.config.seed)
         steered = cell.method != "none"
-        return pa.table(
+        table = pa.table(
             {
                 "direction": [cell.case.direction.name] * len(texts),
                 "method": [cell.method] * len(texts),
@@ -119,6 +126,7 @@ class Bench:
             },
             schema=SCHEMA,
         )
+        return table, counts
 
     def _direction(self, cell: Cell) -> Direction:
         """The cell's direction, or for the controls a random one."""
@@ -128,12 +136,9 @@ class Bench:
         vector = random_direction(direction.hookpoint.width, self.config.seed)
         return Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
 
-    def _repair(self, cell: Cell, keys: Sequence[int]) -> PriorRepair | None:
-        """Rows of one prompt share their noise: then differences between strengths are not noise."""
+    def _repair(self, cell: Cell) -> PriorRepair | None:
         repair = self.config.repair_of(cell.method)
-        if repair is None:
-            return None
-        return PriorRepair(self.priors[cell.prior], repair, seed=self.config.seed, keys=keys)
+        return None if repair is None else PriorRepair(self.priors[cell.prior], repair, seed=self.config.seed)
 
 
 _NUMBERS = ("concept", "nll", "distinct_2", "distinct_3")
@@ -167,22 +172,44 @@ def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Repo
     """Make the cells that are not in `folder` yet; returns the rows of all.
 
     Raises:
-        InputError: the folder holds cells of other settings.
+        InputError: the folder holds cells of other settings; or a method whose texts all equal the unsteered ones at
+            every strength, which is never a result.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(bench.config, cases, folder)
     wanted = cells(bench.config, cases)
-    tables = []
+    tables, unsteered = [], {}
     for done, cell in enumerate(wanted):
-        path = folder / cell.file
-        if not path.is_file():
-            report(done, len(wanted), {"method": cell.method})
+        path, counts = folder / cell.file, None
+        report(done, len(wanted), {"method": cell.method})
+        if path.is_file():
+            table = pq.read_table(path)
+        else:
+            table, counts = bench.measured(cell)
+        if cell.method == "none":
+            unsteered[cell.case.direction.name] = table
+        else:
+            _refuse_unchanged(cell, table, unsteered[cell.case.direction.name], counts)
+        if counts is not None:
             partial = path.with_suffix(".partial")
-            pq.write_table(pa.concat_tables(bench.measured(cell)), partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd")
             partial.replace(path)
-        tables.append(pq.read_table(path))
+        tables.append(table)
     report(len(wanted), len(wanted), {})
     return pa.concat_tables(tables)
+
+
+def _refuse_unchanged(cell: Cell, table: pa.Table, unsteered: pa.Table, counts: EditCounts | None) -> None:
+    """Raise `InputError` if no text of a cell at any strength differs from the unsteered one of its prompt."""
+    plain = dict(zip(unsteered["prompt"].to_pylist(), unsteered["text"].to_pylist(), strict=True))
+    steered = [row for row in table.select(["prompt", "text", "strength"]).to_pylist() if row["strength"]]
+    if steered and all(row["text"] == plain[row["prompt"]] for row in steered):
+        installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+        did = f"; {counts}" if counts is not None else ""
+        raise InputError(
+            f"method {cell.method!r} along {cell.case.direction.name!r} changed none of {len(steered)} texts at any "
+            f"strength: nothing to report ({installed}{did})"
+        )
 
 
 def _check_settings(config: SteerConfig, cases: Sequence[Case], folder: Path) -> None:

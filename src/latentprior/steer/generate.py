@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from latentprior import hooks
 from latentprior.prior import GLP
-from latentprior.rewrite import Site
+from latentprior.rewrite import EditCounts, Site
 from latentprior.steer.intervene import Repair
 from latentprior.steer.prompts import Prompts, prefilled
 
@@ -21,12 +22,12 @@ def continued(
     prompts: Prompts,
     copies: int,
     new_tokens: int,
-    context: AbstractContextManager[None] | None = None,
+    context: AbstractContextManager[EditCounts] | None = None,
     *,
     share: bool = True,
     **sampling: Any,
-) -> Int64[Tensor, "rows new"]:
-    """`copies` continuations of each prompt (rows prompt-major), greedy by default, inside `context`.
+) -> tuple[Int64[Tensor, "rows new"], EditCounts]:
+    """`copies` continuations of each prompt (rows prompt-major), greedy by default, inside `context`, and what it did.
 
     The end-of-text token is not generated, so that all continuations have the same length and their likelihoods
     compare.
@@ -37,11 +38,11 @@ def continued(
     """
     ids = prompts.ids.repeat_interleave(copies, dim=0).to(model.device)
     mask = prompts.mask.long().repeat_interleave(copies, dim=0).to(model.device)
-    shared = {"past_key_values": prefilled(model, prompts.ids, prompts.mask, copies)} if share else {}
+    shared = {hooks.cache_argument(model): prefilled(model, prompts.ids, prompts.mask, copies)} if share else {}
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens} | sampling
-    with context or nullcontext():
+    with context or nullcontext(EditCounts()) as counts:
         out = model.generate(input_ids=ids, attention_mask=mask, **shared, **options)
-    return out[:, ids.shape[1] :].cpu()
+    return out[:, ids.shape[1] :].cpu(), counts
 
 
 class Trace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latentprior.activations import SINK_FACTOR
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
-from latentprior.rewrite import Positions, Rewriter, Site, check_positions, for_batch, rewrite
+from latentprior.rewrite import EditCounts, Positions, Rewriter, Site, check_positions, for_batch, rewrite
 from latentprior.steer.direction import Direction
 
 EditKind = Literal["add", "clamp", "ablate", "rotate"]
@@ -77,7 +77,7 @@ def steering(
     positions: Positions = "all",
     repair: Repair | None = None,
     check_model: bool = True,
-) -> Iterator[None]:
+) -> Iterator[EditCounts]:
     """Steer `model` while the context is open, also under ``generate()``.
 
     Works with and without a key-value cache, static ones too, with padding on either side, beams, sampling and
@@ -93,10 +93,14 @@ def steering(
             at the edited positions; also with those of strength 0.
         check_model: refuse directions of a model of another name. Layer and width are always checked.
 
+    Yields:
+        counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
+
     Raises:
         InputError: a direction of another model, layer or width; unknown positions; a mean norm that is missing or not
             positive. In the forward pass: strengths or a mask of positions that do not fit the batch or the prompt, a
-            repair that returns another shape. From ``generate()``: what `latentprior.rewrite.rewrite` refuses.
+            repair that returns another shape. In the forward pass, from ``generate()`` and on leaving the context with
+            nothing edited: what `latentprior.rewrite.rewrite` refuses.
     """
     check_positions(positions)
     edits = [edits] if isinstance(edits, Edit) else list(edits)
@@ -105,14 +109,20 @@ def steering(
         edit.direction.check(model, check_model=check_model)
         places.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
     rewriters: dict[Side, dict[int, Rewriter]] = {}
+    units = {layer: _unit(mean_norm, layer) for _, layer in places}
     for (side, layer), here in places.items():
-        unit = _unit(mean_norm, layer)
-        pushes = [_Push(edit, unit) for edit in here]
-        rewriters.setdefault(side, {})[layer] = _Steering(pushes, SINK_FACTOR * unit, repair)
+        pushes = [_Push(edit, units[layer]) for edit in here]
+        rewriters.setdefault(side, {})[layer] = _Steering(pushes, repair)
+
+    def sinks(hidden: Tensor, layer: int) -> Tensor:
+        return hidden.float().norm(dim=-1) > SINK_FACTOR * units[layer]
+
     with ExitStack() as stack:
-        for side, of_layers in rewriters.items():
-            stack.enter_context(rewrite(model, of_layers, positions=positions, side=side))
-        yield
+        counts = [
+            stack.enter_context(rewrite(model, of_layers, positions=positions, side=side, sinks=sinks))
+            for side, of_layers in rewriters.items()
+        ]
+        yield EditCounts(counts)
 
 
 def _unit(mean_norm: float | Mapping[int, float], layer: int) -> float:
@@ -146,33 +156,22 @@ class _Push:
 
 
 class _Steering:
-    """The rewriter of one hookpoint: all edits in order, then repair; sinks pass through."""
+    """The rewriter of one hookpoint: all edits in order, then repair."""
 
-    def __init__(self, pushes: Sequence[_Push], limit: float, repair: Repair | None) -> None:
-        self._pushes, self._limit, self._repair = pushes, limit, repair
+    def __init__(self, pushes: Sequence[_Push], repair: Repair | None) -> None:
+        self._pushes, self._repair = pushes, repair
 
     def __call__(self, x: Tensor, site: Site) -> Tensor:
         clean = x if x.dtype == torch.float64 else x.float()
         edited = clean
         for push in self._pushes:
             edited = push(edited, site)
-        ordinary = ~(clean.norm(dim=-1) > self._limit)
-        if self._repair is not None:
-            edited = self._repaired(self._repair, clean, edited, site, ordinary)
-        return torch.where(ordinary[:, None], edited.to(x.dtype), x)
-
-    @staticmethod
-    def _repaired(repair: Repair, clean: Tensor, edited: Tensor, site: Site, ordinary: Tensor) -> Tensor:
-        """`edited` with its `ordinary` rows repaired."""
-        chosen = ordinary.nonzero().squeeze(1)
-        if not len(chosen):
-            return edited
-        site = replace(site, row=site.row[chosen], position=site.position[chosen])
-        before, after = clean[chosen], edited[chosen]
-        result = repair(before, after, site, after - before)
-        if result.shape != after.shape:
-            raise InputError(f"a repair must return activations {list(after.shape)}, got {list(result.shape)}")
-        return edited.index_copy(0, chosen, result.to(edited))
+        if self._repair is None:
+            return edited.to(x.dtype)
+        result = self._repair(clean, edited, site, edited - clean)
+        if result.shape != edited.shape:
+            raise InputError(f"a repair must return activations {list(edited.shape)}, got {list(result.shape)}")
+        return result.to(x)
 
 
 def _component(x: Tensor, w: Tensor) -> Tensor:

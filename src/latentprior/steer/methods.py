@@ -7,7 +7,6 @@ option of `RepairConfig` meets one of the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,17 +28,16 @@ class PriorRepair:
     Args:
         glp: the prior.
         config: what the repair holds on to.
-        seed: of the noise, which depends on it, the row's key and the position alone.
-        keys: [B] numbers that stand for the rows of the batch; rows of one key share their noise.
+        seed: of the noise, which depends on it, the prompt and the position alone: rows of one prompt share it, so that
+            differences between their strengths are not noise.
 
     Raises:
         InputError: when it is called, a layer that the prior does not have.
     """
 
-    def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0, keys: Sequence[int] | None = None) -> None:
+    def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
         self.glp, self.config = glp, config
-        shared = config.noise == "sequence"
-        self._noises = [PositionNoise(seed + 1_000_003 * i, keys, shared=shared) for i in range(config.samples)]
+        self._noise = PositionNoise(seed, samples=config.samples, shared=config.noise == "sequence")
 
     @property
     def nfe(self) -> int:
@@ -73,14 +71,13 @@ class PriorRepair:
 
     def _repaired(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor, t_start: float) -> Tensor:
         config, n = self.config, self.config.samples
-        noise = torch.cat([noise(site, edited.shape[-1]) for noise in self._noises])
         repaired = self.glp.project(
             edited.repeat(n, 1),
             reference=clean.repeat(n, 1) if config.paired else None,
             t_start=t_start,
             steps=config.steps,
             solver=config.solver,
-            noise=noise,
+            noise=self._noise(site, edited.shape[-1]),
             layer=self._layer(site),
             hold=push.repeat(n, 1) if config.hold else None,
         )

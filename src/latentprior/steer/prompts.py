@@ -70,6 +70,6 @@ def prefilled(model: Any, ids: Int64[Tensor, "P T"], mask: Bool[Tensor, "P T"], 
             arguments["position_ids"] = (known.cumsum(1) - 1).clamp(min=0)
         if "logits_to_keep" in parameters:
             arguments["logits_to_keep"] = 1
-        model(**arguments, past_key_values=cache, use_cache=True)
+        model(**arguments, **{hooks.cache_argument(model): cache}, use_cache=True)
     cache.batch_repeat_interleave(copies)
     return cache

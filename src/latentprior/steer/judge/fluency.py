@@ -105,7 +105,7 @@ def _nll_of_copies(
     arguments = {"input_ids": torch.cat([last, ids[:, :-1].to(device)], dim=1), "attention_mask": attention}
     if "position_ids" in hooks.forward_parameters(model):
         arguments["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    logits = model(**arguments, past_key_values=cache, use_cache=True).logits
+    logits = model(**arguments, **{hooks.cache_argument(model): cache}, use_cache=True).logits
     return _mean_loss(logits, ids.to(device), scored)
 
 
