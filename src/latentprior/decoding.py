@@ -162,9 +162,9 @@ def _begun(arguments: Mapping[str, Any]) -> _Generation:
     if not isinstance(given, Tensor) or given.ndim not in (2, 3):
         return _Generation(0, None)
     mask = arguments.get("attention_mask")
-    known = isinstance(mask, Tensor) and mask.shape == given.shape[:2]
-    real = mask.bool() if known else torch.ones(given.shape[:2], dtype=torch.bool)
-    return _Generation(given.shape[1], prompt_keys(given, real))
+    if not isinstance(mask, Tensor) or mask.shape != given.shape[:2]:
+        mask = torch.ones(given.shape[:2])
+    return _Generation(given.shape[1], prompt_keys(given, mask.bool()))
 
 
 def _refuse_unfollowable(given: Mapping[str, Any], defaults: Any, needs_prompt: bool) -> None:

@@ -66,12 +66,16 @@ def texts(result: dict[str, Any], method: str) -> list[str]:
 
 
 def test_an_edit_too_small_to_matter_changes_nothing_unless_it_is_repaired(run_it):
-    result = run_it(strengths=[1e-12])
-    unsteered = result["summary"]["directions"][0]["unsteered"]["nll"]["value"]
-    for method, point in figures(result).items():
-        same = method != "repaired"
-        assert (texts(result, method) == texts(result, "none")) == same, method
-        assert (point["nll"] == pytest.approx(unsteered)) == same, method
+    result = run_it(strengths=[1e-12, 1.0], examples=4)
+    unsteered = texts(result, "none")
+    for method in figures(result):
+        small = [row["text"] for row in result["texts"] if row["method"] == method and row["strength"] == 1e-12]
+        assert (small == unsteered) == (method != "repaired"), method
+
+
+def test_methods_that_do_nothing_at_all_are_refused(run_it):
+    with pytest.raises(InputError, match="changed none of 3 texts at any strength: nothing to report"):
+        run_it(strengths=[1e-12])
 
 
 def test_plain_steering_keeps_its_edit_and_repair_some_of_it(run_it):

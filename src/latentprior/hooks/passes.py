@@ -257,8 +257,8 @@ def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | No
     """
     told = []
     for value in inputs.values():
-        if callable(length := getattr(value, "get_seq_length", None)):
-            told.append(int(length()))
+        if hasattr(value, "get_seq_length"):
+            told.append(int(value.get_seq_length()))
     cache_position = inputs.get("cache_position")
     if isinstance(cache_position, Tensor) and cache_position.numel():
         told.append(int(cache_position.flatten()[0]))
