@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from latentprior.config import DenoiserConfig
 from latentprior.errors import InputError
 
+MOST_REMEMBERED = 64  # lists of times, such as those of the starts of an adaptive repair
 TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
 
 
@@ -83,7 +85,8 @@ class Denoiser(nn.Module):
         self.layers = nn.ModuleList(Block(config.d_model, config.d_mlp) for _ in range(config.n_layers))
         self.ln = nn.LayerNorm(config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_input)
-        self._tables: tuple[tuple[Any, ...], list[Tensor]] | None = None
+        self._remembering = 0  # contexts open
+        self._remembered: dict[tuple[Any, ...], list[Tensor]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,22 +97,37 @@ class Denoiser(nn.Module):
         e = self.embedded_time(t)
         return [block.time_proj(e) for block in self._blocks()]
 
-    def tables(self, times: Sequence[float]) -> list[Float[Tensor, "u d_mlp"]]:
-        """`factors` at `times`, remembered from the last call if neither these nor the weights have changed since.
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While it is open, `tables` computes the factors of the same times once: the weights must not be changed.
 
         A decoding step repairs a few rows at the same few times as the one before, and the time path would be most of
-        its work. A graph for gradients is never remembered.
+        its work. Contexts may be nested; when the last one closes, everything is forgotten.
         """
-        weights = [
-            p for module in (self.time_embed, *(b.time_proj for b in self._blocks())) for p in module.parameters()
-        ]
-        if torch.is_grad_enabled() or any(p.is_inference() for p in weights):
-            return self.factors(torch.tensor(times, device=weights[0].device))
-        # An update in place raises a tensor's version; a move or a cast gives it other memory.
-        key = (*times, *((p.data_ptr(), p.dtype, p._version) for p in weights))
-        if self._tables is None or self._tables[0] != key:
-            self._tables = key, self.factors(torch.tensor(times, device=weights[0].device))
-        return self._tables[1]
+        self._remembering += 1
+        try:
+            yield
+        finally:
+            self._remembering -= 1
+            if not self._remembering:
+                self._remembered.clear()
+
+    def tables(self, times: Sequence[float]) -> list[Float[Tensor, "u d_mlp"]]:
+        """`factors` at `times`; remembered where `remembering` is open, but for a graph for gradients."""
+        weight = self.in_proj.weight
+        if not self._remembering or torch.is_grad_enabled():
+            return self.factors(torch.tensor(times, device=weight.device))
+        versions = (p._version for p in self.parameters() if not p.is_inference())  # of writes but those by `data`
+        key = (weight.device, weight.dtype, *versions, *times)  # `attach` may move the prior to the model's device
+        if key not in self._remembered:
+            if len(self._remembered) >= MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = self.factors(torch.tensor(times, device=weight.device))
+        return self._remembered[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy remembers nothing: the contexts are the original's."""
+        return {**self.__dict__, "_remembering": 0, "_remembered": {}}
 
     def embedded_time(self, t: Float[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
         return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))

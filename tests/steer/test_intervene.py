@@ -10,12 +10,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from latentprior.config import RepairConfig
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, capture, find_blocks
 from latentprior.repair import PositionNoise
 from latentprior.rewrite import Site
 from latentprior.steer.direction import Direction
 from latentprior.steer.intervene import EDIT_KINDS, Edit, EditKind, steering
+from latentprior.steer.methods import PriorRepair
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
 WIDTH = 32
@@ -359,6 +361,18 @@ def test_repair_with_a_prior_equals_attach(tiny_llm, tiny_glp):
         found = generate(model)
     with glp.attach(model, positions="last", edit=lambda x: x + 3.0 * w, paired=True, generator=0):
         assert torch.equal(generate(model), found)
+
+
+def test_a_repair_computes_its_time_path_once_for_a_generation(tiny_llm, tiny_glp):
+    model, glp, rows = tiny_llm(), tiny_glp(model="tiny-llama"), []
+    glp.denoiser.time_embed.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
+    for _ in range(2):
+        repair = PriorRepair(glp, RepairConfig(steps=5, solver="euler", samples=1))
+        with steering(model, Edit(direction(), 1.5), mean_norm=2.0, repair=repair):
+            generate(model, use_cache=False)
+    assert rows == [5, 5]
+    repair(*[torch.ones(1, WIDTH)] * 2, Site(1, torch.tensor([0]), torch.tensor([3]), 1), torch.ones(1, WIDTH))
+    assert rows == [5, 5, 5]
 
 
 # --- bad input

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -95,13 +96,15 @@ class Bench:
         count, copies = len(prompts), len(strengths)
         numbers = [first + i for i in range(count) for _ in strengths]
         signed = torch.tensor(strengths, dtype=torch.float64).repeat(count)
-        trace = Trace(self._repair(cell), len(numbers), self.mean_norm, keep=self.config.new_tokens // 2)
+        repair = self._repair(cell)
+        trace = Trace(repair, len(numbers), self.mean_norm, keep=self.config.new_tokens // 2)
         edit = Edit(self._direction(cell), signed)
         context = steering(
             self.model, edit, mean_norm=self.mean_norm, positions=self.config.positions, repair=trace, check_model=False
         )
         share = self.config.positions != "all"
-        ids, counts = continued(self.model, prompts, copies, self.config.new_tokens, context, share=share)
+        with repair or nullcontext():
+            ids, counts = continued(self.model, prompts, copies, self.config.new_tokens, context, share=share)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         repeats = [repetition(row) for row in ids.tolist()]
         off = trace.off_manifold(self.scorer, self.layer, self.config.seed)

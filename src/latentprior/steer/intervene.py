@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -90,7 +90,7 @@ def steering(
         mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer.
         positions: which positions; see `latentprior.rewrite.Positions`.
         repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
-            at the edited positions; also with those of strength 0.
+            at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
         check_model: refuse directions of a model of another name. Layer and width are always checked.
 
     Yields:
@@ -118,6 +118,8 @@ def steering(
         return hidden.float().norm(dim=-1) > SINK_FACTOR * units[layer]
 
     with ExitStack() as stack:
+        if isinstance(repair, AbstractContextManager):
+            stack.enter_context(repair)
         counts = [
             stack.enter_context(rewrite(model, of_layers, positions=positions, side=side, sinks=sinks))
             for side, of_layers in rewriters.items()

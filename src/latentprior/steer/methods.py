@@ -7,6 +7,7 @@ option of `RepairConfig` meets one of the two.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -37,7 +38,16 @@ class PriorRepair:
 
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
         self.glp, self.config = glp, config
+        self._open = ExitStack()
         self._noise = PositionNoise(seed, samples=config.samples, shared=config.noise == "sequence")
+
+    def __enter__(self) -> PriorRepair:
+        """`steering` opens it: every decoding step repairs at the same few times (`Denoiser.remembering`)."""
+        self._open.enter_context(self.glp.denoiser.remembering())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     @property
     def nfe(self) -> int:
