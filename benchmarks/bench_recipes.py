@@ -122,7 +122,7 @@ def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:
         "config": wanted,
         "curve": curve,
         "seconds": training_seconds(log),
-        "frechet_distance": frechet_distance(GaussianMoments.of(real), glp.sample(len(real), steps=20)),
+        "frechet_distance": frechet_distance(GaussianMoments.of(real), glp.sample(len(real), steps=20, generator=0)),
     }
     replace_text(path, json.dumps(found) + "\n")
     return found

@@ -130,6 +130,12 @@ def build_tokenizer(
     return tokenizer
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws from torch's default generator are the same in every run, whichever tests are run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """`build_tokenizer()`: has bos, eos, pad and a chat template, and adds no BOS by itself."""

@@ -95,13 +95,17 @@ def test_last_position(tiny_llm, tiny_tokenizer):
 
 def test_random_positions_do_not_depend_on_batching(tiny_llm, tiny_tokenizer):
     def places(**options) -> list[tuple[int, int]]:
-        options = {"positions": "random", "positions_per_document": 3, **options}
+        options = {"positions": "random", "positions_per_document": 3, "generator": 0, **options}
         batch = record_activations(tiny_llm(), tiny_tokenizer, TEXTS, [0], **options)
         return list(zip(batch.doc.tolist(), batch.position.tolist(), strict=True))
 
     drawn = places()
     assert drawn == places(batch_tokens=1) == places(padding_side="left") == sorted(set(drawn))
-    assert drawn != places(seed=1)
+    assert drawn != places(generator=1)
+    torch.manual_seed(3)
+    fresh = [places(generator=None) for _ in range(2)]
+    torch.manual_seed(3)
+    assert fresh[0] != fresh[1] and fresh == [places(generator=None) for _ in range(2)]
     assert all(position > 0 for _, position in drawn)
     lengths = [ids_of(text, tiny_tokenizer).shape[1] - 1 for text in TEXTS]
     assert [sum(d == doc for d, _ in drawn) for doc in range(5)] == [min(3, n) for n in lengths]

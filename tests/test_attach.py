@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from latentprior.decoding import prompt_keys
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, run_cut
+from latentprior.prior import GLP
 from latentprior.repair import PositionNoise, attach, hookpoints_on
 from latentprior.rewrite import POSITIONS, Site
 
@@ -213,6 +214,23 @@ def test_gradients_stay_off_and_the_prior_unchanged(tiny_llm, tiny_glp):
     assert all(torch.equal(tensor, before[name]) for name, tensor in glp.state_dict().items())
 
 
+def test_the_time_path_runs_once_for_a_generation_and_again_for_other_weights(tiny_llm, tiny_glp):
+    model, glp, other = tiny_llm(), tiny_glp(), tiny_glp(seed=1)
+    rows = []
+    glp.denoiser.time_embed.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
+    with glp.attach(model, steps=3, generator=0):
+        before = generate(model, use_cache=False)
+    assert rows == [3]
+    for weight, new in zip(glp.parameters(), other.parameters(), strict=True):
+        weight.data.copy_(new)  # raises no version and moves nothing
+    with glp.attach(model, steps=3, generator=0):
+        found = generate(model, use_cache=False)
+    assert rows == [3, 3]
+    with GLP(other.denoiser, glp.normalizer, glp.hookpoints).attach(model, steps=3, generator=0):
+        assert_same(generate(model, use_cache=False), found, 0)
+    assert_differ(found, before)
+
+
 # layers, edits, options
 
 
@@ -222,7 +240,7 @@ def test_several_layers(tiny_llm, tiny_glp):
         both = generate(model)
     with glp.attach(model, layer=0, generator=0), glp.attach(model, layer=[2], generator=0):
         assert_same(generate(model), both, 0)
-    with glp.attach(model, layer=2):
+    with glp.attach(model, layer=2, generator=0):
         assert_differ(generate(model), both)
     stub = Stub(hookpoints=glp.hookpoints)
     with attach(stub, model, layer=[2, 0]):

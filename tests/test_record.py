@@ -136,7 +136,7 @@ def test_several_layers_in_one_pass(config, texts):
 def test_chosen_positions(config, texts, positions, most):
     config = replace(config, positions=positions, positions_per_document=3, seed=5)
     store = record(config)
-    assert_same_rows(store, direct(config, texts, positions=positions, positions_per_document=3, seed=5))
+    assert_same_rows(store, direct(config, texts, positions=positions, positions_per_document=3, generator=5))
     assert len(store) == most * DOCUMENTS
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentprior import hooks, tokens
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
+from latentprior.random import Seed, seed_of
 from latentprior.text import Document
 from latentprior.tokens import TokenBatch
 
@@ -89,7 +90,7 @@ def record_activations(
     batch_tokens: int = 4096,
     padding_side: str = "right",
     chat: bool = False,
-    seed: int = 0,
+    generator: Seed = None,
 ) -> ActivationBatch:
     """Activations of `texts` in memory; for more than memory holds, record into a store.
 
@@ -98,11 +99,12 @@ def record_activations(
     Args:
         layers: indices of blocks; layer 15 is `hidden_states[16]` of transformers (its input: `hidden_states[15]`).
         max_length: texts are cut to this many tokens, the beginning-of-sequence token included.
-        positions: all positions, each text's last one, or `positions_per_document` drawn from `seed` without
-            replacement (all if there are fewer).
+        positions: all positions, each text's last one, or `positions_per_document` drawn without replacement (all if
+            there are fewer).
         sinks: "drop" leaves out rows whose norm is over 10 times the median norm of their layer.
         batch_tokens: most tokens of one forward pass, padding included.
         chat: wrap every text as a user message in the tokenizer's chat template.
+        generator: source of "random" positions, or a seed; None draws others at every call.
 
     Returns:
         rows sorted by layer (in the order of `layers`), text (`doc` indexes `texts`) and position.
@@ -126,7 +128,7 @@ def record_activations(
         side=side,
         positions=positions,
         positions_per_document=positions_per_document,
-        seed=seed,
+        seed=seed_of(generator) if positions == "random" else 0,
     )
     parts = list(recorded)
     if not any(map(len, parts)):
@@ -204,7 +206,7 @@ def _recorded(batch: TokenBatch, positions: Positions, count: int, seed: int) ->
     chosen = torch.zeros_like(candidates)
     for row, doc in enumerate(batch.doc.tolist()):
         columns = candidates[row].nonzero().squeeze(1)
-        drawn = np.random.default_rng((seed, doc)).permutation(len(columns))[:count]
+        drawn = np.random.default_rng((seed % 2**64, doc)).permutation(len(columns))[:count]
         chosen[row, columns[drawn]] = True
     return chosen
 

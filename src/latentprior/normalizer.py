@@ -5,7 +5,7 @@ Of each dimension by itself, or along the principal directions of the covariance
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +22,8 @@ class Normalizer(nn.Module):
     """Standardisation with the statistics of the training data, per dimension (paper, section on training).
 
     Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to
-    its mean, never to infinity. The statistics are float32 buffers, one row for each layer.
+    its mean, never to infinity. The statistics are float32 buffers, one row for each layer, and stay float32 whatever
+    the module, or one around it, is cast to.
 
     With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
     columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
@@ -80,6 +81,15 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
         self.register_buffer("row_of_layer", lookup, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
+        """What every move and cast of a module comes down to: statistics move along and keep their precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and (exact := before[name]) is not None and buffer.dtype != exact.dtype:
+                self._buffers[name] = exact.to(buffer.device)
+        return self
 
     @classmethod
     def from_moments(cls, moments: Moments) -> Normalizer:

@@ -47,7 +47,13 @@ def read(folder: Path, checkpoint: str) -> Parts:
 
 
 def write(folder: Path, parts: Parts) -> None:
-    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all."""
+    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all.
+
+    Raises:
+        InputError: weights in float16.
+    """
+    if any(p.dtype == torch.float16 for p in parts.denoiser.parameters()):
+        raise InputError("float16 storage is refused: cast the prior to bfloat16 or float32 before saving it")
     config = {
         "format": FORMAT if parts.normalizer.basis is None else WHITENED_FORMAT,
         "denoiser": to_dict(parts.denoiser.config),

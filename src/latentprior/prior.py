@@ -2,15 +2,18 @@
 
 Every public method takes and returns *raw* activations with free leading dimensions; standardised ones are called
 ``z``. Noise is always standardised.
+
+Whatever draws takes `generator`: a seed repeats exactly, before and after any other call, a `torch.Generator` advances,
+and None (the default) draws fresh numbers at every call, which `torch.manual_seed` makes repeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,7 @@ from latentprior.rewrite import EditCounts, Positions
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 Layer = Int[Tensor, "..."] | int | None
+T = TypeVar("T")
 CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
 
 
@@ -94,10 +98,12 @@ class GLP(nn.Module):
     ) -> Float[Tensor, ""]:
         """The training loss ``mean((u_hat(z_t, t) - (eps - z_0))^2)`` (paper, flow matching), differentiable.
 
-        Times left out are drawn from the official training grid, noise from `generator` (seed 0 by default).
+        Times left out are drawn from the official training grid, noise from `generator`. Losses that are to be compared
+        need the same seed, or the same `t` and `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
-        generator = generator_of(generator)
+        if t is None or noise is None:
+            generator = generator_of(generator)  # one for both
         if t is None:
             t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
         t = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
@@ -126,7 +132,7 @@ class GLP(nn.Module):
             grid: "uniform", or "official" for the official sampler's times bit for bit.
             noise: standardised noise [n, d] to start from.
             layer: which layer, for a multi-layer prior: a number, or [n].
-            generator: source of the noise, or a seed; seed 0 by default.
+            generator: source of the noise, or a seed; None draws fresh noise at every call.
         """
         if n < 1:
             raise InputError(f"n must be at least 1, got {n}")
@@ -204,7 +210,8 @@ class GLP(nn.Module):
     ) -> Float[Tensor, "*n blocks d_mlp"]:
         """Meta-neurons of raw activations: the post-gate hidden units of every block, ``[..., blocks, d_mlp]``.
 
-        One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise).
+        One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise). Features
+        that are to be compared, such as those of an activation before and after an edit, need the same seed or `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
@@ -226,8 +233,9 @@ class GLP(nn.Module):
         """How unusual each activation is: its own denoising loss, ``mean_d (u_hat(z_t, t) - (eps - z_0))^2``.
 
         The mean over `times`, one noise each: near the held-out loss for ordinary activations, larger off the data.
-        The same seed gives every activation of a batch of the same shape the same noise, so differences between an
-        activation before and after an edit are not noise. One denoiser pass for each time.
+        One denoiser pass for each time. Scores that are to be compared, such as those of activations before and after
+        an edit, need the same seed: then row i has the same noise in every call of as many rows, and differences are
+        not noise.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         layers, generator = self._layers(layer, x.shape[:-1]), generator_of(generator)
@@ -265,7 +273,8 @@ class GLP(nn.Module):
         Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
         attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
         alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
-        greedy ties may then fall otherwise). When the context closes, the model is as before.
+        greedy ties may then fall otherwise), while the context is open and again under the same seed. The prior's
+        weights must not be changed meanwhile. When the context closes, the model is as before.
 
         Args:
             model: the language model the prior was trained on; checked before anything runs.
@@ -277,7 +286,7 @@ class GLP(nn.Module):
             paired: repair the edit against the unedited activation (`project`'s `reference`).
             check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
                 say False for that. Width and layer are always checked.
-            generator: source of the noise, or a seed; seed 0 by default.
+            generator: source of the noise, or a seed; None draws a fresh seed when the context opens.
             t_start, steps, solver, grid: as in `project`.
 
         Yields:
@@ -289,7 +298,7 @@ class GLP(nn.Module):
         """
         several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()
-        return repair.attach(
+        repairing = repair.attach(
             self,
             model,
             layer=layer,
@@ -304,6 +313,7 @@ class GLP(nn.Module):
             solver=solver,
             grid=grid,
         )
+        return self._remembering(repairing)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -347,6 +357,12 @@ class GLP(nn.Module):
         return upload(self.save_pretrained, repo, private=private, revision=revision)
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _remembering(self, context: AbstractContextManager[T]) -> Iterator[T]:
+        """`context`, in which every decoding step repairs at the same few times."""
+        with self.denoiser.remembering(), context as handle:
+            yield handle
 
     def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
         if noise is None:
