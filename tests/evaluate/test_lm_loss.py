@@ -56,6 +56,19 @@ def test_replacement_reaches_the_loss_and_sees_every_position_but_the_first(tiny
     assert all(torch.equal(a[1], b[1]) for a, b in zip(seen[::2], seen[1::2], strict=True)), "noise differs by method"
 
 
+def test_no_two_batches_of_any_two_seeds_have_the_same_noise(tiny_llm, batches):
+    noises = []
+
+    def keep(x, eps):
+        noises.append(tuple(eps[0, :4].tolist()))
+        return x
+
+    assert len(batches) > 1
+    for seed in range(3):
+        lm_losses(tiny_llm("llama"), batches, LAYER, {"keep": keep}, seed=seed)
+    assert len(set(noises)) == 3 * len(batches)
+
+
 def test_weighting():
     clean = LMLoss(torch.tensor([1.0, 10.0]).double(), torch.tensor([1, 10]))
     worse = LMLoss(torch.tensor([3.0, 15.0]).double(), torch.tensor([1, 10]))

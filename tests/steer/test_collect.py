@@ -13,6 +13,7 @@ from torch import Tensor
 from latentprior.activations import record_activations
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, edit
+from latentprior.random import keyed_generator, seed_of
 from latentprior.steer import collect, estimate
 from latentprior.steer.chat import prompt_ids, response_span
 from latentprior.steer.collect import (
@@ -347,18 +348,19 @@ def test_answers_do_not_depend_on_the_models_sampling_defaults(tiny_llm, tiny_to
 def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_tokenizer, tmp_path):
     model = tiny_llm()
     point, trait = Hookpoint.of(model, 1), tiny_trait()
-    options = {"max_new_tokens": 5, "temperature": 1.0, "seed": 4}
+    options = {"max_new_tokens": 5, "temperature": 1.0, "seed": 1}
     direction = persona_direction(model, tiny_tokenizer, trait, point, **options)
 
-    def rows(prompts: list[str], seeds: list[int]) -> Tensor:
+    def rows(prompts: list[str], side: int) -> Tensor:
         talks = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for i, prompt in enumerate(prompts):
+            seed = seed_of(keyed_generator(1, side, i))
             talks += persona_conversations(
                 model, tiny_tokenizer, trait.questions, prompt, max_new_tokens=5, temperature=1.0, seed=seed
             )
         return response_activations(model, tiny_tokenizer, talks, point)
 
-    expected = rows(trait.positive, [4, 6]).mean(0) - rows(trait.negative, [5]).mean(0)
+    expected = rows(trait.positive, 0).mean(0) - rows(trait.negative, 1).mean(0)
     torch.testing.assert_close(direction.vector * direction.norm, expected, atol=1e-5, rtol=1e-4)
     assert (direction.name, direction.kind, direction.hookpoint) == ("loud", "persona", point)
     assert direction.provenance == {"trait": "loud", "positive": 4, "negative": 2, "empty": 0, "read": "response"} | (
@@ -366,6 +368,14 @@ def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_to
     )
     back = read_direction(write_direction(direction, tmp_path / "loud.safetensors"))
     assert back.provenance == direction.provenance and torch.equal(back.vector, direction.vector)
+
+
+def test_no_two_system_prompts_of_any_two_seeds_draw_alike(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(collect, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
+    for seed in range(10):
+        collect.persona_answers(None, None, tiny_trait(), seed=seed)
+    assert len(seeds) == len(set(seeds)) == 10 * 3
 
 
 def test_empty_answers_are_left_out_and_counted(tiny_llm, tiny_tokenizer, monkeypatch):

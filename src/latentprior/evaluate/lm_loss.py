@@ -14,7 +14,7 @@ from latentprior.config import Side
 from latentprior.errors import InputError
 from latentprior.evaluate.bootstrap import bootstrap_interval
 from latentprior.progress import Report, silent
-from latentprior.random import normal
+from latentprior.random import keyed_generator, normal
 from latentprior.rewrite import Site, rewrite
 from latentprior.tokens import TokenBatch
 
@@ -79,7 +79,7 @@ def lm_losses(
         for name, replacement in replacements.items():
 
             def replace(x: Tensor, site: Site, replacement: Replacement = replacement, batch: TokenBatch = batch):
-                return replacement(x, normal(*x.shape, seed=seed + batch.index, device=x.device))
+                return replacement(x, normal(*x.shape, seed=keyed_generator(seed, batch.index), device=x.device))
 
             with rewrite(model, {layer: replace}, side=side):
                 kept[name].append(_document_losses(model, batch))

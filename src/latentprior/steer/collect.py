@@ -17,6 +17,7 @@ from torch import Tensor
 from latentprior.activations import Positions, activations, sink_threshold
 from latentprior.errors import InputError, unknown
 from latentprior.hooks import Hookpoint
+from latentprior.random import keyed_generator, seed_of
 from latentprior.steer import estimate
 from latentprior.steer.chat import Conversation, Span, prompt_ids, response_span
 from latentprior.steer.direction import Direction
@@ -179,7 +180,7 @@ def persona_answers(
             conversation
             for i, prompt in enumerate(system_prompts)
             for conversation in persona_conversations(
-                model, tokenizer, trait.questions, prompt, seed=seed + 2 * i + side, **options
+                model, tokenizer, trait.questions, prompt, seed=seed_of(keyed_generator(seed, side, i)), **options
             )
         ]
 
