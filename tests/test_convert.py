@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from latentprior import convert as convert_module
 from latentprior import official
+from latentprior.activations import ActivationBatch
 from latentprior.config import ConvertConfig
 from latentprior.convert import convert
 from latentprior.errors import InputError
+from latentprior.hooks import Hookpoint
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
+from latentprior.writer import StoreWriter
 
 GOLDEN = Path(__file__).parent / "data" / "official-single-layer"
 
@@ -68,6 +73,82 @@ def test_rows_that_a_store_refuses_are_counted(tmp_path):
     convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "store")))
     store = ActivationStore(tmp_path / "store")
     assert (len(store), store.manifest["left_out"]) == (498, {"sinks": 1, "nonfinite": 1})
+
+
+def test_sinks_are_told_by_the_median_of_all_rows_and_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "CHUNK", 100)
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    x[:100] /= 100  # other documents: the first part alone would make sinks of all others
+    x[[7, 450]] *= 1e4
+    x[[9, 300], 2] = float("nan")
+    official.write_activations(tmp_path / "layer_03", x, dtype=torch.float32)
+    result = convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "store")))
+    store = ActivationStore(tmp_path / "store")
+    assert (len(store), store.manifest["left_out"]) == (496, {"sinks": 2, "nonfinite": 2})
+    assert (result["rows"], result["attention sinks left out"], result["not finite, left out"]) == (496, 2, 2)
+    norms = x.norm(dim=1)
+    assert float(store.moments().median_norm) == pytest.approx(float(norms.nanmedian()), rel=0.1)
+    assert result["median norm"].endswith("of 99 rows")  # one in five, without one that is not finite
+
+
+def test_both_directions_hold_a_part_of_the_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "CHUNK", 64)
+    x, asked = official_folder(tmp_path / "layer_03"), []
+    for kind in (official.OfficialActivations, ActivationStore):
+        rows = kind.rows
+        monkeypatch.setattr(kind, "rows", lambda self, i, rows=rows: asked.append(len(i)) or rows(self, i))
+    convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "store")))
+    assert max(asked) == 64 and sum(asked) == 64 + len(x)
+    asked.clear()
+    convert(ConvertConfig(source=str(tmp_path / "store"), output=str(tmp_path / "back"), to="official"))
+    assert max(asked) == 64 and sum(asked) == len(x)
+    back = official.read_activations(tmp_path / "back")
+    assert torch.equal(back.rows(torch.arange(len(x))), x)
+    mean, var = back.statistics()
+    torch.testing.assert_close(mean, x.double().mean(0).float())
+    torch.testing.assert_close(var, x.double().var(0, correction=0).float())
+
+
+def test_one_layer_of_several(tmp_path):
+    points = [Hookpoint("a/b", layer, 4) for layer in (1, 2)]
+    layer, x = torch.tensor([1, 2]).repeat(30), torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    with StoreWriter(tmp_path / "store", points, source={}, dtype="float32") as writer:
+        writer.append(ActivationBatch(x, layer, *[torch.arange(60)] * 3), next_batch=1, left_out={})
+    config = ConvertConfig(source=str(tmp_path / "store"), output=str(tmp_path / "x"), to="official", layer=2)
+    assert convert(config)["rows"] == 30
+    assert torch.equal(official.read_activations(tmp_path / "x").rows(torch.arange(30)), x[layer == 2])
+    for wrong, message in ((None, "choose one with --layer"), (3, "unknown layer '3'.*valid: 1, 2")):
+        with pytest.raises(InputError, match=message):
+            convert(replace(config, layer=wrong, output=str(tmp_path / "y")))
+
+
+@pytest.mark.parametrize("kind", ["prior", "official prior", "store", "official activations"])
+def test_nothing_is_overwritten_unasked(tmp_path, kind):
+    official_folder(tmp_path / "layer_03")
+    convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "recorded")))
+    source = {"store": tmp_path / "layer_03", "official activations": tmp_path / "recorded"}.get(kind, GOLDEN)
+    to = "official" if kind.startswith("official") else "latentprior"
+    if kind == "official prior":
+        source = convert(ConvertConfig(source=str(GOLDEN), output=str(tmp_path / "ours")))["written"]
+    config = ConvertConfig(source=str(source), output=str(tmp_path / "out"), to=to)
+    convert(config)
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match="out holds something: add --overwrite"):
+        convert(config)
+    (tmp_path / "out" / "config.json").write_text("of another format")
+    convert(replace(config, overwrite=True))
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds 'notes.txt', which no conversion leaves"):
+        convert(replace(config, overwrite=True))
+    assert contents(tmp_path / "out") == before | {"notes.txt": b"mine"}
+    for output, message in ((source, "in place"), (tmp_path / "out" / "notes.txt", "is a file")):
+        with pytest.raises(InputError, match=message):
+            convert(replace(config, output=str(output), overwrite=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_messages(tmp_path):

@@ -7,7 +7,7 @@ A folder holds headerless memory maps (``data_0000.npy`` and so on), the place o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentprior.errors import InputError, unknown
+from latentprior.files import replaced
+from latentprior.moments import Moments
 
 STATISTICS = "rep_statistics.pt"
 INDEX = "data_indices.npy"
@@ -98,13 +100,17 @@ def read_activations(folder: str | Path) -> OfficialActivations:
 
 
 def write_activations(
-    folder: str | Path, x: Float[Tensor, "n d"], *, dtype: torch.dtype = torch.bfloat16, file_rows: int = 2**18
+    folder: str | Path,
+    x: Float[Tensor, "n d"] | Iterable[Float[Tensor, "_ d"]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    file_rows: int = 2**18,
 ) -> Path:
     """Write activations [N, d] as an official activation folder with the statistics of all its rows.
 
     Args:
         folder: made if it is not there; name it ``layer_NN`` for the layer to be known.
-        x: raw activations.
+        x: raw activations, or parts of them, which are written one after another.
         dtype: storage precision, bfloat16 or float32.
         file_rows: most rows of one data file.
 
@@ -113,26 +119,39 @@ def write_activations(
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise unknown("storage type", str(dtype).removeprefix("torch."), ("bfloat16", "float32"))
-    if len(x) < 1 or file_rows < 1:
-        raise InputError(f"nothing to write: {len(x)} activations, {file_rows} in a file")
+    if file_rows < 1 or isinstance(x, Tensor) and not len(x):
+        raise InputError(f"nothing to write: no activations, or {file_rows} in a file")
     folder = Path(folder)
     if (folder / INDEX).exists():
         raise InputError(f"{folder} holds activations already")
     folder.mkdir(parents=True, exist_ok=True)
-    stored = x.detach().cpu().to(dtype).contiguous()
-    bits = (stored.view(torch.int16) if dtype == torch.bfloat16 else stored).numpy()
-    for number, begin in enumerate(range(0, len(bits), file_rows)):
-        bits[begin : begin + file_rows].tofile(_data_file(folder, number))
-    (folder / DTYPE).write_text(f"{bits.dtype}\n")
-    var, mean = torch.var_mean(stored.double(), dim=0, correction=0)
-    torch.save({"mean": mean.float(), "var": var.float()}, folder / STATISTICS)
-    file, row = np.divmod(np.arange(len(bits)), file_rows)
-    index = np.stack([file, row * x.shape[1], (row + 1) * x.shape[1]], axis=1).astype(np.uint64)
-    partial = folder / f"{INDEX}.partial"
-    with partial.open("wb") as handle:  # given a name, np.save would append an ending
-        np.save(handle, index)
-    partial.replace(folder / INDEX)  # last: the folder can be read from here on
+    moments, rows = None, 0
+    for part in [x] if isinstance(x, Tensor) else x:
+        stored = part.detach().cpu().to(dtype).contiguous()
+        moments = moments or Moments([0], stored.shape[1])
+        moments.update(stored)
+        _append(folder, stored, rows, file_rows)
+        rows += len(stored)
+    if moments is None or not rows:
+        raise InputError("nothing to write: no activations")
+    (folder / DTYPE).write_text("int16\n" if dtype == torch.bfloat16 else "float32\n")
+    torch.save({"mean": moments.mean[0].float(), "var": moments.variance()[0].float()}, folder / STATISTICS)
+    file, row = np.divmod(np.arange(rows), file_rows)
+    index = np.stack([file, row * moments.width, (row + 1) * moments.width], axis=1).astype(np.uint64)
+    with replaced(folder / INDEX) as partial, partial.open("wb") as handle:  # last: it can be read from here on
+        np.save(handle, index)  # given a name, it would append an ending
     return folder
+
+
+def _append(folder: Path, stored: Tensor, rows: int, file_rows: int) -> None:
+    """Write activations [n, d] behind the `rows` that are there, `file_rows` in a file."""
+    bits = (stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy()
+    while len(bits):
+        number, used = divmod(rows, file_rows)
+        fitting = bits[: file_rows - used]
+        with _data_file(folder, number).open("ab" if used else "wb") as file:
+            fitting.tofile(file)
+        rows, bits = rows + len(fitting), bits[len(fitting) :]
 
 
 def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,8 @@ class ConvertConfig:
     layer: int | None = None
     """Layer that official activations come from, if their folder's name does not say; or the one to write out of a
     store of several layers."""
+    overwrite: bool = False
+    """Replace what an earlier conversion left in the output folder."""
 
     def __post_init__(self) -> None:
         one_of(self, "to", ("latentprior", "official"))
