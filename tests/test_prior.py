@@ -537,6 +537,20 @@ def test_the_card_says_what_it_was_trained_on(saved):
     assert "| someone/model | 2 | output | 8 |" in card and '"corpus": "none"' in card
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+@pytest.mark.parametrize("hookpoints", [True, False])
+def test_the_cards_code_runs(tiny_glp, tiny_llm, tiny_tokenizer, tmp_path, layers, hookpoints):
+    glp = tiny_glp(32, layers, "tiny-llama")
+    if not hookpoints:
+        glp.hookpoints = ()
+    folder = glp.save_pretrained(tmp_path)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {"model": tiny_llm(), "tokenizer": tiny_tokenizer}
+    names["model"].generation_config.max_new_tokens = 3
+    exec(code.replace("this folder or repository", str(folder)), names)
+    assert names["activations"].shape == (16, 32) and ("attach" in code) == hookpoints
+
+
 def test_a_prior_without_provenance(glp, tmp_path):
     bare = GLP(glp.denoiser, glp.normalizer)
     loaded = GLP.from_pretrained(bare.save_pretrained(tmp_path))

@@ -88,6 +88,7 @@ def sample(options: config.SampleConfig) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from latentprior.files import replaced
     from latentprior.llm import resolve_device
     from latentprior.prior import GLP
 
@@ -108,7 +109,8 @@ def sample(options: config.SampleConfig) -> None:
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     nfe = glp.nfe(options.steps, solver=options.solver, grid=options.grid)
-    save_file({"activations": x.float().cpu()}, path, metadata={"prior": options.prior, "nfe": str(nfe)})
+    with replaced(path) as partial:
+        save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
     table(
         "Samples",
         {

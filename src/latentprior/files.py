@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -23,14 +24,27 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """`replace_text` for bytes."""
+    with replaced(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under, which is flushed to disk and renamed to `path` when the block ends well.
+
+    The file gets the permissions of the process's new files, whoever writes it: safetensors would keep it to its owner.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
+        partial.unlink(missing_ok=True)  # what a kill left may have other permissions
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(mode)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise

@@ -7,7 +7,7 @@ Times need no conversion here: the folder stores none. Activation folders are in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from latentprior.config import DenoiserConfig, Side, from_dict
 from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError, unknown
-from latentprior.files import replace_text
+from latentprior.files import replace_text, replaced
 from latentprior.hooks import Hookpoint
 from latentprior.official_activations import (
     STATISTICS,
@@ -133,8 +133,10 @@ def write_checkpoint(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / f"{name}.safetensors", lambda path: save_file(weights, path))
-    _write_whole(folder / STATISTICS, lambda path: torch.save(tables, path))
+    with replaced(folder / f"{name}.safetensors") as partial:
+        save_file(weights, partial)
+    with replaced(folder / STATISTICS) as partial:
+        torch.save(tables, partial)
     replace_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
     return folder
 
@@ -289,10 +291,3 @@ def _check_weights(weights: Mapping[str, Tensor], config: DenoiserConfig, source
         if tuple(weights[name].shape) != shape:
             found = tuple(weights[name].shape)
             raise InputError(f"weights do not fit the configuration: {name} is {found}, not {shape}, in {source}")
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary name, then rename: a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)

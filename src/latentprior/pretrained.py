@@ -16,7 +16,7 @@ from latentprior import official
 from latentprior.config import DenoiserConfig, from_dict, to_dict
 from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError, unknown
-from latentprior.files import replace_text
+from latentprior.files import replace_text, replaced
 from latentprior.hooks import Hookpoint
 from latentprior.normalizer import Normalizer
 
@@ -62,9 +62,9 @@ def write(folder: Path, parts: Parts) -> None:
     }
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", "README.md": model_card(parts)}  # may fail, so first
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(_state(denoiser=parts.denoiser, normalizer=parts.normalizer), partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
+    state = _state(denoiser=parts.denoiser, normalizer=parts.normalizer)
+    with replaced(folder / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
     for name, text in texts.items():
         replace_text(folder / name, text)
 
@@ -161,6 +161,11 @@ def model_card(parts: Parts) -> str:
     hookpoints = "\n".join(f"| {h.model} | {h.layer} | {h.side} | {h.width} |" for h in parts.hookpoints)
     config = parts.denoiser.config
     size = sum(p.numel() for p in parts.denoiser.parameters())
+    layers = parts.normalizer.layers.tolist()
+    of_layer = f", layer={layers[0]}" if len(layers) > 1 else ""
+    attach = """
+with glp.attach(model):  # the language model of the table, as transformers loads it
+    model.generate(**tokenizer("The weather today", return_tensors="pt"))"""
     return f"""---
 library_name: latentprior
 tags: [interpretability, activations, flow-matching]
@@ -178,9 +183,7 @@ A flow-matching model of a language model's activations ([method](https://arxiv.
 from latentprior import GLP
 
 glp = GLP.from_pretrained("this folder or repository")
-activations = glp.sample(16)
-with glp.attach(model, t_start=0.5):
-    model.generate(...)
+activations = glp.sample(16{of_layer})  # [16, {config.d_input}]{attach if parts.hookpoints else ""}
 ```
 
 ```json

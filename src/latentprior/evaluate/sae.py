@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentprior.errors import InputError
-from latentprior.files import replace_text
+from latentprior.files import replace_text, replaced
 from latentprior.hooks import Hookpoint
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
@@ -145,9 +145,8 @@ class SAE:
         """Write ``sae.safetensors`` and ``sae.json``; the second one last, so that it is there only if both are."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{WEIGHTS}.partial"
-        save_file({name: t.cpu().contiguous() for name, t in self._tensors().items()}, partial)
-        partial.replace(folder / WEIGHTS)
+        with replaced(folder / WEIGHTS) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in self._tensors().items()}, partial)
         described = {"k": self.k, "hookpoint": self.hookpoint.to_dict(), "provenance": self.provenance}
         replace_text(folder / CONFIG, json.dumps(described, indent=1) + "\n")
         return folder

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latentprior.errors import InputError, unknown
+from latentprior.files import replaced
 from latentprior.hooks import Hookpoint
 from latentprior.steer.direction import Direction
 
@@ -74,20 +75,20 @@ def write_gguf(direction: Direction, path: str | Path, model_hint: str = "") -> 
         InputError: a direction at the input of the first block, which repeng has no number for.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(partial, ARCHITECTURE)
-    writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
-    writer.add_uint32(f"{ARCHITECTURE}.layer_count", 1)
     vector = (direction.vector.double() * direction.norm).float().numpy()
-    writer.add_tensor(f"{PREFIX}{_block(direction.hookpoint)}", vector)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-    partial.replace(path)
+    name = f"{PREFIX}{_block(direction.hookpoint)}"
+    with replaced(path) as partial:
+        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", 1)
+        writer.add_tensor(name, vector)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
     return path
 
 
