@@ -174,6 +174,24 @@ def test_the_same_call_gives_the_same_text(tiny_llm, tiny_glp):
         assert_same(generate(model), first, 0)
 
 
+def test_without_a_seed_every_context_is_fresh_and_torchs_seed_rules_it(tiny_llm, tiny_glp):
+    model, glp = tiny_llm(), tiny_glp()
+
+    def twice() -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(1)
+        found = []
+        for _ in range(2):
+            with glp.attach(model):
+                found.append(generate(model))
+                assert_same(generate(model), found[-1], 0)  # one seed for the whole context
+        return found
+
+    first, second = twice()
+    assert_differ(first, second)
+    for found, expected in zip(twice(), (first, second), strict=True):
+        assert_same(found, expected, 0)
+
+
 def test_beams_run_with_a_real_prior(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp()
     with glp.attach(model):

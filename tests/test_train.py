@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,17 @@ from latentprior.distributed import Deal
 from latentprior.draws import Draws
 from latentprior.errors import InputError
 from latentprior.normalizer import Normalizer
-from latentprior.train import BINS, Batch, Diverged, State, backward, heldout_errors, heldout_loss, train
+from latentprior.train import (
+    BINS,
+    Batch,
+    Diverged,
+    State,
+    backward,
+    heldout_errors,
+    heldout_loss,
+    squared_errors,
+    train,
+)
 
 WIDTH = 6
 LAYERS = [1, 3]
@@ -87,6 +98,36 @@ def test_learns_the_optimal_velocity_of_normal_data(times):
 
 
 # --- Gradients
+
+
+def whitened(layers: list[int]) -> Normalizer:
+    plain = normalizer(layers=layers)
+    return Normalizer(plain.mean, plain.var, layers, basis=torch.eye(WIDTH).expand(len(layers), -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("statistics", "layers_on"),
+    [(normalizer, "cpu"), (normalizer, "meta"), (whitened, "cpu")],
+    ids=["each dimension", "layers on the device", "whitened"],
+)
+def test_the_host_never_waits_for_the_device(statistics, layers_on, monkeypatch):
+    """The meta device has no numbers at all: whatever would wait for one raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no such device
+    known, net = statistics(layers=LAYERS).to("meta"), denoiser(layers=5).to("meta")
+    x, layer = next(batches(layers=LAYERS))
+    drawn = Draws(torch.empty(len(x), WIDTH, device="meta"), torch.rand(len(x)))
+    places = torch.arange(len(x))
+    errors = squared_errors(net, known, Batch(x, layer.to(layers_on)), drawn.select(places), slice(0, 16))
+    errors.mean().backward()
+    assert errors.shape == (16,) and all(p.grad is not None for p in net.parameters())
+
+
+def test_layers_that_the_prior_does_not_serve_are_refused():
+    x, layer = next(batches(layers=LAYERS))
+    layer[3] = 1 + max(LAYERS)
+    drawn = Draws(torch.zeros(len(x), WIDTH), torch.rand(len(x)))
+    with pytest.raises(InputError, match="unknown layer"):
+        squared_errors(denoiser(layers=5), normalizer(layers=LAYERS), Batch(x, layer), drawn)
 
 
 def draws_of(seed: int, step: int, rows: int, width: int, recipe: Recipe, lanes: int = 1) -> Draws:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentprior.config import Recipe
+from latentprior.devices import to_device
 from latentprior.distributed import Deal
 from latentprior.random import keyed_generator
 from latentprior.times import draw_times, loss_weights, most_distinct
@@ -51,7 +52,7 @@ class Draws:
     def select(self, places: Int[Tensor, " m"] | slice) -> Draws:
         """The draws of some rows."""
         weight = None if self.weight is None else self.weight[places]
-        on_device = places.to(self.noise.device) if isinstance(places, Tensor) else places
+        on_device = to_device(places, self.noise.device) if isinstance(places, Tensor) else places
         return Draws(self.noise[on_device], self.t[places], weight, self.most_distinct)
 
     def times(self) -> tuple[Float[Tensor, " u"], Int[Tensor, " n"]]:
@@ -63,10 +64,3 @@ class Draws:
         if self.most_distinct is not None and len(distinct):
             distinct = torch.cat([distinct, distinct[-1:].expand(self.most_distinct - len(distinct))])
         return to_device(distinct, device), to_device(index, device)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`; from the CPU to a GPU through pinned memory, without waiting."""
-    if x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)

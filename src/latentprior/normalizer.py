@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentprior.activations import SINK_FACTOR
+from latentprior.devices import to_device
 from latentprior.errors import InputError, unknown
 from latentprior.moments import Moments
 
@@ -81,6 +82,7 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
         self.register_buffer("row_of_layer", lookup, persistent=False)
+        self._served, self._row_of_layer = list(layers), lookup.cpu()  # on the CPU, where looking is not waiting
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
         """What every move and cast of a module comes down to: statistics move along and keep their precision."""
@@ -146,13 +148,18 @@ class Normalizer(nn.Module):
         Raises:
             InputError: another width, a layer without statistics, or several layers and none named.
         """
+        return self.standardised(x, self.rows(layer))
+
+    def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, ...] | int) -> Tensor:
+        """`normalize` by the statistics' rows, see `known_rows`. A GPU is not waited for, but by a basis for rows on
+        it."""
         self.check_width(x)
-        row = self.rows(layer)
-        centred = _wide(x) - self.mean[row]
+        at = row if isinstance(row, int) else to_device(row, x.device)
+        centred = _wide(x) - self.mean[at]
         if self.basis is None:
-            return centred / self.divisor[row]
+            return centred / self.divisor[at]
         # The columns are as long as the deviations, so their products carry each twice.
-        return _multiplied(centred, self.basis, row) / self.divisor[row].square()
+        return _multiplied(centred, self.basis, row) / self.divisor[at].square()
 
     def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
         """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
@@ -179,15 +186,30 @@ class Normalizer(nn.Module):
         """The statistics' row of each layer."""
         if layer is None:
             if len(self.layers) > 1:
-                raise InputError(f"this prior serves layers {self.layers.tolist()}: say which with `layer`")
+                raise InputError(f"this prior serves layers {self._served}: say which with `layer`")
             return 0
-        layer = torch.as_tensor(layer, device=self.layers.device)
-        inside = (layer >= 0) & (layer < len(self.row_of_layer))
-        row = self.row_of_layer[layer.clamp(0, len(self.row_of_layer) - 1)]
-        wrong = ~inside | (row < 0)
-        if wrong.any():
-            raise unknown("layer", int(layer[wrong].flatten()[0]), self.layers.tolist())
+        if isinstance(layer, int):
+            if layer not in self._served:
+                raise unknown("layer", layer, self._served)
+            return self._served.index(layer)
+        layer = torch.as_tensor(layer)
+        row = self.known_rows(layer)
+        self._check_served(layer, row)
+        return row.to(self.layers.device)
+
+    def known_rows(self, layer: Int[Tensor, ...]) -> Tensor:
+        """`rows` where the layers are, which are checked on the CPU only: a GPU would have to be waited for."""
+        on_host = layer.device.type == "cpu"
+        table = self._row_of_layer if on_host else self.row_of_layer
+        inside = (layer >= 0) & (layer < len(table))
+        row = torch.where(inside, table[layer.long().clamp(0, len(table) - 1)], -1)
+        if on_host:
+            self._check_served(layer, row)
         return row
+
+    def _check_served(self, layer: Tensor, row: Tensor) -> None:
+        if (wrong := row < 0).any():
+            raise unknown("layer", int(layer[wrong].flatten()[0]), self._served)
 
     def check_width(self, x: Tensor) -> None:
         """Raise `InputError` unless the activations [..., d] have this width."""
@@ -201,7 +223,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
-    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics that occurs.
+    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics.
 
     Never in autocast's precision, which cannot tell small directions from the rounding of large ones.
     """
@@ -209,9 +231,9 @@ def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
         matrices = matrices.to(x.dtype)
         if isinstance(row, int) or row.ndim == 0:
             return x @ matrices[row]
-        rows = row.expand(x.shape[:-1])
-        result = torch.empty_like(x)
-        for present in rows.unique().tolist():
-            chosen = rows == present
-            result[chosen] = x[chosen] @ matrices[present]
-        return result
+        rows = row.expand(x.shape[:-1]).flatten()
+        counts = rows.bincount(minlength=len(matrices)).tolist()
+        order = to_device(rows.argsort(), x.device)
+        sorted_parts = x.reshape(-1, x.shape[-1])[order].split(counts)
+        products = torch.cat([part @ matrix for part, matrix in zip(sorted_parts, matrices, strict=True)])
+        return torch.empty_like(products).index_copy(0, order, products).reshape(x.shape)

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from latentprior import flow
 from latentprior.config import Recipe
 from latentprior.denoiser import Denoiser
+from latentprior.devices import to_device
 from latentprior.distributed import Deal, World
-from latentprior.draws import Draws, to_device
+from latentprior.draws import Draws
 from latentprior.errors import InputError, Stopped
 from latentprior.normalizer import Normalizer
 from latentprior.optim import AveragedWeights, learning_rate, optimizers, rate_share, set_rates
@@ -205,22 +206,15 @@ def squared_errors(
 ) -> Tensor:
     """Mean squared error [n] of the velocity of some rows, on the normalizer's device."""
     device = normalizer.mean.device
-    layer = None if batch.layer is None else batch.layer[part]
-    z_0 = normalizer.normalize(to_device(batch.x[part], device), None if layer is None else to_device(layer, device))
+    row = None if batch.layer is None else normalizer.known_rows(batch.layer[part])
+    z_0 = normalizer.standardised(to_device(batch.x[part], device), 0 if row is None else row)
     some = draws.select(part)
     distinct, index = some.times()
     z_t = flow.interpolate(z_0, some.noise, distinct[index])
-    conditions = _layer_conditions(layer, normalizer, device)
-    predicted = model(z_t, distinct, time_index=index, **conditions)
+    # All layers that the prior serves, and which of them each row has: nothing is looked for in the data.
+    several = {} if row is None else {"layer": normalizer.layers, "layer_index": to_device(row, device)}
+    predicted = model(z_t, distinct, time_index=index, **several)
     return (predicted.float() - flow.target(z_0, some.noise)).square().mean(dim=1)
-
-
-def _layer_conditions(layer: Tensor | None, normalizer: Normalizer, device: torch.device) -> dict[str, Tensor]:
-    """The denoiser's arguments for the rows' layers: all layers that the prior serves, and each row's among them."""
-    if layer is None:
-        return {}
-    row = normalizer.row_of_layer.to(layer.device)[layer.long()]
-    return {"layer": normalizer.layers, "layer_index": to_device(row, device)}
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
