@@ -11,7 +11,17 @@ import transformers
 from torch import Tensor, nn
 
 from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint, cache_argument, capture, edit, find_blocks, forward_inputs, run_cut
+from latentprior.hooks import (
+    Hookpoint,
+    cache_argument,
+    capture,
+    edit,
+    find_blocks,
+    forward_inputs,
+    run_cut,
+    same_places,
+)
+from latentprior.hooks.hookpoint import _digest_of
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "qwen3", "gemma3", "mistral", "phi", "falcon")
 IDS = torch.arange(3, 43).reshape(2, 20)  # longer than the tiny Gemma's window of 16
@@ -439,11 +449,71 @@ def test_forward_inputs_of_direct_calls(tiny_llm):
     assert inputs.calls == 3 and hooks_in(model) == 0
 
 
-def test_same_place_compares_models_by_their_last_component():
-    here = Hookpoint("org/m", 2, 8)
-    for same in ("org/m", "copies/m", "m", ""):
-        assert here.same_place(Hookpoint(same, 2, 8)) and Hookpoint(same, 2, 8).same_place(here)
-    for other in (Hookpoint("org/n", 2, 8), Hookpoint("org/m", 1, 8), Hookpoint("", 2, 9), Hookpoint("m", 2, 8, "mlp")):
-        assert not here.same_place(other)
-    assert here.same_place(Hookpoint("org/n", 2, 8), check_model=False)
+def test_without_weights_names_tell_models_apart():
+    def same(name: str, other: str) -> bool:
+        here, there = Hookpoint(name, 2, 8), Hookpoint(other, 2, 8)
+        assert here.same_place(there) == there.same_place(here)
+        return here.same_place(there)
+
+    for copy in ("org/m", "m", "/data/m", "/data/m/", "C:\\data\\m", "/hub/models--org--m/snapshots/0a1b", ""):
+        assert same("org/m", copy)
+    for other in ("org/n", "other/m", "/data/n", "/hub/models--org--n/snapshots/0a1b"):
+        assert not same("org/m", other)
+    assert not same("/runs/a/final", "/runs/b/final") and same("/runs/a/final", "/runs/a/final/")
+    assert Hookpoint("org/m", 2, 8).same_place(Hookpoint("org/n", 2, 8), check_model=False)
     assert str(Hookpoint("", 2, 8)) == "some model layer 2 output (width 8)"
+
+
+def test_other_places_of_a_model():
+    here = Hookpoint("org/m", 2, 8)
+    for other in (Hookpoint("org/m", 1, 8), Hookpoint("", 2, 9), Hookpoint("m", 2, 8, "mlp")):
+        assert not here.same_place(other)
+    assert same_places([here], [Hookpoint("m", 2, 8)])
+    assert not same_places([here], []) and not same_places([here], [Hookpoint("m", 1, 8)])
+
+
+def test_two_folders_called_final_are_one_model_if_their_weights_are(tiny_llm, tmp_path):
+    def saved(model: torch.nn.Module, folder: str) -> torch.nn.Module:
+        model.save_pretrained(tmp_path / folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+
+    model = tiny_llm()
+    first, copied = saved(model, "a/final"), saved(model, "moved/elsewhere")
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] *= 1.5  # another fine-tuning, however slight
+    second = saved(model, "b/final")
+    here = Hookpoint.of(first, 2)
+    assert here.same_place(Hookpoint.of(copied, 2)) and not here.same_place(Hookpoint.of(second, 2))
+    assert here.check(copied) is copied.model.layers[2]
+    assert here.check(copied.bfloat16()) is copied.model.layers[2]
+    assert Hookpoint.from_dict(here.to_dict()).check(copied) is copied.model.layers[2]
+    with pytest.raises(InputError, match="a/final', not '.*b/final'.*check_model=False"):
+        here.check(second)
+    assert here.check(second, check_model=False) is second.model.layers[2]
+    second.config._name_or_path = here.model
+    with pytest.raises(InputError, match="not other weights of the same name"):
+        here.check(second)
+
+
+def test_the_order_of_weights_and_their_split_do_not_tell_models_apart():
+    class Parts(torch.nn.Module):
+        def __init__(self, *parts: Tensor) -> None:
+            super().__init__()
+            self.parts = torch.nn.ParameterList(parts)
+
+    weight = torch.randn(6, 4)
+    digest = _digest_of(Parts(weight))
+    assert digest == _digest_of(Parts(weight.T)) == _digest_of(Parts(weight[4:], weight[:4].double()))
+    assert digest != _digest_of(Parts(weight * 1.01)) and digest != _digest_of(Parts(weight, torch.zeros(1)))
+    for unreadable in (weight.half(), weight.to("meta")):
+        assert _digest_of(Parts(unreadable)) is None
+
+
+def test_a_model_whose_weights_cannot_be_read_is_known_by_its_name(tiny_llm):
+    point = Hookpoint.of(tiny_llm(), 2)
+    half = tiny_llm().half()
+    assert point.weights and Hookpoint.of(half, 2).weights is None
+    assert point.check(half) is half.model.layers[2]
+    half.config._name_or_path = "another"
+    with pytest.raises(InputError, match="not 'another'"):
+        point.check(half)

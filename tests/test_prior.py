@@ -707,7 +707,8 @@ def test_push_uploads_what_save_writes(glp, tmp_path, monkeypatch):
 def test_checkpoint_of_a_run_that_is_not_finished(tmp_path, tiny_glp):
     glp = tiny_glp(8)
     glp.save_pretrained(tmp_path / "checkpoints" / "65536")
-    assert torch.equal(GLP.from_pretrained(tmp_path, checkpoint="65536").sample(2, generator=0), glp.sample(2, generator=0))
+    found = GLP.from_pretrained(tmp_path, checkpoint="65536")
+    assert torch.equal(found.sample(2, generator=0), glp.sample(2, generator=0))
     with pytest.raises(InputError, match="unknown checkpoint 'final'.*65536"):
         GLP.from_pretrained(tmp_path)
 

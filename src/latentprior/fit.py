@@ -22,6 +22,7 @@ from latentprior.distributed import Deal, World, joined, lanes_for
 from latentprior.errors import InputError, Stopped
 from latentprior.feeds import STREAM_ONLY, Feed, open_feed
 from latentprior.files import replace_text
+from latentprior.hooks import same_places
 from latentprior.llm import fast_dtype, resolve_device
 from latentprior.optim import initialise
 from latentprior.placement import check_float8, placed
@@ -187,7 +188,7 @@ def _heldout_store(config: TrainConfig, feed: Feed) -> Batch | None:
     if config.heldout is None:
         return None
     heldout = ActivationStore(config.heldout)
-    if tuple(heldout.hookpoints) != feed.hookpoints:
+    if not same_places(heldout.hookpoints, feed.hookpoints):
         raise InputError(f"{config.heldout} was recorded at other hookpoints than the activations to train on")
     size = min(config.heldout_activations, len(heldout))
     return Batch(*next(heldout.batches(size, seed=0)))

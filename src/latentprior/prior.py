@@ -102,9 +102,8 @@ class GLP(nn.Module):
         need the same seed, or the same `t` and `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
-        if t is None or noise is None:
-            generator = generator_of(generator)  # one for both
         if t is None:
+            generator = generator_of(generator)  # goes on to draw the noise
             t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
         t = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)

@@ -306,8 +306,7 @@ def _shuffled(store: ActivationStore, layer: int | None, seed: int) -> Tensor:
 def _open(folder: str, glp: GLP) -> ActivationStore:
     """A store of activations from where the prior was trained."""
     store = ActivationStore(folder)
-    known = {(h.model, h.layer, h.side) for h in glp.hookpoints}
     for h in store.hookpoints:
-        if known and (h.model, h.layer, h.side) not in known:
-            raise InputError(f"{folder} was recorded at {h.model} layer {h.layer} {h.side}, not where this prior was")
+        if glp.hookpoints and not any(h.same_place(known) for known in glp.hookpoints):
+            raise InputError(f"{folder} was recorded at {h}, not where this prior was: {glp.hookpoints[0]}")
     return store

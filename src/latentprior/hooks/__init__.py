@@ -6,7 +6,7 @@ found from the model itself, so any decoder-only architecture works.
 """
 
 from latentprior.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
-from latentprior.hooks.hookpoint import Hookpoint
+from latentprior.hooks.hookpoint import Hookpoint, same_places
 from latentprior.hooks.passes import ForwardInputs, cache_argument, capture, edit, forward_inputs, run_cut
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "forward_inputs",
     "forward_parameters",
     "run_cut",
+    "same_places",
     "text_config",
 ]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from latentprior import config
@@ -12,10 +17,20 @@ from latentprior.config import Side
 from latentprior.errors import InputError
 from latentprior.hooks.blocks import check_side, find_blocks_at, language_model, select_blocks, width_of
 
+CHUNK = 2**18  # weights counted at a time: their bits stay in the cache
+_ID = re.compile(r"[\w.-]+/[\w.-]+")  # of the Hub, unless there is such a folder
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
+
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """Where activations come from: one side of one block of one model."""
+    """Where activations come from: one side of one block of one model.
+
+    Two models are the same if the weights of the block are (`weights`): a copy in another folder, of another name or in
+    another precision, is, and another fine-tuning in a folder of the same name is not. Where one of the two does not
+    say, names decide: they must be equal, or an id of the Hub (`org/name`) and a folder that ends in its name. An empty
+    name is unknown and matches every model.
+    """
 
     model: str
     """Hugging Face id or folder; empty if unknown."""
@@ -29,6 +44,8 @@ class Hookpoint:
     """The block's name in the model, such as "model.layers.15"."""
     revision: str | None = None
     """Commit of the model on the Hub, where known."""
+    weights: str | None = field(default=None, compare=False)
+    """Digest of the block's weights in bfloat16, where they could be read."""
 
     def __post_init__(self) -> None:
         check_side(self.side)
@@ -53,38 +70,54 @@ class Hookpoint:
             side=side,
             path=f"{find_blocks_at(model)[0]}.{layer}".lstrip("."),
             revision=getattr(source, "_commit_hash", None),
+            weights=_digest_of(block),
         )
 
     def __str__(self) -> str:
         return f"{self.model or 'some model'} layer {self.layer} {self.side} (width {self.width})"
 
     def same_place(self, other: Hookpoint, *, check_model: bool = True) -> bool:
-        """Whether two hookpoints are the same side of the same block; model names are compared as in `check`."""
-        if check_model and not _same_model(self.model, other.model):
+        """Whether two hookpoints are the same side of the same block of the same model; see `Hookpoint`.
+
+        Args:
+            check_model: False leaves the model out.
+        """
+        if check_model and not self._same_model(other):
             return False
         return (self.layer, self.side, self.width) == (other.layer, other.side, other.width)
+
+    def _same_model(self, other: Hookpoint) -> bool:
+        if not self.model or not other.model:
+            return True
+        if self.layer == other.layer and self.weights and other.weights:
+            return self.weights == other.weights
+        return _same_name(self.model, other.model)
 
     def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
         """The block of `model` that this hookpoint names.
 
         Args:
-            check_model: refuse a model of another name. Two names are the same if their last path components are (a
-                local copy); an empty name is unknown and matches everything.
+            check_model: refuse another model; see `Hookpoint` for what is the same one.
 
         Raises:
             InputError: another model, a layer that it does not have, or another width.
         """
         name = getattr(getattr(language_model(model), "config", None), "_name_or_path", "")
-        if check_model and not _same_model(self.model, name):
-            raise InputError(
-                f"this hookpoint belongs to model {self.model!r}, not {name!r} (check_model=False allows it on purpose)"
-            )
+        if check_model and not _same_name(self.model, name) and not self.weights:
+            raise self._refusal(repr(name))  # before a layer or width that can only be wrong
         block = select_blocks(model, [self.layer])[self.layer]
         width = width_of(model, block, self.side)
         if width != self.width:
             what = "MLP" if self.side == "mlp" else "hidden size"
             raise InputError(f"this hookpoint has width {self.width}, but the model's {what} is {width}")
+        if check_model and self.weights and not self._same_model(Hookpoint.of(model, self.layer, self.side)):
+            raise self._refusal("other weights of the same name" if name == self.model else repr(name))
         return block
+
+    def _refusal(self, found: str) -> InputError:
+        return InputError(
+            f"this hookpoint belongs to model {self.model!r}, not {found} (check_model=False allows it on purpose)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-ready values."""
@@ -96,10 +129,38 @@ class Hookpoint:
         return config.from_dict(cls, values)
 
 
-def _same_model(name: str, other: str) -> bool:
-    """A local copy has the same last component; an empty name is unknown and matches everything."""
-    return not name or not other or _last_component(name) == _last_component(other)
+def same_places(some: Sequence[Hookpoint], others: Sequence[Hookpoint]) -> bool:
+    """Whether two lists of hookpoints are the same places, in order."""
+    return len(some) == len(others) and all(map(Hookpoint.same_place, some, others))
 
 
-def _last_component(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+def _digest_of(block: nn.Module) -> str | None:
+    """SHA-256, shortened, of how often each bfloat16 value occurs in a block: whatever its precision, the order of its
+    weights and how they are split. None where they cannot be read: quantised, in float16, or not in one memory."""
+    counts = torch.zeros(2**16, dtype=torch.int64)
+    for p in block.parameters():
+        if (
+            p.dtype not in (torch.float64, torch.float32, torch.bfloat16) or p.is_meta or hasattr(p, "placements")
+        ):  # a `DTensor`'s
+            return None
+        for part in p.detach().flatten().split(CHUNK):
+            bits = part.bfloat16().view(torch.int16).int() + 2**15
+            counts += torch.bincount(bits, minlength=2**16).cpu()
+    return hashlib.sha256(counts.numpy().tobytes()).hexdigest()[:32]
+
+
+def _same_name(name: str, other: str) -> bool:
+    """Whether two names mean one model, as far as names tell: an id is also the folder or the bare name that ends as it
+    does. Two folders are never taken for one by their last component; an empty name is unknown and matches all."""
+    name, other = _spelled_alike(name), _spelled_alike(other)
+    if not name or not other or name == other:
+        return True
+    ids = [bool(_ID.fullmatch(n)) and not Path(n).is_dir() for n in (name, other)]
+    return ids.count(True) == 1 and name.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _spelled_alike(name: str) -> str:
+    """Without what may differ in spelling; a snapshot in the Hub's cache is its id."""
+    name = name.replace("\\", "/").rstrip("/")
+    cached = _SNAPSHOT.search(name)
+    return f"{cached[1]}/{cached[2]}" if cached else name

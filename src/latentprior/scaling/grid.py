@@ -26,6 +26,7 @@ from latentprior.evaluate.run import document_halves
 from latentprior.files import replace_text
 from latentprior.fit import fit
 from latentprior.flow import TRAIN_GRID
+from latentprior.hooks import same_places
 from latentprior.llm import fast_dtype, load_llm
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
@@ -162,7 +163,7 @@ class _Grid:
     def __init__(self, config: SweepConfig) -> None:
         self.config, self.folder = config, Path(config.output)
         self.store, self.heldout = ActivationStore(config.store), ActivationStore(config.heldout)
-        if self.heldout.hookpoints != self.store.hookpoints:
+        if not same_places(self.heldout.hookpoints, self.store.hookpoints):
             raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
         self.layer = _layer(self.store, config)
         self.hookpoint = next(h for h in self.store.hookpoints if self.layer in (None, h.layer))
