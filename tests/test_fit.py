@@ -342,6 +342,13 @@ def test_bad_input_is_one_line_and_makes_no_folder(config, tmp_path):
         assert not Path(config.output).exists()
 
 
+def test_held_out_activations_of_a_copy_of_the_model_fit(config, tmp_path):
+    """The two need not have been recorded from the same folder."""
+    copied = write_store(tmp_path / "copied", model="/data/tiny", rows=300, seed=1)
+    config = short(replace(config, heldout=copied))
+    assert fit(config).hookpoints[0].model == "tiny"
+
+
 def test_a_missing_tracker_is_one_line(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match="^wandb is not installed"):

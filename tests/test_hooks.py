@@ -457,6 +457,7 @@ def test_without_weights_names_tell_models_apart():
 
     for copy in ("org/m", "m", "/data/m", "/data/m/", "C:\\data\\m", "/hub/models--org--m/snapshots/0a1b", ""):
         assert same("org/m", copy)
+    assert same("gpt2", "/data/gpt2") and same("gpt2", "org/gpt2")
     for other in ("org/n", "other/m", "/data/n", "/hub/models--org--n/snapshots/0a1b"):
         assert not same("org/m", other)
     assert not same("/runs/a/final", "/runs/b/final") and same("/runs/a/final", "/runs/a/final/")

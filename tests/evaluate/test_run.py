@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from latentprior.activations import ActivationBatch
-from latentprior.evaluate.run import document_halves, pca_points
+from latentprior.errors import InputError
+from latentprior.evaluate.run import _open, document_halves, pca_points
 from latentprior.hooks import Hookpoint
 from latentprior.store import ActivationStore
 from latentprior.writer import StoreWriter
@@ -39,6 +42,13 @@ def test_halves_share_no_document_and_lose_no_row(store, layer):
     assert not torch.equal(a, a.sort().values), "rows are not shuffled"
     assert torch.equal(document_halves(store, layer, seed=0)[0], a)
     assert not torch.equal(document_halves(store, layer, seed=1)[0].sort().values, a.sort().values)
+
+
+@pytest.mark.parametrize(("model", "fits"), [("m", True), ("org/m", True), ("/data/m", True), ("org/n", False)])
+def test_stores_of_a_copy_of_the_priors_model_fit(store, tiny_glp, model, fits):
+    glp = tiny_glp(4, (1, 2), model)
+    with nullcontext() if fits else pytest.raises(InputError, match="recorded at m layer 1 .* not where this prior"):
+        assert len(_open(str(store.folder), glp)) == len(store)
 
 
 def test_pca_axes_are_those_of_the_real_activations():

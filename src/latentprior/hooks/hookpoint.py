@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from latentprior.errors import InputError
 from latentprior.hooks.blocks import check_side, find_blocks_at, language_model, select_blocks, width_of
 
 CHUNK = 2**18  # weights counted at a time: their bits stay in the cache
-_ID = re.compile(r"[\w.-]+/[\w.-]+")  # of the Hub, unless there is such a folder
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of the Hub, unless there is such a folder
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 
 
@@ -28,8 +28,8 @@ class Hookpoint:
 
     Two models are the same if the weights of the block are (`weights`): a copy in another folder, of another name or in
     another precision, is, and another fine-tuning in a folder of the same name is not. Where one of the two does not
-    say, names decide: they must be equal, or an id of the Hub (`org/name`) and a folder that ends in its name. An empty
-    name is unknown and matches every model.
+    say, names decide: they are equal, or an id of the Hub (`org/name`) and a folder that ends in its name; two folders
+    are never one model because they end alike. An empty name is unknown and matches every model.
     """
 
     model: str
@@ -150,13 +150,19 @@ def _digest_of(block: nn.Module) -> str | None:
 
 
 def _same_name(name: str, other: str) -> bool:
-    """Whether two names mean one model, as far as names tell: an id is also the folder or the bare name that ends as it
-    does. Two folders are never taken for one by their last component; an empty name is unknown and matches all."""
+    """Whether two names mean one model, as far as names tell: two folders, or two ids `org/name`, have to be equal; one
+    of the two, or a bare name such as `gpt2`, and another kind of name only have to end alike. An empty one is unknown.
+    """
     name, other = _spelled_alike(name), _spelled_alike(other)
     if not name or not other or name == other:
         return True
-    ids = [bool(_ID.fullmatch(n)) and not Path(n).is_dir() for n in (name, other)]
-    return ids.count(True) == 1 and name.rpartition("/")[2] == other.rpartition("/")[2]
+    return _kind(name) != _kind(other) and name.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _kind(name: str) -> Literal["bare name", "id", "folder"]:
+    if not _ID.fullmatch(name) or Path(name).is_dir():
+        return "folder"
+    return "id" if "/" in name else "bare name"
 
 
 def _spelled_alike(name: str) -> str:
