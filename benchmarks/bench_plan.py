@@ -21,7 +21,8 @@ from bench_recording import whole_batches
 from latentprior.activations import activations
 from latentprior.config import DenoiserConfig, LLMConfig, PlanConfig, Recipe
 from latentprior.denoiser import Denoiser
-from latentprior.llm import fast_dtype, load_llm, resolve_device
+from latentprior.devices import fast_dtype, resolve_device
+from latentprior.llm import load_llm
 from latentprior.moments import Moments
 from latentprior.normalizer import Normalizer
 from latentprior.plan import plan

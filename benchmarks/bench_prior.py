@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from latentprior import text as texts
 from latentprior.config import PRESETS, EvaluateConfig, LLMConfig, RecordConfig, TextConfig, TrainConfig
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.evaluate import GaussianMoments, GaussianPrior, frechet_distance
 from latentprior.evaluate.lm_loss import delta, lm_losses
 from latentprior.evaluate.run import document_halves, heldout_by_t, lm_replacements
 from latentprior.fit import fit
-from latentprior.llm import fast_dtype, load_llm, resolve_device
+from latentprior.llm import load_llm
 from latentprior.pretrained import WEIGHTS
 from latentprior.prior import GLP
 from latentprior.record import record

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from latentprior.llm import resolve_device
+from latentprior.devices import resolve_device
 from latentprior.probe.auc import probe_1d
 
 FOLDS = 5

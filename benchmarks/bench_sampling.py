@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentprior.config import DenoiserConfig
 from latentprior.denoiser import Denoiser
-from latentprior.llm import fast_dtype, resolve_device
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 

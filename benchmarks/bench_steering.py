@@ -17,8 +17,9 @@ from bench_training import fastest, synchronizer
 
 from latentprior.config import DenoiserConfig, LLMConfig, RepairConfig
 from latentprior.denoiser import Denoiser
+from latentprior.devices import fast_dtype
 from latentprior.hooks import Hookpoint
-from latentprior.llm import fast_dtype, load_llm
+from latentprior.llm import load_llm
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 from latentprior.steer import Direction, Edit, PriorRepair, steering

@@ -36,10 +36,10 @@ from latentprior import flow
 from latentprior.config import PRESETS, DenoiserConfig, Recipe
 from latentprior.cost import matrix_peak, parameters, training_flops_per_activation
 from latentprior.denoiser import Denoiser
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.distributed import Deal, World
 from latentprior.draws import Draws
 from latentprior.fit import CPU_MICRO_BATCH
-from latentprior.llm import fast_dtype, resolve_device
 from latentprior.normalizer import Normalizer
 from latentprior.placement import placed
 from latentprior.train import Batch, State, backward, train

@@ -45,9 +45,9 @@ import bench_training
 import torch
 
 from latentprior.config import PRESETS, LLMConfig, TextConfig
+from latentprior.devices import resolve_device
 from latentprior.errors import InputError, unknown
 from latentprior.files import replace_text
-from latentprior.llm import resolve_device
 from latentprior.placement import check_float8
 from latentprior.provenance import stamp
 

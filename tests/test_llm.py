@@ -8,8 +8,9 @@ import torch
 from transformers.utils import logging
 
 from latentprior.config import LLMConfig
+from latentprior.devices import fast_dtype
 from latentprior.errors import InputError
-from latentprior.llm import fast_dtype, load_llm, load_tokenizer, resolve_device
+from latentprior.llm import load_llm, load_tokenizer
 
 
 @pytest.fixture
@@ -104,14 +105,6 @@ def test_bars_are_restored_after_an_error(folder):
     (folder / "model.safetensors").write_bytes(b"")
     refused(model=str(folder))
     assert logging.is_progress_bar_enabled()
-
-
-def test_devices():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:99"):
-        with pytest.raises(InputError, match=f"the device '{name}' is not available"):
-            resolve_device(name)
 
 
 @pytest.mark.gpu

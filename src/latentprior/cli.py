@@ -88,8 +88,8 @@ def sample(options: config.SampleConfig) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from latentprior.devices import resolve_device
     from latentprior.files import replaced
-    from latentprior.llm import resolve_device
     from latentprior.prior import GLP
 
     glp = GLP.from_pretrained(

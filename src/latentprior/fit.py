@@ -18,12 +18,12 @@ import torch
 from latentprior.checkpoint import Saved, changed_setting, latest, load_state
 from latentprior.config import TrainConfig, to_dict
 from latentprior.denoiser import Denoiser
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.distributed import Deal, World, joined, lanes_for
 from latentprior.errors import InputError, Stopped
 from latentprior.feeds import STREAM_ONLY, Feed, open_feed
 from latentprior.files import replace_text
 from latentprior.hooks import same_places
-from latentprior.llm import fast_dtype, resolve_device
 from latentprior.optim import initialise
 from latentprior.placement import check_float8, placed
 from latentprior.prior import GLP

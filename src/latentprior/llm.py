@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from latentprior.assets import build_once, smollm2_gguf
 from latentprior.config import LLMConfig
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 
 SMOLLM2 = "smollm2-135m"
@@ -59,31 +60,6 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
         )
     tokenizer.name_or_path = config.model
     return tokenizer
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is this process's CUDA device if there is one, else the CPU.
-
-    Raises:
-        InputError: no such device on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the device {name!r} is not available: {_reason(error)}") from error
-    return device
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where `device` computes in it (CUDA, and CPUs with AVX-512 bf16 or AMX), else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _source(config: LLMConfig) -> str:

@@ -31,6 +31,7 @@ from latentprior.cost import (
     training_bytes,
     training_flops_per_activation,
 )
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError, unknown
 from latentprior.placement import SHARD_FROM
 from latentprior.provenance import stamp
@@ -243,8 +244,7 @@ def chip_of(config: PlanConfig) -> PlannedChip:
 
 def _measured(config: LLMConfig) -> PlannedChip:
     """The device that `config` names, in the precisions that model and prior would have on it."""
-    from latentprior.fit import CPU_MICRO_BATCH  # these bring in transformers, which data sheets do without
-    from latentprior.llm import fast_dtype, resolve_device
+    from latentprior.fit import CPU_MICRO_BATCH  # brings in transformers, which data sheets do without
 
     device = resolve_device(config.device)
     prior = fast_dtype(device)

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
-from latentprior.llm import fast_dtype, resolve_device
 from latentprior.prior import GLP
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from latentprior.errors import InputError, unknown
 from latentprior.text import Document
@@ -37,7 +36,7 @@ class TokenBatch:
 
 def tokenize(
     documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     max_length: int = 2048,
     batch_tokens: int = 4096,
@@ -97,14 +96,14 @@ def tokenize(
     return batches()
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: Any) -> int:
     """The token to pad with; masks tell it from text, so any will do where there is none for it."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
 
 
 def encode(
     texts: list[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     max_length: int | None = None,
     chat: bool = False,
     keep: Keep = "first",

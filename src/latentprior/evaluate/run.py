@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentprior import text, tokens
 from latentprior.config import EvaluateConfig, Solver, to_dict
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.evaluate.bootstrap import bootstrap_interval
 from latentprior.evaluate.distances import classifier_two_sample, sliced_wasserstein
@@ -24,7 +25,7 @@ from latentprior.evaluate.sae import SAE, described
 from latentprior.evaluate.sae_training import prepare_sae
 from latentprior.files import replace_text
 from latentprior.hooks import Hookpoint
-from latentprior.llm import fast_dtype, load_llm, resolve_device
+from latentprior.llm import load_llm
 from latentprior.prior import GLP
 from latentprior.progress import Phase, Report, silent, unseen
 from latentprior.provenance import stamp

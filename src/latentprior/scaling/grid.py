@@ -19,6 +19,7 @@ from torch import Tensor
 from latentprior import text, tokens
 from latentprior.config import Recipe, SweepConfig, TrainConfig, to_dict
 from latentprior.cost import paper_flops_per_activation, parameters, training_flops_per_activation
+from latentprior.devices import fast_dtype
 from latentprior.errors import InputError, unknown
 from latentprior.evaluate.frechet import GaussianMoments, frechet_distance
 from latentprior.evaluate.lm_loss import delta, lm_losses
@@ -27,7 +28,7 @@ from latentprior.files import replace_text
 from latentprior.fit import fit
 from latentprior.flow import TRAIN_GRID
 from latentprior.hooks import same_places
-from latentprior.llm import fast_dtype, load_llm
+from latentprior.llm import load_llm
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 from latentprior.progress import Phase, Report, unseen

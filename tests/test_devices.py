@@ -1,0 +1,28 @@
+"""Choosing a device, without what is slow to import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from latentprior.devices import resolve_device
+from latentprior.errors import InputError
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(InputError, match=f"the device '{name}' is not available"):
+            resolve_device(name)
+
+
+def test_sampling_does_not_import_transformers(tmp_path, tiny_glp):
+    tiny_glp().save_pretrained(tmp_path / "prior")
+    arguments = ["sample", "--prior", str(tmp_path / "prior"), "--n", "4", "--output", str(tmp_path / "x.safetensors")]
+    code = f"import sys; from latentprior.cli import main; assert main({arguments}) == 0"
+    code += "; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
