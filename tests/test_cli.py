@@ -81,6 +81,58 @@ def test_mistakes_take_one_line(arguments, expected, capsys, tmp_path, monkeypat
     assert expected in failure(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        ("1M", "1000000"),
+        ("2.5k", "2500"),
+        ("2e6", "2000000"),
+        ("1_000_000", "1000000"),
+        ("3G", "3000000000"),
+        ("12", "12"),
+        ("0.5", "0.5"),
+        ("1X", "1X"),
+        ("-1", "-1"),
+    ],
+)
+def test_counts_can_be_abbreviated(given, spelled):
+    assert spelled_out(["train", "--activations", given]) == ["train", f"--activations={spelled}"]
+    assert spelled_out(["train", f"--micro-batch={given}"]) == ["train", f"--micro_batch={spelled}"]
+    assert spelled_out(["sweep", "--budgets", f"64k,{given}"]) == ["sweep", f"--budgets=[64000,{spelled}]"]
+    assert spelled_out(["record", "--text.limit", given]) == ["record", f"--text.limit={spelled}"]
+    assert spelled_out(["sweep", "--preset", given]) == ["sweep", "--preset", given]  # no count
+
+
+def test_a_count_that_is_none_is_one_line(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("activations: 1M\n")
+    assert "activations must be a whole number (on the command line also 1M or 2e6), got '1X'" in failure(
+        capsys, "train", "--activations", "1X"
+    )
+    assert "activations must be a whole number" in failure(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+
+
+def test_an_option_without_a_meaning_is_one_line(capsys):
+    assert "--store means nothing with --from llm: leave it out" in failure(
+        capsys, "train", "--from", "llm", "--store", "S"
+    )
+    assert "--text.limit means nothing for a store (it belongs to --from llm): leave it out" in failure(
+        capsys, "train", "--store", "S", "--text.limit", "3"
+    )
+
+
+@pytest.mark.parametrize("command", ["sample", "plan"])
+def test_an_output_file_that_is_a_folder_or_lies_below_a_file_is_said_first(capsys, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    assert "is a folder: name a file to write" in failure(capsys, command, "--output", str(tmp_path))
+    assert "file is a file, not a folder" in failure(capsys, command, "--output", str(tmp_path / "file" / "x"))
+
+
+def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for option in ("--output", "--html"):
+        assert "file is a file, not a folder" in failure(capsys, "neurons", option, str(tmp_path / "file"))
+
+
 def test_mistake_in_a_yaml_file_is_named(capsys, tmp_path):
     (tmp_path / "c.yaml").write_text("layerz: [3]\n")
     assert "did you mean 'layers'" in failure(capsys, "record", "--config", str(tmp_path / "c.yaml"))
@@ -104,7 +156,7 @@ def test_markup_in_messages_is_text(capsys, tmp_path):
 
 def test_shorthands_are_spelled_out():
     assert spelled_out(["record", "--resume", "--layers", "3,7", "--max-length", "5"]) == [
-        "record", "--resume=true", "--layers=[3,7]", "--max_length", "5",
+        "record", "--resume=true", "--layers=[3,7]", "--max_length=5",
     ]  # fmt: skip
     assert spelled_out(["record", "--resume", "false", "--layers=[1]"]) == [
         "record",

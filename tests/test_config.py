@@ -23,12 +23,14 @@ from latentprior.config import (
     Recipe,
     RecordConfig,
     RepairConfig,
+    SAEConfig,
     SteerConfig,
     TextConfig,
     TrainConfig,
     from_dict,
     to_dict,
 )
+from latentprior.config.base import count_of, size_of
 from latentprior.errors import InputError
 
 CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and dataclasses.is_dataclass(c)]
@@ -182,3 +184,48 @@ def test_bad_values_are_refused(cls, change, message):
 def test_bad_denoisers_are_refused(change):
     with pytest.raises(InputError, match=f"DenoiserConfig.{next(iter(change))} must be"):
         from_dict(DenoiserConfig, {"d_input": 8, "d_model": 16, "d_mlp": 32, **change})
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: TrainConfig(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
+        (lambda: TrainConfig(buffer="2GB"), "--buffer means nothing for a store"),
+        (lambda: TrainConfig(record_to="x"), "--record-to means nothing for a store"),
+        (lambda: TrainConfig(statistics=7), "--statistics means nothing for a store without --follow"),
+        (lambda: TrainConfig(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
+        (lambda: TrainConfig(source="llm", store="x"), "--store means nothing with --from llm"),
+        (lambda: TrainConfig(source="llm", follow=True), "--follow means nothing with --from llm"),
+        (lambda: TrainConfig(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
+        (lambda: RecordConfig(wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
+        (lambda: RecordConfig(positions_per_document=2), "--positions-per-document means nothing unless"),
+        (lambda: EvaluateConfig(sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused(make, option):
+    with pytest.raises(InputError, match=f"^{option}.*: leave it out$"):
+        make()
+
+
+def test_an_option_at_its_default_or_with_a_meaning_is_taken():
+    assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
+    assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
+    assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
+    assert RecordConfig(positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0)
+    assert EvaluateConfig(baseline=["sae"], sae=SAEConfig(k=3)).sae.k == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "amount"),
+    [("65536", (65536, False)), ("64k", (64000, False)), ("1M", (10**6, False)), ("2e3", (2000, False)),
+     ("1_000", (1000, False)), ("2GB", (2 * 10**9, True)), ("3MiB", (3 * 2**20, True)), ("70B", (70, True))],
+)  # fmt: skip
+def test_sizes(size, amount):
+    assert size_of("buffer", size) == amount
+
+
+@pytest.mark.parametrize("size", ["0", "x", "1e999", "-1", "1 Q", "1e-3"])
+def test_what_is_no_size(size):
+    with pytest.raises(InputError, match="^buffer must be a number of activations or a size"):
+        size_of("buffer", size)
+    assert count_of(size) in (None, 0)

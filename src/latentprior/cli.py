@@ -89,9 +89,10 @@ def sample(options: config.SampleConfig) -> None:
     from safetensors.torch import save_file
 
     from latentprior.devices import resolve_device
-    from latentprior.files import replaced
+    from latentprior.files import check_file, replaced
     from latentprior.prior import GLP
 
+    check_file(options.output)
     glp = GLP.from_pretrained(
         options.prior,
         options.checkpoint,
@@ -160,9 +161,11 @@ def plan(options: config.PlanConfig) -> None:
     import json
     from pathlib import Path
 
-    from latentprior.files import replace_text
+    from latentprior.files import check_file, replace_text
     from latentprior.plan import plan, tables
 
+    if options.output:
+        check_file(options.output)
     result = plan(options)
     for title, rows in tables(result).items():
         table(title, rows)
@@ -197,9 +200,12 @@ def neurons(options: config.NeuronsConfig) -> None:
     from latentprior.explore.describe import describe_store
     from latentprior.explore.run import neurons
     from latentprior.explore.store import INFO, NeuronStore
+    from latentprior.files import check_folder
     from latentprior.report.browser import write_site
     from latentprior.steer.judge.endpoint import endpoint_of
 
+    for folder in filter(None, (options.output, options.html)):
+        check_folder(folder)
     judge = endpoint_of(options.judge, Path(options.output, "answers.jsonl"))  # a missing key is found before all else
     kept = Path(options.output, INFO).exists()
     with bars() as phase:
@@ -279,6 +285,8 @@ def mended(message: str, parser: ArgumentParser) -> str:
         return str(unknown("command", found[1], COMMANDS))
     if found := re.search(r'key "([^"]+)".*?Literal\[([^\]]*)\]\. Got value: (.*)', text):
         return str(unknown(found[1], found[3], re.findall(r"'([^']*)'", found[2])))
+    if found := re.search(r"key \"([^\"]+)\".*?<class 'int'>\. Got value: (.*)", text):
+        return f"{found[1]} must be a whole number (on the command line also 1M or 2e6), got {found[2]!r}"
     if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", text):
         return str(unknown("key", found[2], [name for name, _ in _kinds(COMMANDS[found[1]].config)]))
     return text
@@ -287,7 +295,8 @@ def mended(message: str, parser: ArgumentParser) -> str:
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """Arguments as jsonargparse takes them.
 
-    Hyphens in option names are underscores, a bare flag means true, and a list needs no brackets: ``--layers 7,15``.
+    Hyphens in option names are underscores, a bare flag means true, a list needs no brackets (``--layers 7,15``), and
+    whole numbers may be written as ``1M``, ``2e6`` or ``1_000_000``.
     """
     # Of this command alone: `blocks` is a number for one and a list for another.
     commands = [COMMANDS[word] for word in arguments if word in COMMANDS][:1]
@@ -305,8 +314,18 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
             elif kinds.get(name, "").startswith("list") and (equals or following):
                 equals, value = "=", value if equals else remaining.popleft()
                 value = value if value.startswith("[") else f"[{value}]"
+                if kinds[name].startswith("list[int]"):
+                    value = f"[{','.join(_whole(item) for item in value[1:-1].split(','))}]"
+            elif kinds.get(name, "").startswith("int") and (equals or following):
+                equals, value = "=", _whole(value if equals else remaining.popleft())
         spelled.append(name + equals + value)
     return spelled
+
+
+def _whole(text: str) -> str:
+    """A whole number in digits; anything else as it is."""
+    count = config.count_of(text.strip())
+    return text if count is None else str(count)
 
 
 def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
-from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
+from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, count_of, from_dict, to_dict
 from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
 from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
@@ -40,6 +40,7 @@ __all__ = [
     "TextConfig",
     "TextSource",
     "TrainConfig",
+    "count_of",
     "from_dict",
     "to_dict",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from latentprior.errors import InputError, unknown
@@ -30,6 +31,28 @@ def one_of(owner: object, name: str, valid: tuple[str, ...]) -> None:
         raise unknown(f"{type(owner).__name__}.{name}", value, valid)
 
 
+def meaningless(owner: object, mode: str, *names: str) -> None:
+    """Refuse options that were given, which is to say differ from their default, although they mean nothing.
+
+    Args:
+        mode: in which they mean nothing, in words, as in "with a store".
+        names: of fields; one of a nested dataclass is given if any field of it is.
+
+    Raises:
+        InputError: one of them was given.
+    """
+    fields = {f.name: f for f in dataclasses.fields(owner)}  # pyright: ignore[reportArgumentType]
+    for name in names:
+        f, value = fields[name], getattr(owner, name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if value != default:
+            changed = ""
+            if dataclasses.is_dataclass(value):
+                inner = (g.name for g in dataclasses.fields(value))
+                changed = "." + next(key for key in inner if getattr(value, key) != getattr(default, key))
+            raise InputError(f"--{f'{name}{changed}'.replace('_', '-')} means nothing {mode}: leave it out")
+
+
 def unit_interval(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -37,26 +60,37 @@ def unit_interval(owner: object, *names: str) -> None:
             raise InputError(f"{type(owner).__name__}.{name} must lie in [0, 1], got {value}")
 
 
+_PREFIXES = "KMGT"
 UNITS = {"": 1, "B": 1} | {
     unit: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for unit, base in ((f"{prefix}B", 1000), (f"{prefix}iB", 1024))
+    for power, prefix in enumerate(_PREFIXES, start=1)
+    for unit, base in ((prefix, 1000), (f"{prefix}B", 1000), (f"{prefix}iB", 1024))
 }
 
 
 def size_of(name: str, size: str) -> tuple[int, bool]:
-    """A size like "65536", "2GB" or "512MiB": its number, and whether it counts bytes (it has a unit).
+    """A size like "65536", "64k", "2GB" or "512MiB": its number, and whether it counts bytes (its unit says so).
 
     Raises:
         InputError: not a positive number with an optional unit.
     """
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(e[0-9]+)?\s*([A-Za-z]*)", size.strip())
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)(e[0-9]{1,2})?\s*([A-Za-z]*)", size.strip())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     number, exponent, unit = found.groups() if found else ("0", None, "")
     amount = int(float(number + (exponent or "")) * units.get(unit.lower(), 0))
     if amount < 1:
         raise InputError(f"{name} must be a number of activations or a size such as '2GB', got {size!r}")
-    return amount, bool(unit)
+    return amount, unit.lower().endswith("b")
+
+
+def count_of(text: str) -> int | None:
+    """The whole number that "1M", "2.5k", "2e6", "1_000_000" or plain digits stand for; None if they stand for none."""
+    found = re.fullmatch(rf"([0-9][0-9_]*(?:\.[0-9]+)?)(e[0-9]{{1,2}})?([{_PREFIXES}]?)", text, re.IGNORECASE)
+    if found is None:
+        return None
+    number, exponent, unit = found.groups()
+    amount = Fraction(number + (exponent or "")) * UNITS[unit.upper()]
+    return int(amount) if amount.denominator == 1 else None
 
 
 def bytes_of(name: str, size: str | None) -> int | None:

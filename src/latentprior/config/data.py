@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import SIDES, Side, bytes_of, one_of, positive, size_of, unit_interval
+from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
 from latentprior.errors import InputError
 
 
@@ -99,7 +99,8 @@ class RecordConfig:
     batch_tokens: int = 4096
     """Most tokens of one forward pass, padding included."""
     max_activations: int | None = None
-    """Stop once this many rows are recorded."""
+    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
+    All of the text by default."""
     shard_rows: int = 65536
     """A shard is closed once it holds at least this many rows."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -132,6 +133,10 @@ class RecordConfig:
             raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
         if self.wait and budget is None:
             raise InputError("RecordConfig.wait needs a disk_budget, for example '20GB'")
+        if not self.wait:
+            meaningless(self, "without --wait", "wait_seconds")
+        if self.positions != "random":
+            meaningless(self, "unless --positions is random", "positions_per_document")
 
     @property
     def budget_bytes(self) -> int | None:
@@ -154,7 +159,7 @@ class StreamConfig:
     batch_tokens: int = 4096
     """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
     buffer: str = "65536"
-    """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB"). Batches are
+    """Size of the mixing buffer over all processes: activations ("64k"), or bytes ("2GB", "512MiB"). Batches are
     drawn at random from what it holds; it is refilled when it is empty."""
     buffer_device: Literal["auto", "cpu"] = "auto"
     """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
@@ -177,5 +182,10 @@ class StreamConfig:
         positive(self, "max_length", "batch_tokens", "statistics", "lanes")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)
+        if self.record_to is None:
+            meaningless(self, "without --record-to", "disk_budget")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
         if not self.layers:
             raise InputError(f"{type(self).__name__}.layers is empty: name at least one block, for example [15]")

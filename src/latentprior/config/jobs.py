@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import GRIDS, SOLVERS, Grid, Solver, one_of, positive
+from latentprior.config.base import GRIDS, SOLVERS, Grid, Solver, meaningless, one_of, positive
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.errors import InputError, unknown
 
@@ -23,8 +23,9 @@ class SAEConfig:
     """Latents for each dimension of the activations."""
     k: int = 50
     """Active latents of each activation."""
-    activations: int = 1_000_000
-    """Activations to train on; recorded ones are used several times."""
+    activations: int | None = None
+    """Activations to train on; recorded ones are used several times. By default five times each of those that the store
+    has of the layer, and at most 1,000,000."""
     learning_rate: float | None = None
     """Step of the signed momentum; None is 0.0025 at 16,384 latents, half as much at four times as many."""
     seed: int = 0
@@ -96,6 +97,8 @@ class EvaluateConfig:
         for name in ("nfes", "t_starts"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"EvaluateConfig.{name} must be positive, got {getattr(self, name)}")
+        if "sae" not in self.baseline:
+            meaningless(self, "without --baseline sae", "sae")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import one_of, positive, unit_interval
+from latentprior.config.base import meaningless, one_of, positive, unit_interval
 from latentprior.config.data import StreamConfig
 from latentprior.errors import InputError, unknown
 
@@ -127,7 +127,11 @@ class TrainConfig(StreamConfig):
     """Train a prior on an activation store, or on the live activations of a language model."""
 
     source: Literal["store", "llm"] = "store"
-    """Train on `store`, or on what the language model computes meanwhile (also spelled --from)."""
+    """Train on `store`, or on what the language model computes meanwhile (also spelled --from). An option that means
+    nothing for the one that is chosen is refused."""
+    layers: list[int] = field(default_factory=list)
+    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch. By default
+    15 of a language model, and all of a store."""
     store: str = "runs/activations"
     """Activation store to train on."""
     follow: bool = False
@@ -176,8 +180,11 @@ class TrainConfig(StreamConfig):
     """Seed of initial weights, order of the data, noise and times."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         one_of(self, "source", ("store", "llm"))
+        self._check_mode()
+        if self.source == "llm" and not self.layers:
+            object.__setattr__(self, "layers", StreamConfig().layers)
+        super().__post_init__()
         one_of(self, "parallel", ("auto", "ddp", "fsdp"))
         one_of(self, "compile", ("auto", "on", "off"))
         positive(self, "wait_seconds")
@@ -186,6 +193,30 @@ class TrainConfig(StreamConfig):
         one_of(self, "track", ("none", "wandb", "trackio"))
         positive(self, "activations", "blocks", "d_model", "d_mlp", "micro_batch", "heldout_activations", "log_every")
         self.resolved_recipe()
+
+    def _check_layers(self) -> None:
+        if self.source == "llm":
+            super()._check_layers()
+
+    def _check_mode(self) -> None:
+        """Refuse what has no meaning for the source of activations that is chosen."""
+        if self.source == "llm":
+            meaningless(self, "with --from llm", "store", "follow", "wait_seconds")
+            return
+        streamed = (
+            "llm",
+            "text",
+            "side",
+            "max_length",
+            "batch_tokens",
+            "buffer",
+            "buffer_device",
+            "sinks",
+            "record_to",
+        )
+        meaningless(self, "for a store (it belongs to --from llm)", *streamed)
+        if not self.follow:
+            meaningless(self, "for a store without --follow", "statistics", "wait_seconds")
 
     def resolved_recipe(self) -> Recipe:
         """The preset with this configuration's changes."""
