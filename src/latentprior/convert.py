@@ -13,7 +13,9 @@ from latentprior import official
 from latentprior.activations import ActivationBatch, finite_rows, sink_threshold, split_sinks
 from latentprior.config import ConvertConfig
 from latentprior.errors import InputError, unknown
+from latentprior.files import check_folder
 from latentprior.hooks import Hookpoint
+from latentprior.locks import locked
 from latentprior.manifest import MANIFEST
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
@@ -41,10 +43,14 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     source, output = Path(config.source), Path(config.output)
     if output.resolve() == source.resolve():
         raise InputError(f"{source} cannot be converted in place: choose another output")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file: name a folder to write")
+    check_folder(output)
     if not config.overwrite and output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} holds something: add --overwrite, or choose another folder")
+    with locked(output):
+        return _convert(config, source)
+
+
+def _convert(config: ConvertConfig, source: Path) -> dict[str, Any]:
     if (source / MANIFEST).is_file():
         return _store_to_official(config)
     if (source / OFFICIAL_INDEX).is_file():

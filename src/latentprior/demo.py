@@ -19,6 +19,7 @@ from latentprior.evaluate.run import evaluate
 from latentprior.files import replace_text
 from latentprior.fit import fit
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.progress import Phase, unseen
 from latentprior.provenance import stamp
 from latentprior.record import record_from
@@ -45,14 +46,18 @@ def demo(config: DemoConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     """Record, train, evaluate, steer and write ``report.html`` and ``demo.json`` into ``config.output``.
 
     Raises:
-        InputError: the asset packages are missing, the folder holds a demo of other settings, or strengths that are
-            not positive.
+        InputError: the asset packages are missing, the folder holds a demo of other settings or another process writes
+            it, or strengths that are not positive.
     """
     if config.tiny:
         config = dataclasses.replace(config, **TINY)
+    with locked(config.output) as folder:
+        return _demo(config, folder, phase)
+
+
+def _demo(config: DemoConfig, folder: Path, phase: Phase) -> dict[str, Any]:
     began = time.perf_counter()
-    run = _Demo(config, Path(config.output), steering_of(config))
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run = _Demo(config, folder, steering_of(config))
     result = {
         "kind": "demo",
         "record": run.part("record", lambda: run.record(phase)),

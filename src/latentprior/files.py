@@ -7,6 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from latentprior.errors import InputError
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `InputError` if `folder`, or what it is to lie in, is a file."""
+    folder = Path(folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.exists() and not there.is_dir():
+        where = "" if there == folder else f", so there can be no folder {folder}"
+        raise InputError(f"{there} is a file, not a folder{where}: choose another one")
+
+
+def check_file(path: str | Path) -> None:
+    """Raise `InputError` if `path`, a file to be written, is a folder or would lie below a file."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder: name a file to write")
+    check_folder(Path(path).parent)
+
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power cut, where the system can."""

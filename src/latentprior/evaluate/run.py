@@ -26,6 +26,7 @@ from latentprior.evaluate.sae_training import prepare_sae
 from latentprior.files import replace_text
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.prior import GLP
 from latentprior.progress import Phase, Report, silent, unseen
 from latentprior.provenance import stamp
@@ -40,8 +41,14 @@ def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]
     """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
 
     Raises:
-        InputError: too few held-out rows, or stores, prior and language model that do not belong together.
+        InputError: too few held-out rows, stores, prior and language model that do not belong together, or a folder
+            that another process writes.
     """
+    with locked(config.output) as folder:
+        return _evaluate(config, folder, phase)
+
+
+def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, Any]:
     began = time.perf_counter()
     glp = GLP.from_pretrained(config.prior, config.checkpoint)
     dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
@@ -66,8 +73,6 @@ def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]
             config, glp, gaussians["full"], model, tokenizer, layer, sae, report=phase("delta LM loss")
         )
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
     return result
 

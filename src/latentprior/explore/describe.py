@@ -21,6 +21,7 @@ from latentprior.explore.detection import Case, cases_of, detection_auc, detecti
 from latentprior.explore.offline import offline_line
 from latentprior.explore.prompts import LONGEST
 from latentprior.explore.store import NeuronStore, Unit
+from latentprior.locks import locked
 from latentprior.progress import Report, silent
 from latentprior.steer.judge.answers import Answer, Answers
 from latentprior.steer.judge.endpoint import Cost, EndpointJudge
@@ -140,8 +141,21 @@ def describe_store(
         (how often each), "calls", "troubles", "tokens" and "cost" (of the estimate), "model".
 
     Raises:
-        InputError: a damaged store, or see `EndpointJudge.ask`.
+        InputError: a damaged store, one that another process writes, or see `EndpointJudge.ask`.
     """
+    with locked(folder):
+        return _describe_all(folder, judge, count, seed, report, prompt_price, answer_price)
+
+
+def _describe_all(
+    folder: str | Path,
+    judge: EndpointJudge | None,
+    count: int,
+    seed: int,
+    report: Report,
+    prompt_price: float | None,
+    answer_price: float | None,
+) -> dict[str, Any]:
     store = NeuronStore(folder)
     chosen = _chosen(store, count) if judge is not None else []
     total = len(store) + 3 * len(chosen)

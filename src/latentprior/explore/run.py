@@ -25,6 +25,7 @@ from latentprior.explore.topk import TopDocuments
 from latentprior.explore.winners import Win, read_winners
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.manifest import check_settings
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss, hookpoint_of, priors_of
@@ -45,8 +46,13 @@ def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
 
     Raises:
         InputError: no prior, language model or text there; ones that do not belong together; no token to look at; a
-            folder that holds units read with other settings, or a damaged store.
+            folder that holds units read with other settings or that another process writes, or a damaged store.
     """
+    with locked(config.output):
+        return _neurons(config, phase)
+
+
+def _neurons(config: NeuronsConfig, phase: Phase) -> dict[str, Any]:
     priors, hookpoint = priors_of(
         [config.prior],
         checkpoint=config.checkpoint,

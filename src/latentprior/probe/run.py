@@ -20,6 +20,7 @@ from latentprior.evaluate.saelens import sae_at
 from latentprior.files import replace_text
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.manifest import MANIFEST, check_settings
 from latentprior.prior import GLP
 from latentprior.priors import heldout_loss, priors_of
@@ -54,8 +55,13 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
 
     Raises:
         InputError: priors that cannot be read or belong to different hookpoints; a recording or results of another
-            hookpoint or other settings; no task that can be probed.
+            hookpoint or other settings; no task that can be probed; a folder that another process writes.
     """
+    with locked(config.output) as folder:
+        return _benchmark(config, llm, folder, phase)
+
+
+def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
     began = time.perf_counter()
     priors, hookpoint = priors_of(
         config.priors,
@@ -66,7 +72,6 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
     )
     sae = sae_at(config.sae, hookpoint) if config.sae else None
     tasks, skipped = find_tasks(config)
-    folder = Path(config.output)
     _keep_settings(folder, config, priors)
     recording = recorded(config, tasks, hookpoint, llm, report=phase("record"))
     sources = sources_of(config, recording, priors, sae)
@@ -132,7 +137,7 @@ def recorded(
     """The recording of all tasks' texts; what is missing is recorded.
 
     Raises:
-        InputError: a recording of another hookpoint or `max_length`.
+        InputError: a recording of another hookpoint or `max_length`, or one that another process adds to.
     """
     folder = Path(config.recording or Path(config.output, "recording"))
     texts = list(dict.fromkeys(text for task in tasks for text in task.used()))
@@ -143,18 +148,19 @@ def recorded(
             raise InputError(f"{folder} was recorded at {recording.hookpoint}, the prior belongs to {hookpoint}")
         if recording.has(texts).all() and (recording.mlp_hookpoints or not mlp):
             return recording
-    model, tokenizer = llm()
-    return record_texts(
-        model,
-        tokenizer,
-        texts,
-        hookpoint,
-        folder,
-        mlp=mlp,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        report=report,
-    )
+    with locked(folder):
+        model, tokenizer = llm()
+        return record_texts(
+            model,
+            tokenizer,
+            texts,
+            hookpoint,
+            folder,
+            mlp=mlp,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+            report=report,
+        )
 
 
 def _probe_all(

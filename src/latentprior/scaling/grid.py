@@ -29,6 +29,7 @@ from latentprior.fit import fit
 from latentprior.flow import TRAIN_GRID
 from latentprior.hooks import same_places
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.normalizer import Normalizer
 from latentprior.prior import GLP
 from latentprior.progress import Phase, Report, unseen
@@ -58,8 +59,13 @@ def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
 
     Raises:
         InputError: unusable stores, too few held-out rows, a model that the store is not of, or a folder with a sweep
-            of other activations; all before anything is trained.
+            of other activations or that another process writes; all before anything is trained.
     """
+    with locked(config.output):
+        return _sweep(config, phase)
+
+
+def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
     began = time.perf_counter()
     grid = _Grid(config)
     grid.prepare()
