@@ -19,6 +19,7 @@ from latentprior.errors import InputError
 from latentprior.follow import Follower, wait_for_rows
 from latentprior.hooks import edit
 from latentprior.llm import load_llm
+from latentprior.locks import LOCK
 from latentprior.record import record, record_from
 from latentprior.store import ActivationStore
 from latentprior.text import documents
@@ -134,7 +135,8 @@ def test_several_layers_in_one_pass(config, texts):
 
 @pytest.mark.parametrize(("positions", "most"), [("last", 1), ("random", 3)])
 def test_chosen_positions(config, texts, positions, most):
-    config = replace(config, positions=positions, positions_per_document=3, seed=5)
+    drawn = {"positions_per_document": 3} if positions == "random" else {}
+    config = replace(config, positions=positions, seed=5, **drawn)
     store = record(config)
     assert_same_rows(store, direct(config, texts, positions=positions, positions_per_document=3, generator=5))
     assert len(store) == most * DOCUMENTS
@@ -177,13 +179,38 @@ def test_nothing_finite_is_one_line(config):
             record_from(model, tokenizer, replace(config, layers=layers))
 
 
-def test_max_activations_stops_after_a_whole_batch(config):
+def test_max_activations_is_exact(config):
     everything = record(replace(config, output=config.output + "-all"))
     store = record(replace(config, max_activations=700))
-    assert 700 <= len(store) < 700 + config.batch_tokens
+    assert len(store) == 700 and store.manifest["complete"]
     indices = torch.arange(len(store))
     assert torch.equal(store.rows(indices), everything.rows(indices))
-    assert store.manifest["complete"]
+
+
+@pytest.mark.parametrize("sinks", ["keep", "drop"])
+def test_max_activations_counts_each_layer(config, sinks):
+    """Sinks are other positions in each layer: all layers have as many rows nevertheless."""
+    model, tokenizer = load_llm(config.llm)
+    config = replace(config, layers=[0, 2], sinks=sinks)
+    with edit(model, {0: scaled(3, 1000.0), 2: scaled(5, 1000.0)}):
+        everything = record_from(model, tokenizer, replace(config, output=config.output + "-all"))
+        store = record_from(model, tokenizer, replace(config, max_activations=700))
+    assert len(store) == 2 * 700
+    for layer in (0, 2):
+        mine, all_of_it = (contents(s).at_layer(layer) for s in (store, everything))
+        assert len(mine) == 700
+        key = [sorted(zip(rows.doc.tolist(), rows.position.tolist(), strict=True)) for rows in (mine, all_of_it)]
+        assert set(key[0]) <= set(key[1])
+
+
+def test_a_recording_that_stops_at_a_number_is_resumed_exactly(config, run_killed):
+    config = replace(config, max_activations=1200, layers=[0, 1])
+    expected = files(record(replace(config, output=config.output + "-whole")).folder)
+    resuming = replace(config, resume=True)
+    draws, kills = random.Random(2), 0
+    while not run_killed(record, resuming, changes=draws.randint(5, 25)):
+        kills += 1
+    assert kills >= 2 and files(config.output) == expected
 
 
 def test_train_and_heldout_share_no_document(config, texts):
@@ -230,6 +257,18 @@ def test_a_complete_store_has_nothing_to_resume(config):
         record_from(model, tokenizer, config)
 
 
+def test_no_model_is_loaded_for_a_complete_store_or_one_of_other_settings(config, monkeypatch):
+    before = files(record(config).folder)
+    monkeypatch.setattr("latentprior.record.load_llm", lambda *_: pytest.fail("a model was loaded"))
+    assert len(record(replace(config, resume=True)))
+    with pytest.raises(InputError, match="holds an activation store: add --resume"):
+        record(config)
+    for change, message in [({"layers": [2]}, "layers.0 is 1"), ({"side": "input"}, "side is 'output'")]:
+        with pytest.raises(InputError, match=message):
+            record(replace(config, resume=True, **change))
+    assert files(config.output) == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,7 +283,8 @@ def test_a_complete_store_has_nothing_to_resume(config):
 def test_resume_with_other_settings_is_refused(config, run_killed, change, message):
     if "text" in change:
         change = {"text": replace(config.text, limit=5)}
-    assert not run_killed(record, config, changes=16)
+    assert not run_killed(record, config, changes=17)
+    (Path(config.output) / LOCK).unlink()  # the killed process's
     before = files(config.output)
     with pytest.raises(InputError, match=message) as caught:
         record(replace(config, resume=True, **change))
@@ -308,7 +348,7 @@ def test_a_recording_with_a_budget_is_resumed_exactly(budgeted, run_killed):
 
 def test_max_activations_counts_what_was_removed(budgeted):
     store = record(replace(budgeted, max_activations=1500))
-    assert 1500 <= store.manifest["evicted"] + len(store) < 1600 and store.manifest["evicted"] > 0
+    assert store.manifest["evicted"] + len(store) == 1500 and store.manifest["evicted"] > 0
 
 
 def test_waits_for_a_trainer_or_gives_up(budgeted):

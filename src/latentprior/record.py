@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from latentprior import text, tokens
@@ -14,9 +16,11 @@ from latentprior.config import RecordConfig, to_dict
 from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, find_blocks
 from latentprior.llm import load_llm
+from latentprior.locks import locked
+from latentprior.manifest import MANIFEST, differences
 from latentprior.progress import Report, silent
 from latentprior.store import ActivationStore
-from latentprior.writer import StoreWriter
+from latentprior.writer import StoreWriter, holds_a_store, remove_leftovers
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
@@ -29,23 +33,60 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
     counted: rows that are not finite and, unless kept, attention sinks, whose norm is over 10 times the median of the
     first `CALIBRATION_ROWS` rows. Of a store with a disk budget, the oldest shards go first, or, with ``wait=True``,
-    once the trainer that follows it has released them.
+    once the trainer that follows it has released them. The model is not loaded if nothing is left to be done.
 
     Args:
         config: what to record from what.
-        report: gets the number of rows recorded so far.
+        report: gets the number of rows recorded so far, and how many there will be if ``max_activations`` says so.
 
     Raises:
-        InputError: unusable model, text, layer, folder or budget; raised before anything is written. Later: the disk is
-            full, or no trainer released a shard for `config.wait_seconds`.
+        InputError: unusable model, text, layer, folder or budget, or a folder that another process records into; raised
+            before anything is written. Later: the disk is full, or no trainer released a shard for
+            `config.wait_seconds`.
     """
-    model, tokenizer = load_llm(config.llm)
-    return record_from(model, tokenizer, config, report=report)
+    return _record(config, lambda: load_llm(config.llm), report)
 
 
 def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     """`record` with a model that is loaded already."""
-    layers = sorted(dict.fromkeys(config.layers))
+    return _record(config, lambda: (model, tokenizer), report)
+
+
+def _record(config: RecordConfig, llm: Callable[[], tuple[Any, Any]], report: Report) -> ActivationStore:
+    with locked(config.output) as folder:
+        if (folder / MANIFEST).exists() and (store := _kept(config)).manifest["complete"]:
+            remove_leftovers(folder, store.manifest)
+            return store
+        model, tokenizer = llm()
+        _fill(model, tokenizer, config, report)
+        return ActivationStore(folder)
+
+
+def _kept(config: RecordConfig) -> ActivationStore:
+    """The store that is to be continued, refused as far as that takes no model."""
+    if not config.resume:
+        raise holds_a_store(config.output)
+    store = ActivationStore(config.output)
+    known = {
+        "layers": list(store.layers),
+        "side": store.hookpoints[0].side,
+        **{name: store.manifest[name] for name in ("dtype", "shard_rows")},
+        "source": {name: value for name, value in store.manifest["source"].items() if name != "blocks"},
+    }
+    wanted = {"layers": _layers(config), "side": config.side, "dtype": config.dtype, "shard_rows": config.shard_rows}
+    wanted["source"] = json.loads(json.dumps(source(config)))
+    if difference := next(differences(known, wanted), None):
+        raise InputError(f"cannot resume {config.output}: {difference}")
+    return store
+
+
+def _layers(config: RecordConfig) -> list[int]:
+    return sorted(dict.fromkeys(config.layers))
+
+
+def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report) -> None:
+    """Record what the store does not hold yet."""
+    layers = _layers(config)
     hookpoints = [Hookpoint.of(model, layer, config.side) for layer in layers]
     token_batches = tokens.tokenize(
         text.documents(config.text),
@@ -65,8 +106,6 @@ def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, repor
         wait_seconds=config.wait_seconds if config.wait else None,
         batch_rows=max(config.batch_tokens, config.max_length) * len(layers),
     )
-    if writer.complete:
-        return ActivationStore(config.output)
     first = writer.next_batch
     recorded = activations(
         model,
@@ -78,17 +117,27 @@ def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, repor
         seed=config.seed,
     )
     numbered = ((first + i + 1, *finite_rows(batch)) for i, batch in enumerate(recorded))
+    most, counted = config.max_activations, writer.moments.count
+    calibrated = _calibrated(writer, numbered)
     with writer:
-        for next_batch, rows, nonfinite in _calibrated(writer, numbered):
-            if config.max_activations is not None and writer.rows >= config.max_activations:
-                break
+        while (most is None or (counted < most).any()) and (item := next(calibrated, None)):
+            next_batch, rows, nonfinite = item
             sinks = 0
             if config.sinks == "drop" and len(rows):
                 rows, dropped = split_sinks(rows, dict(zip(layers, writer.moments.median_norm.tolist(), strict=True)))
                 sinks = len(dropped)
+            if most is not None:
+                rows = _first_of_each_layer(rows, dict(zip(layers, (most - counted).tolist(), strict=True)))
             writer.append(rows, next_batch=next_batch, left_out={"sinks": sinks, "nonfinite": nonfinite})
-            report(writer.rows, config.max_activations, {})
-    return ActivationStore(config.output)
+            report(writer.rows, None if most is None else most * len(layers), {})
+
+
+def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> ActivationBatch:
+    """The first rows of each layer, in their order: as many as there is room for."""
+    kept = torch.zeros(len(rows), dtype=torch.bool)
+    for layer, count in room.items():
+        kept[(rows.layer == layer).nonzero().squeeze(1)[: max(int(count), 0)]] = True
+    return rows if kept.all() else rows.select(kept)
 
 
 def source(config: RecordConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from latentprior import handover
 from latentprior import manifest as files
 from latentprior.activations import ActivationBatch
 from latentprior.errors import InputError, unknown
+from latentprior.files import check_folder
 from latentprior.hooks import Hookpoint
 from latentprior.moments import Moments
 from latentprior.store import ActivationStore
@@ -87,9 +88,10 @@ class StoreWriter:
                 "raise it or lower shard_rows"
             )
         self.folder = Path(folder)
+        check_folder(self.folder)
         if (self.folder / files.MANIFEST).exists():
             if not resume:
-                raise InputError(f"{self.folder} holds an activation store: add --resume, or choose another folder")
+                raise holds_a_store(self.folder)
             store = ActivationStore(self.folder)
             stored = {key: store.manifest[key] for key in files.SETTINGS}
             if difference := next(files.differences(stored, self._settings), None):
@@ -107,7 +109,7 @@ class StoreWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise files.unwritable(self.folder, error) from error
-        self._remove_leftovers()
+        remove_leftovers(self.folder, self._manifest)
 
     @property
     def complete(self) -> bool:
@@ -208,7 +210,7 @@ class StoreWriter:
         }
         files.write_manifest(self.folder, manifest)
         self._manifest, self._pending, self._closed = manifest, [], False
-        self._remove_leftovers()
+        remove_leftovers(self.folder, self._manifest)
 
     def _write_shard(self) -> dict[str, Any]:
         rows, width = self._pending_rows, self.moments.width
@@ -281,14 +283,20 @@ class StoreWriter:
         }
         files.write_manifest(self.folder, manifest)
         self._manifest = manifest
-        self._remove_leftovers()
+        remove_leftovers(self.folder, self._manifest)
 
-    def _remove_leftovers(self) -> None:
-        """Remove what a kill left behind and what the manifest no longer lists."""
-        patterns = ["shard-*.tmp", "statistics*.tmp", f"{files.MANIFEST}.tmp", "statistics-*.safetensors"]
-        if self._manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
-            patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
-        listed = files.listed_files(self._manifest)
-        for path in itertools.chain.from_iterable(self.folder.glob(pattern) for pattern in patterns):
-            if path.name not in listed:
-                path.unlink(missing_ok=True)
+
+def remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Remove what a kill left behind in a store and what its manifest no longer lists."""
+    patterns = ["shard-*.tmp", "statistics*.tmp", f"{files.MANIFEST}.tmp", "statistics-*.safetensors"]
+    if manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
+        patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
+    listed = files.listed_files(manifest)
+    for path in itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns):
+        if path.name not in listed:
+            path.unlink(missing_ok=True)
+
+
+def holds_a_store(folder: str | Path) -> InputError:
+    """The error for a folder with a store that is not to be continued."""
+    return InputError(f"{folder} holds an activation store: add --resume, or choose another folder")
