@@ -184,3 +184,18 @@ def test_matrix_peak_is_a_rate_and_leaves_the_global_generator_alone():
     assert cost.matrix_peak(torch.device("cpu"), torch.float32, seconds=0.01) > 1e8
     assert torch.equal(torch.random.get_rng_state(), before)
     assert cost.device_memory(torch.device("cpu")) > 1e9
+
+
+def test_the_data_sheet_peak_is_of_known_devices_in_bfloat16_alone(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for name, tflops in [
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA H100 PCIe", None),  # slower than the SXM that `CHIPS` describes
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert cost.data_sheet_peak(gpu, torch.bfloat16) == (None if tflops is None else tflops * 1e12)
+        assert cost.data_sheet_peak(gpu, torch.float32) is None
+    assert cost.data_sheet_peak(torch.device("cpu"), torch.bfloat16) is None
+    assert set(cost._CHIP_OF.values()) == set(cost.CHIPS)

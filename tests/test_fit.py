@@ -20,6 +20,7 @@ from latentprior.denoiser import Denoiser
 from latentprior.errors import InputError
 from latentprior.fit import fit
 from latentprior.hooks import Hookpoint
+from latentprior.locks import LOCK
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
 from latentprior.track import read_log
@@ -87,7 +88,7 @@ def weights(folder: str | Path) -> dict[str, bytes]:
 
 def log_of(folder: str | Path) -> list[dict[str, Any]]:
     return [
-        {k: v for k, v in line.items() if k not in ("per_second", "mfu")}
+        {k: v for k, v in line.items() if k not in ("per_second", "measured_peak_share")}
         for line in read_log(Path(folder) / "log.jsonl")
     ]
 
@@ -267,7 +268,8 @@ def test_other_settings_are_refused_by_name(config, stores, tmp_path, run_killed
     if finished:
         fit(config)
     else:
-        assert not run_killed(fit, config, changes=40)
+        assert not run_killed(fit, config, changes=41)
+        (Path(config.output) / LOCK).unlink()  # the killed process's
     before = {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
     other = write_store(tmp_path / "other", seed=9)
     for change, name in [
@@ -353,3 +355,61 @@ def test_a_missing_tracker_is_one_line(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match="^wandb is not installed"):
         fit(replace(config, track="wandb"))
+
+
+# --- Layers of a store
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("several")
+    return {
+        "store": write_store(folder / "train", layers=(1, 3, 5), rows=900),
+        "heldout": write_store(folder / "heldout", layers=(1, 3, 5), rows=100, seed=1),
+    }
+
+
+@pytest.mark.parametrize("normalizer", ["standard", "whitened"])
+@pytest.mark.parametrize("layers", [[3], [1, 5]])
+def test_layers_of_a_store_are_chosen(config, several, layers, normalizer):
+    config = short(replace(config, **several, layers=layers), recipe={"normalizer": normalizer})
+    glp = fit(config)
+    assert [h.layer for h in glp.hookpoints] == glp.normalizer.layers.tolist() == layers
+    assert (glp.denoiser.config.multi_layer_n_layers is None) == (len(layers) == 1)
+    store = ActivationStore(several["store"])
+    rows = store.batch(store.rows_at(layers))
+    for layer in layers:
+        x = rows.at_layer(layer).x.double()
+        index = glp.normalizer.layers.tolist().index(layer)
+        torch.testing.assert_close(glp.normalizer.mean[index].double(), x.mean(0), atol=1e-5, rtol=1e-5)
+    training = glp.provenance["training"]
+    assert training["distinct"] == 768 and "heldout_loss" in training
+    with pytest.raises(InputError, match="holds a finished run with hookpoints"):
+        fit(replace(config, layers=[1]))
+
+
+def test_all_layers_of_a_store_named_are_as_none_named(config, several):
+    first = fit(short(replace(config, **several)))
+    again = fit(short(replace(config, **several, layers=[5, 3, 1]), output=config.output + "-2"))
+    assert weights(config.output) == weights(config.output + "-2") and again.hookpoints == first.hookpoints
+
+
+def test_a_layer_that_the_store_does_not_have_is_refused(config, several):
+    with pytest.raises(InputError, match=r"holds no layer 9, only \[1, 3, 5\]"):
+        fit(short(replace(config, **several, layers=[9])))
+    with pytest.raises(InputError, match=r"followed gives all its layers, \[1, 3, 5\]: omit --layers"):
+        fit(short(replace(config, **several, layers=[3], follow=True)))
+    assert not Path(config.output).exists()
+
+
+def test_the_log_has_a_share_of_the_measured_peak_and_an_mfu_where_the_data_sheet_is_known(config, monkeypatch):
+    monkeypatch.setattr(run_module, "matrix_peak", lambda *_: 2e9)
+    fit(short(config))
+    monkeypatch.setattr(run_module, "data_sheet_peak", lambda *_: 4e9)
+    fit(short(config, output=config.output + "-2"))
+    plain, known = (
+        [line for line in read_log(Path(folder) / "log.jsonl") if "per_second" in line]
+        for folder in (config.output, config.output + "-2")
+    )
+    assert all("mfu" not in line and line["measured_peak_share"] > 0 for line in plain)
+    assert all(line["mfu"] == pytest.approx(line["measured_peak_share"] / 2) for line in known) and known

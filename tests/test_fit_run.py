@@ -1,4 +1,4 @@
-"""What a run counts beside its steps: checkpoints that are due, and the FLOPs behind its MFU."""
+"""What a run counts beside its steps: checkpoints that are due, and the FLOPs behind its shares of the peak."""
 
 from __future__ import annotations
 

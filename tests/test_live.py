@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from latentprior import feeds
+from latentprior.activations import ActivationBatch
 from latentprior.checkpoint import complete_states
 from latentprior.config import LLMConfig, RecordConfig, TextConfig, TextSource, TrainConfig
 from latentprior.errors import InputError, Stopped
 from latentprior.fit import fit
+from latentprior.hooks import Hookpoint
 from latentprior.prior import GLP
 from latentprior.record import record
 from latentprior.store import ActivationStore
 from latentprior.track import read_log
+from latentprior.writer import StoreWriter
+
+OF_A_STREAM = ("source", "llm", "text", "layers", "side", "batch_tokens", "buffer", "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,10 @@ def weights(folder: str) -> bytes:
 
 def log_of(folder: str) -> list[dict]:
     lines = read_log(Path(folder, "log.jsonl"))
-    return [{key: value for key, value in line.items() if key not in ("per_second", "mfu")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if key not in ("per_second", "measured_peak_share")}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +169,7 @@ def test_stream_and_store_train_alike(config, tmp_path):
     )
     config = replace(config, heldout=str(heldout.folder), heldout_activations=1000, save_seconds=1000.0)
     live = fit(replace(config, output=str(tmp_path / "live"), statistics=10**6))
-    stored = fit(replace(config, output=str(tmp_path / "stored"), source="store", store=str(store.folder)))
+    stored = fit(on_store(config, output=str(tmp_path / "stored"), store=str(store.folder)))
     losses = [glp.provenance["training"]["heldout_loss"] for glp in (live, stored)]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     torch.testing.assert_close(live.normalizer.mean, stored.normalizer.mean, atol=1e-4, rtol=1e-3)
@@ -178,13 +191,19 @@ def test_trains_while_another_process_records(config, text, run_ranks, tmp_path)
         wait=True,
         wait_seconds=60.0,
     )
-    options = {"source": "store", "store": settings.output, "follow": True, "wait_seconds": 60.0, "statistics": 500}
-    trainer = replace(config, **options, output=str(tmp_path / "prior"), activations=10**6, save_seconds=1000.0)
+    options = {"store": settings.output, "follow": True, "wait_seconds": 60.0, "statistics": 500}
+    trainer = on_store(config, **options, output=str(tmp_path / "prior"), activations=10**6, save_seconds=1000.0)
     assert run_ranks(2, record_or_train, settings, trainer) == [0, 0]
     store = ActivationStore(settings.output)
     training = GLP.from_pretrained(trainer.output).provenance["training"]
     assert training["activations"] == len(store) + store.manifest["evicted"] and store.manifest["evicted"] > 0
     assert training["ended"].startswith("the activations ended")
+
+
+def on_store(config: TrainConfig, **changes) -> TrainConfig:
+    """The same training on a store, without what means nothing for one."""
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_A_STREAM}
+    return TrainConfig(**kept | changes)
 
 
 def record_or_train(settings: RecordConfig, trainer: TrainConfig) -> None:
@@ -215,3 +234,80 @@ def test_bad_input_is_one_line_before_anything_is_computed(config, tmp_path):
             fit(replace(config, output=str(tmp_path / "prior"), **change))
         assert "\n" not in str(caught.value), change
         assert not Path(tmp_path, "prior").exists(), change
+
+
+# --- Started twice, terminated while waiting
+
+
+def test_a_second_start_is_refused_and_continues_once_the_first_is_killed(config, whole, run_killed, tmp_path):
+    config = replace(config, output=str(tmp_path / "prior"))
+    first = multiprocessing.get_context("forkserver").Process(target=slow_fit, args=(config,))
+    first.start()
+    while not complete_states(Path(config.output) / "steps"):
+        assert first.is_alive()
+        time.sleep(0.02)
+    with pytest.raises(InputError, match=f"prior is in use by process {first.pid}: "):
+        fit(config)
+    first.kill()
+    first.join()
+    fit(config)
+    assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
+
+
+def slow_fit(config: TrainConfig) -> None:
+    fit(config, report=lambda *_: time.sleep(0.2))
+
+
+def test_a_finished_run_loads_no_language_model(config, whole, monkeypatch):
+    monkeypatch.setattr(feeds, "load_llm", lambda *_: pytest.fail("a model was loaded"))
+    assert torch.equal(fit(replace(config, output=whole)).normalizer.mean, GLP.from_pretrained(whole).normalizer.mean)
+    for change, name in [
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"text": replace(config.text, heldout=0.2)}, "source_of_rows"),
+        ({"layers": [2]}, "source_of_rows"),
+    ]:
+        with pytest.raises(InputError, match=f"holds a finished run with {name}"):
+            fit(replace(config, output=whole, **change))
+
+
+def follow(store: str, output: str, **options) -> subprocess.Popen:
+    """`latentprior train --follow` in a process of its own."""
+    arguments = {"--store": store, "--output": output, "--device": "cpu", "--blocks": "1", "--log-every": "1"} | options
+    command = [sys.executable, "-m", "latentprior.cli", "train", "--follow"]
+    for name, value in arguments.items():
+        command += [name, value]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def terminated(process: subprocess.Popen) -> str:
+    """What it says when it is asked to end, with the status of one that was."""
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60.0)
+    assert process.returncode == 143
+    return said
+
+
+def test_a_follower_that_waits_for_its_first_rows_can_be_terminated(tmp_path):
+    process = follow(str(tmp_path / "store"), str(tmp_path / "prior"))
+    while not (tmp_path / "prior" / ".lock").exists():  # it is in the folder, and has SIGTERM's handler soon
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert f"stopped while waiting for more of {tmp_path / 'store'}" in " ".join(terminated(process).split())
+    assert not (tmp_path / "prior").exists()
+
+
+def test_a_follower_that_waits_for_more_saves_its_state(tmp_path):
+    point, rows = Hookpoint("tiny", 1, 8), 300
+    number = torch.arange(rows)
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0))
+    writer = StoreWriter(tmp_path / "store", [point], dtype="float32", shard_rows=rows, source={})
+    writer.append(ActivationBatch(x, torch.ones(rows).long(), number, number, number), next_batch=1, left_out={})
+    output = tmp_path / "prior"
+    recipe = {"--recipe": '{"batch_size": 64}', "--statistics": "100", "--activations": "640"}
+    process = follow(str(tmp_path / "store"), str(output), **recipe)
+    while not (output / "log.jsonl").exists() or '"step": 4,' not in (output / "log.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    terminated(process)
+    assert [state.name for state in complete_states(output / "steps")] == ["4"]

@@ -15,7 +15,7 @@ from latentprior.config import ConvertConfig
 from latentprior.errors import InputError, unknown
 from latentprior.files import check_folder
 from latentprior.hooks import Hookpoint
-from latentprior.locks import locked
+from latentprior.locks import LOCK, locked
 from latentprior.manifest import MANIFEST
 from latentprior.prior import GLP
 from latentprior.store import ActivationStore
@@ -145,7 +145,7 @@ def _clear(folder: Path) -> None:
     Raises:
         InputError: something else lies there; nothing is removed then.
     """
-    there = list(folder.iterdir()) if folder.is_dir() else []
+    there = [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
     for path in there:
         if path.is_dir() or not any(path.match(pattern) for pattern in WRITTEN):
             raise InputError(f"{folder} holds {path.name!r}, which no conversion leaves: choose another output")

@@ -242,7 +242,9 @@ def store_bytes_per_activation(width: int, *, item: int = 2) -> float:
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest of many square matrix products on `device`: what an MFU is a share of.
+    """FLOP/s of the fastest of many square matrix products on `device`.
+
+    What a run reaches of it is no MFU: that is a share of the chip's peak by its data sheet (`data_sheet_peak`).
 
     Args:
         dtype: float32 or bfloat16.
@@ -259,6 +261,27 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
             torch.mm(a, b, out=product)
         fastest = min(fastest, (_now(device) - start) / repeats)
     return 2 * size**3 / fastest
+
+
+_CHIP_OF = {  # by the name that a CUDA device tells; variants with other peaks (PCIe, NVL, MIG slices) have other names
+    "NVIDIA A100-SXM4-40GB": "A100-40",
+    "NVIDIA A100-PCIE-40GB": "A100-40",
+    "NVIDIA A100-SXM4-80GB": "A100-80",
+    "NVIDIA A100 80GB PCIe": "A100-80",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX-4090",
+}
+
+
+def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of `device` by its vendor's data sheet; None unless it is one of `CHIPS` and `dtype` is bfloat16."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    chip = _CHIP_OF.get(torch.cuda.get_device_name(device))
+    return None if chip is None else CHIPS[chip].tflops * 1e12
 
 
 def _now(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,37 +82,46 @@ class Feed(ABC):
 
 
 class StoreFeed(Feed):
-    """A finished store, gone through in random order as often as needed."""
+    """A finished store, or some of its layers, gone through in random order as often as needed."""
 
-    def __init__(self, store: ActivationStore, deal: Deal, seed: int) -> None:
-        self.store, self.hookpoints, self.source = store, tuple(store.hookpoints), store.manifest["source"]
+    def __init__(self, store: ActivationStore, deal: Deal, seed: int, layers: Sequence[int] = ()) -> None:
+        self.store, self.source = store, store.manifest["source"]
+        self.layers = _chosen(store, layers)
+        self.hookpoints = tuple(h for h in store.hookpoints if h.layer in self.layers)
+        self._rows = len(store.rows_at(self.layers))
         # By its rows: the folder may move.
-        self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": len(store)}
+        self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": self._rows}
+        if len(self.layers) < len(store.layers):
+            self.identity["layers"] = self.layers
         self._deal, self._seed = deal, seed
-        store.batches(deal.batch)  # refuses a store smaller than a batch
+        store.batches(deal.batch, layers=self.layers)  # refuses fewer rows than a batch
 
     def normalizer(self, recipe: Recipe) -> Normalizer:
+        moments = self.store.moments().at(self.layers)
         if recipe.normalizer == "whitened":
-            return Normalizer.whitened(self.store.moments(), _covariance(self.store))
-        return Normalizer.from_moments(self.store.moments())
+            return Normalizer.whitened(moments, _covariance(self.store, self.layers))
+        return Normalizer.from_moments(moments)
 
     def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
         own = self._deal.positions()
-        for x, layer in self.store.batches(self._deal.batch, seed=self._seed, start=step, own=own):
+        of = self.store.batches(self._deal.batch, seed=self._seed, start=step, own=own, layers=self.layers)
+        for x, layer in of:
             yield Batch(x, layer)
 
     def distinct(self, rows: int) -> int:
-        return min(rows, len(self.store))
+        return min(rows, self._rows)
 
 
 class FollowFeed(Feed):
     """A store that another process is recording: every row once, in the order of the shards."""
 
-    def __init__(self, config: TrainConfig, deal: Deal) -> None:
+    def __init__(self, config: TrainConfig, deal: Deal, stop: Callable[[], bool]) -> None:
         if deal.world.size > 1:
             raise InputError("a store that is being recorded is followed by one process: train with --from llm instead")
-        self.config, self.deal = config, deal
-        self.store = wait_for_rows(config.store, config.statistics, config.wait_seconds)
+        self.config, self.deal, self._stop = config, deal, stop
+        self.store = wait_for_rows(config.store, config.statistics, config.wait_seconds, stop=stop)
+        if len(_chosen(self.store, config.layers)) < len(self.store.layers):
+            raise InputError(f"a store that is followed gives all its layers, {list(self.store.layers)}: omit --layers")
         self.hookpoints = tuple(self.store.hookpoints)
         self.source: dict[str, Any] = self.store.manifest["source"]
         self.identity = {"source_of_rows": self.source, "statistics": config.statistics}
@@ -134,6 +143,7 @@ class FollowFeed(Feed):
             seed=self.config.seed,
             state=position,
             wait_seconds=self.config.wait_seconds,
+            stop=self._stop,
             on_wait=lambda: self.save(),  # the recorder waits for a release, which follows a save
         )
         for x, layer in self._follower:
@@ -165,9 +175,7 @@ class LiveFeed(Feed):
         place = torch.device("cpu") if config.buffer_device == "cpu" else device
         check_memory(turns * deal.most_rows * self._source.width * parameter.element_size(), place)
         self._source.open()  # wrong files and columns show before anything is computed
-        values = to_dict(config)
-        self.source = {key: values[key] for key in STREAM_ONLY} | {"blocks": n_blocks}
-        self.source["llm"] = {key: value for key, value in values["llm"].items() if key not in ("device", "device_map")}
+        self.source = stream_source(config) | {"blocks": n_blocks}
         self.identity = {"source_of_rows": self.source, "turns": turns, "lanes": deal.lanes}
         self._turns, self._place = turns, place
         self._stream: Stream | None = None
@@ -226,17 +234,29 @@ class LiveFeed(Feed):
             self._keep.close()
 
 
-def open_feed(config: TrainConfig, deal: Deal, device: torch.device) -> Feed:
+def stream_source(config: TrainConfig) -> dict[str, Any]:
+    """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
+    values = to_dict(config)
+    source = {key: values[key] for key in STREAM_ONLY}
+    source["llm"] = {key: value for key, value in values["llm"].items() if key not in ("device", "device_map")}
+    return source
+
+
+def open_feed(config: TrainConfig, deal: Deal, device: torch.device, stop: Callable[[], bool] = lambda: False) -> Feed:
     """What `config` says to train on, checked before anything is computed.
+
+    Args:
+        stop: asked while waiting for rows.
 
     Raises:
         InputError: an unusable store, model, layer, text or buffer.
+        Stopped: `stop` said so.
     """
     if config.source == "llm":
         return LiveFeed(config, deal, device)
     if config.follow:
-        return FollowFeed(config, deal)
-    return StoreFeed(ActivationStore(config.store), deal, config.seed)
+        return FollowFeed(config, deal, stop)
+    return StoreFeed(ActivationStore(config.store), deal, config.seed, config.layers)
 
 
 def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None = None) -> Moments:
@@ -252,9 +272,21 @@ def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None
     return Moments.from_state_dict(load_file(path))
 
 
-def _covariance(store: ActivationStore) -> Tensor:
-    """Covariance [L, d, d] of all rows of a store."""
-    total = Covariance(store.layers, store.width)
-    for indices in torch.arange(len(store)).split(2**16):
+def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
+    """The store's layers that are named, in its order; all of them if none is.
+
+    Raises:
+        InputError: a layer that the store does not have.
+    """
+    for layer in layers:
+        if layer not in store.layers:
+            raise InputError(f"{store.folder} holds no layer {layer}, only {list(store.layers)}")
+    return [layer for layer in store.layers if not layers or layer in layers]
+
+
+def _covariance(store: ActivationStore, layers: Sequence[int]) -> Tensor:
+    """Covariance [L, d, d] of all rows of some layers of a store."""
+    total = Covariance(layers, store.width)
+    for indices in store.rows_at(layers).split(2**16):
         total.update(store.rows(indices), store.metadata(indices)[0])
     return total.covariance()

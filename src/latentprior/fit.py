@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from latentprior.denoiser import Denoiser
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.distributed import Deal, World, joined, lanes_for
 from latentprior.errors import InputError, Stopped
-from latentprior.feeds import STREAM_ONLY, Feed, open_feed
+from latentprior.feeds import STREAM_ONLY, Feed, open_feed, stream_source
 from latentprior.files import replace_text
 from latentprior.hooks import same_places
+from latentprior.locks import locked_by_first
 from latentprior.optim import initialise
 from latentprior.placement import check_float8, placed
 from latentprior.prior import GLP
@@ -56,12 +57,14 @@ def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
         report: gets activations done and in all, with the latest losses.
 
     Raises:
-        InputError: an unusable store, model or text, held-out activations of another hookpoint, or a folder with
-            another run.
+        InputError: an unusable store, model or text, held-out activations of another hookpoint, a folder with another
+            run, or one that another process trains in.
         Diverged: a loss that is not finite; the last saved state is kept.
         Stopped: SIGTERM was received; the state was saved.
     """
-    with joined(config.device) as world, _sigterm() as stop:
+    with joined(config.device) as world, ExitStack() as held, _sigterm() as stop:
+        for folder in filter(None, (config.output, config.record_to)):
+            held.enter_context(locked_by_first(folder, world))
         return _fit(config, world, report if world.main else silent, stop)
 
 
@@ -70,14 +73,16 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
     recipe = config.resolved_recipe()
     device = resolve_device(config.device)
     output = Path(config.output)
-    before = latest(output / "steps")
-    deal = Deal(recipe.batch_size, _lanes(config, before, world), world)
+    deal = Deal(recipe.batch_size, _lanes(config, latest(output / "steps"), world), world)
     if config.float8:
         check_float8(device)
-    feed = open_feed(config, deal, device)
-    settings = _settings(config, feed, deal)
-    if (output / "train.json").is_file():
-        return _finished(output, settings)
+    before = _finished_settings(output)
+    if before is not None and config.source == "llm":  # before the language model is loaded
+        return _finished(output, before, _settings(config, deal, _stream_settings(config, before)))
+    feed = open_feed(config, deal, device, stop)
+    settings = _settings(config, deal, feed.identity | {"hookpoints": [h.to_dict() for h in feed.hookpoints]})
+    if before is not None:
+        return _finished(output, before, settings)
     saved = latest(output / "steps", settings)  # refuses the state of another run
     heldout = _heldout_store(config, feed)
 
@@ -112,7 +117,8 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
             raise
         run.end_early(state, str(ended))
     except Stopped:
-        run.save(state)
+        if state.step:
+            run.save(state)
         raise
     finally:
         run.close()
@@ -173,14 +179,20 @@ def _placed_state(config: TrainConfig, feed: Feed, world: World, device: torch.d
     return State.start(denoiser, recipe, model)
 
 
-def _settings(config: TrainConfig, feed: Feed, deal: Deal) -> dict[str, Any]:
+def _settings(config: TrainConfig, deal: Deal, of_feed: dict[str, Any]) -> dict[str, Any]:
     """What decides the weights: two runs that agree in this are one run."""
     values = to_dict(replace(config, recipe=to_dict(config.resolved_recipe())))
     for key in (*IRRELEVANT, *STREAM_ONLY):
         del values[key]
-    values |= feed.identity
-    values |= {"hookpoints": [h.to_dict() for h in feed.hookpoints], "lanes": deal.lanes}
+    values |= of_feed | {"lanes": deal.lanes}
     return json.loads(json.dumps(values))  # tuples to lists, as the saved settings come back
+
+
+def _stream_settings(config: TrainConfig, before: dict[str, Any]) -> dict[str, Any]:
+    """A stream's own part of the settings; what only the language model could tell is taken from an earlier run."""
+    blocks = before.get("source_of_rows", {}).get("blocks")
+    told = {key: before[key] for key in ("hookpoints", "turns") if key in before}
+    return {"source_of_rows": stream_source(config) | {"blocks": blocks}} | told
 
 
 def _heldout_store(config: TrainConfig, feed: Feed) -> Batch | None:
@@ -188,15 +200,21 @@ def _heldout_store(config: TrainConfig, feed: Feed) -> Batch | None:
     if config.heldout is None:
         return None
     heldout = ActivationStore(config.heldout)
-    if not same_places(heldout.hookpoints, feed.hookpoints):
+    layers = [h.layer for h in feed.hookpoints] if config.layers else heldout.layers
+    if not same_places([h for h in heldout.hookpoints if h.layer in layers], feed.hookpoints):
         raise InputError(f"{config.heldout} was recorded at other hookpoints than the activations to train on")
-    size = min(config.heldout_activations, len(heldout))
-    return Batch(*next(heldout.batches(size, seed=0)))
+    size = min(config.heldout_activations, len(heldout.rows_at(layers)))
+    return Batch(*next(heldout.batches(size, seed=0, layers=layers)))
 
 
-def _finished(output: Path, settings: dict[str, Any]) -> GLP:
+def _finished_settings(output: Path) -> dict[str, Any] | None:
+    """The settings of the run that is complete in `output`, if there is one."""
+    path = output / "train.json"
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else None
+
+
+def _finished(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> GLP:
     """The prior of a run that was complete already."""
-    before = json.loads((output / "train.json").read_text(encoding="utf-8"))["settings"]
     if difference := changed_setting(before, settings):
         raise InputError(f"{output} holds a finished run with {difference}: choose another output")
     return GLP.from_pretrained(output)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentprior import handover
 from latentprior import manifest as files
-from latentprior.errors import InputError
+from latentprior.errors import InputError, Stopped
 from latentprior.store import ActivationStore, Shard
 
 Batch = tuple[Tensor, Tensor | None]
@@ -26,7 +26,14 @@ Batch = tuple[Tensor, Tensor | None]
 POLL = 0.2  # seconds before the second look; then doubling
 
 
-def wait_for_rows(folder: str | Path, rows: int, wait_seconds: float, *, poll: float = POLL) -> ActivationStore:
+def wait_for_rows(
+    folder: str | Path,
+    rows: int,
+    wait_seconds: float,
+    *,
+    poll: float = POLL,
+    stop: Callable[[], bool] = lambda: False,
+) -> ActivationStore:
     """Open a store once enough is recorded to take statistics from.
 
     Args:
@@ -35,16 +42,19 @@ def wait_for_rows(folder: str | Path, rows: int, wait_seconds: float, *, poll: f
             for a trainer: more would never come.
         wait_seconds: give up if nothing new comes for this long.
         poll: seconds before the second look.
+        stop: asked at every look, at least once a second.
 
     Returns:
         The store as it is then, its moments read.
 
     Raises:
         InputError: nothing new came, or the store cannot be read.
+        Stopped: `stop` said so.
     """
     folder, recorded = Path(folder), -1
     while True:
         for _ in handover.looks(wait_seconds, poll):
+            _check_stop(stop, folder)
             if (folder / files.MANIFEST).exists():
                 manifest = files.read_manifest(folder)
                 before, recorded = recorded, manifest["evicted"] + manifest["rows"]
@@ -77,6 +87,7 @@ class Follower(Iterator[Batch]):
         state: Mapping[str, int] | None = None,
         wait_seconds: float = 600.0,
         poll: float = POLL,
+        stop: Callable[[], bool] = lambda: False,
         on_wait: Callable[[], object] | None = None,
     ) -> None:
         """Begin at `state`, or at the oldest shard; until the next `release` the recorder keeps everything from there.
@@ -88,13 +99,14 @@ class Follower(Iterator[Batch]):
             state: what `state` of another follower of this store gave.
             wait_seconds: give up if nothing new comes for this long.
             poll: seconds before the second look for more; the pause doubles up to a second.
+            stop: asked at every look; if it says so, the next batch raises `Stopped`, and `state` is that before it.
             on_wait: see above.
 
         Raises:
             InputError: no store, a batch that is larger than a shard, a state that is not of this store, or whose shard
                 was removed.
         """
-        self.folder, self.on_wait = Path(folder), on_wait
+        self.folder, self.on_wait, self._stop = Path(folder), on_wait, stop
         self._batch_size, self._seed, self._wait_seconds, self._poll = batch_size, seed, wait_seconds, poll
         self._manifest = files.read_manifest(self.folder)
         self._opened: _Opened | None = None
@@ -152,6 +164,7 @@ class Follower(Iterator[Batch]):
 
     def _wait(self, on_wait: Callable[[], object] | None) -> None:
         for _ in handover.looks(self._wait_seconds, self._poll):
+            _check_stop(self._stop, self.folder)
             # In this order: a recorder that waits for room has written all that it can.
             stuck = handover.is_waiting(self.folder)
             self._look()
@@ -219,6 +232,11 @@ def _open_live(folder: Path) -> ActivationStore:
         except InputError:
             if files.read_manifest(folder) == before:
                 raise
+
+
+def _check_stop(stop: Callable[[], bool], folder: Path) -> None:
+    if stop():
+        raise Stopped(f"stopped while waiting for more of {folder}")
 
 
 def _given_up(folder: Path, seconds: float) -> InputError:

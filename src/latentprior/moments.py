@@ -103,6 +103,21 @@ class Moments:
         self._combine(slice(None), other.count, other.mean, other.m2, other.norm_sum)
         return self
 
+    def at(self, layers: Sequence[int]) -> Moments:
+        """The moments of some of the layers, in this order.
+
+        Raises:
+            InputError: a layer that is not among these, twice or none at all.
+        """
+        for layer in layers:
+            if layer not in self.layers:
+                raise unknown("layer", layer, self.layers)
+        chosen = Moments(layers, self.width)
+        slots = [self.layers.index(layer) for layer in layers]
+        for name in _TENSORS:
+            setattr(chosen, name, getattr(self, name)[slots])
+        return chosen
+
     def variance(self) -> Tensor:
         """Population variance of each dimension, [L, d]; nan for a layer without rows."""
         return self.m2 / self.count[:, None]

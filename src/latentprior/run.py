@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentprior.checkpoint import save_state
 from latentprior.config import DenoiserConfig, Recipe, TrainConfig, to_dict
-from latentprior.cost import matrix_peak, muon_flops_per_step, training_flops_per_activation
+from latentprior.cost import data_sheet_peak, matrix_peak, muon_flops_per_step, training_flops_per_activation
 from latentprior.denoiser import Denoiser
 from latentprior.distributed import Deal
 from latentprior.feeds import Feed
@@ -64,6 +64,7 @@ class Run:
             path = self.output / "log.jsonl"
             self.log = Log(path, track=self.config.track, config=to_dict(self.config), resume_step=state.step)
         self.peak = matrix_peak(self.normalizer.mean.device, self.precision)
+        self.data_sheet = data_sheet_peak(self.normalizer.mean.device, self.precision)
         self.work = step_flops(state.denoiser.config, self.config.resolved_recipe(), len(self.feed.hookpoints))
         if position is None:
             self.evaluate(state)
@@ -171,8 +172,9 @@ class Run:
         if self.log is not None:
             line = {"step": state.step, "activations": self.activations, "loss": loss}
             line |= {"gradient_norm": float(figures["gradient_norm"]), "learning_rate": figures["learning_rate"]}
-            mfu = rate * self.work / (self.deal.batch * self.peak * self.world.size)
-            self.log.write(line | {"per_second": rate, "mfu": mfu})
+            flops = rate * self.work / (self.deal.batch * self.world.size)
+            line |= {"per_second": rate, "measured_peak_share": flops / self.peak}
+            self.log.write(line | ({"mfu": flops / self.data_sheet} if self.data_sheet else {}))
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

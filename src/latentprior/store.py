@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,8 +215,28 @@ class ActivationStore:
         layer, doc, position, token = self.metadata(indices)
         return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
 
+    def rows_at(self, layers: Sequence[int]) -> Tensor:
+        """Numbers [n] int64 of the rows of `layers`, in the store's order.
+
+        Raises:
+            InputError: a layer that the store does not have, or a damaged file.
+        """
+        for layer in layers:
+            if layer not in self.layers:
+                raise unknown("layer", layer, self.layers)
+        if set(layers) == set(self.layers):
+            return torch.arange(len(self))
+        return torch.isin(self._column("layer"), torch.tensor(list(layers))).nonzero().squeeze(1)
+
     def batches(
-        self, batch_size: int, *, seed: int = 0, start: int = 0, drop_last: bool = True, own: Tensor | None = None
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        drop_last: bool = True,
+        own: Tensor | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Shuffled batches without end, one permutation of all rows for each epoch.
 
@@ -229,27 +249,41 @@ class ActivationStore:
             start: batches to skip.
             drop_last: leave out the short batch at the end of an epoch.
             own: places [b] within each batch; only these rows are read, as by one of several processes.
+            layers: take only rows of these; of all by default.
 
         Yields:
-            x [B, d] in the stored dtype and layer [B] int64, or None for a store of one layer.
+            x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer.
 
         Raises:
-            InputError: a store smaller than one batch, or a negative `start`.
+            InputError: fewer rows than one batch, a negative `start`, or a layer that the store does not have.
         """
         if batch_size < 1 or start < 0:
             raise InputError(f"batches need batch_size >= 1 and start >= 0, got {batch_size} and {start}")
-        per_epoch = len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        layers = self.layers if layers is None else layers
+        rows = None if set(layers) == set(self.layers) else self.rows_at(layers)
+        count = len(self) if rows is None else len(rows)
+        per_epoch = count // batch_size if drop_last else -(-count // batch_size)
         if not per_epoch:
-            raise InputError(f"{self.folder} holds {len(self)} rows, less than one batch of {batch_size}")
-        return self._batches(batch_size, seed, start, per_epoch, own)
+            of = "" if rows is None else f" of layers {list(layers)}"
+            raise InputError(f"{self.folder} holds {count} rows{of}, less than one batch of {batch_size}")
+        layer = self._column("layer") if len(layers) > 1 else None
+        return self._batches(rows, layer, batch_size, seed, start, per_epoch, own)
 
     def _batches(
-        self, batch_size: int, seed: int, start: int, per_epoch: int, own: Tensor | None
+        self,
+        rows: Tensor | None,
+        layer: Tensor | None,
+        batch_size: int,
+        seed: int,
+        start: int,
+        per_epoch: int,
+        own: Tensor | None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        layer = self._column("layer") if len(self.layers) > 1 else None
+        count = len(self) if rows is None else len(rows)
         first_epoch, first = divmod(start, per_epoch)
         for epoch in itertools.count(first_epoch):
-            order = torch.randperm(len(self), generator=keyed_generator(seed, epoch))
+            order = torch.randperm(count, generator=keyed_generator(seed, epoch))
+            order = order if rows is None else rows[order]
             for indices in order.split(batch_size)[first:per_epoch]:
                 indices = indices if own is None else indices[own]
                 yield self.rows(indices), None if layer is None else layer[indices].long()

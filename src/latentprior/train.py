@@ -107,14 +107,18 @@ def train(
     Raises:
         Diverged: a loss or gradient is not finite. The update is not made; a GPU tells one step later.
         Exhausted: `batches` ended early in all processes. Those that end before the others take part without rows.
-        Stopped: `stop` said so.
+        Stopped: `stop` said so, or `batches` did, before the step that they were for.
     """
     deal = deal or Deal(recipe.batch_size)
     device = normalizer.mean.device
     source = iter(batches)
     check = _FiniteCheck()
     while state.step < steps:
-        x, layer, *places = next(source, _no_rows(normalizer))
+        try:
+            x, layer, *places = next(source, _no_rows(normalizer))
+        except Stopped:
+            check.finish()
+            raise
         batch = Batch(x, layer, *places)
         rows, stopping = deal.world.sum(torch.tensor([len(batch.x), int(stop())])).tolist()
         if not rows:
