@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -684,10 +685,67 @@ def test_repositories_are_downloaded_without_intermediate_weights(saved, monkeyp
     assert GLP.from_pretrained("someone/prior", revision="v1").width == D
     with pytest.raises(InputError, match="unknown checkpoint '4096'"):
         GLP.from_pretrained("someone/prior", checkpoint="4096")
-    assert asked == [
-        ("someone/prior", {"revision": "v1", "ignore_patterns": ["checkpoints/*"]}),
-        ("someone/prior", {"revision": None, "ignore_patterns": None}),
+    assert [(repo, options["revision"]) for repo, options in asked] == [
+        ("someone/prior", "v1"),
+        ("someone/prior", None),
     ]
+
+
+OWN = [
+    "config.json",
+    "model.safetensors",
+    *(f"checkpoints/{n}/{f}" for n in (64, 128) for f in ("config.json", "model.safetensors")),
+]
+OFFICIAL = [
+    "config.yaml",
+    "rep_statistics.pt",
+    "final.safetensors",
+    "checkpoints/epoch_1.safetensors",
+    "checkpoints/epoch_2.safetensors",
+]
+OTHERS = [
+    "README.md",
+    "steps/64/shard.safetensors",
+    "optimizer.pt",
+    "log.jsonl",
+    "samples/1.safetensors",
+    "checkpoints/64/optimizer.pt",
+]
+
+
+@pytest.mark.parametrize(
+    ("repository", "checkpoint", "weights"),
+    [
+        (OWN, "final", "model.safetensors"),
+        (OWN, "64", "checkpoints/64/model.safetensors"),
+        (OFFICIAL, "final", "final.safetensors"),
+        (OFFICIAL, "epoch_2", "checkpoints/epoch_2.safetensors"),
+    ],
+)
+def test_only_what_is_needed_is_downloaded(repository, checkpoint, weights, tmp_path, monkeypatch):
+    """The patterns decide what the Hub's own client takes of a list of files."""
+    taken = []
+
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        taken.extend(filter_repo_objects(repository + OTHERS, allow_patterns=allow_patterns))
+        for name in taken:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hub.fetch("someone/prior", revision=None, checkpoint=checkpoint) == tmp_path
+    assert [name for name in taken if name.endswith(".safetensors")] == [weights]
+    described = [name for name in repository if not name.endswith(".safetensors")]
+    assert [name for name in taken if not name.endswith(".safetensors")] == described
+
+
+def test_weights_that_an_official_repository_does_not_have(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    for name in ("epoch_9", "*", "../x", "/etc/x"):
+        with pytest.raises(InputError, match="someone/prior has no checkpoint"):
+            hub.fetch("someone/prior", revision=None, checkpoint=name)
 
 
 def test_push_uploads_what_save_writes(glp, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +16,37 @@ CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")
 
 
 def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
-    """The local folder of a prior, downloaded first if `path_or_repo` is a repository.
+    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository.
 
     Raises:
-        InputError: a folder without a prior, or no such repository.
+        InputError: a folder without a prior, no such repository, or one without this checkpoint.
     """
     folder = Path(path_or_repo)
     if folder.is_dir():
         if not any(any(folder.glob(pattern)) for pattern in CONFIGS):
             raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
         return folder
-    skip = ["checkpoints/*"] if checkpoint == "final" else None  # intermediate weights are many and large
+    weights = weights_of(checkpoint)
+    patterns = [
+        *CONFIGS,
+        "rep_statistics.pt",
+        *map(glob.escape, weights),
+    ]  # all else, other weights above all, is large
     try:
-        return Path(snapshot_download(str(path_or_repo), revision=revision, ignore_patterns=skip))
+        folder = Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"no prior at {str(path_or_repo)!r}: not a folder, and the Hub says: {reason}") from error
+    official = not any(folder.glob(CONFIGS[0])) and not any(folder.glob(CONFIGS[2]))
+    if official and not any((folder / name).is_file() for name in weights):
+        raise InputError(f"{path_or_repo} has no checkpoint {checkpoint!r}: its files on the Hub show which there are")
+    return folder
+
+
+def weights_of(checkpoint: str) -> list[str]:
+    """Where the weights of a checkpoint can lie in a prior of this project's format or of the official one."""
+    own = "model.safetensors" if checkpoint == "final" else f"checkpoints/{checkpoint}/model.safetensors"
+    return [own, f"{checkpoint}.safetensors", f"checkpoints/{checkpoint}.safetensors"]
 
 
 def upload(save: Callable[[str], Path], repo: str, *, private: bool, revision: str | None) -> str:
