@@ -6,8 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import FAMILIES, LAYERS
 from latentprior.errors import InputError
-from latentprior.evaluate.lm_loss import LMLoss, delta, lm_losses
+from latentprior.evaluate.lm_loss import LMLoss, _document_losses, delta, lm_losses
+from latentprior.hooks import edit, find_blocks
+from latentprior.random import keyed_generator, normal
+from latentprior.rewrite import rewrite
 from latentprior.text import Document
 from latentprior.tokens import tokenize
 
@@ -67,6 +71,78 @@ def test_no_two_batches_of_any_two_seeds_have_the_same_noise(tiny_llm, batches):
     for seed in range(3):
         lm_losses(tiny_llm("llama"), batches, LAYER, {"keep": keep}, seed=seed)
     assert len(set(noises)) == 3 * len(batches)
+
+
+REPLACEMENTS = {
+    "half": lambda x, eps: x / 2,
+    "noise": lambda x, eps: x + eps,
+    "zero": lambda x, eps: torch.zeros_like(x),
+}
+
+
+def whole_passes(model, batches, side) -> dict[str, torch.Tensor]:
+    """The losses of each replacement when all blocks run for each of them."""
+    losses = {}
+    for name, replacement in REPLACEMENTS.items():
+        parts = []
+        for batch in batches:
+
+            def replace(x, site, batch=batch, replacement=replacement):
+                return replacement(x, normal(*x.shape, seed=keyed_generator(0, batch.index)))
+
+            with rewrite(model, {LAYER: replace}, side=side):
+                parts.append(_document_losses(model, batch))
+        losses[name] = torch.cat(parts)
+    return losses
+
+
+def runs_of_blocks(model, counts: list[int]) -> None:
+    """Count in `counts` how often each block really runs."""
+    for i, block in enumerate(find_blocks(model)):
+        first = next(module for module in block.modules() if module is not block and not list(module.children()))
+        first.register_forward_pre_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "side"),
+    [(family, side) for family in FAMILIES for side in ("output", "input", "mlp") if (family, side) != ("opt", "mlp")],
+)
+def test_blocks_before_the_replacement_run_once_and_nothing_changes(tiny_llm, batches, family, side):
+    model = tiny_llm(family)
+    expected = whole_passes(model, batches, side)
+    forwards = [vars(block).get("forward") for block in find_blocks(model)]
+    counts = [0] * LAYERS
+    runs_of_blocks(model, counts)
+    losses = lm_losses(model, batches, LAYER, REPLACEMENTS, side=side)
+    for name, total in expected.items():
+        assert torch.equal(losses[name].total, total), name
+    skipped = LAYER + (side == "output")
+    once, each = len(batches), len(batches) * (1 + len(REPLACEMENTS)) + 1  # and the first batch's check
+    assert [count // counts[0] for count in counts[:skipped]] == [1] * skipped
+    assert counts[-1] * once == counts[0] * each
+    assert [vars(block).get("forward") for block in find_blocks(model)] == forwards
+
+
+def test_a_model_whose_blocks_share_more_than_they_return_runs_whole(tiny_llm, batches):
+    """The first block leaves something behind that the last one uses up."""
+    model = tiny_llm("llama")
+    blocks, left = find_blocks(model), []
+    blocks[0].register_forward_pre_hook(lambda *_: left.clear())
+    blocks[0].mlp.register_forward_hook(lambda _module, _args, out: left.append(out))
+    blocks[-1].register_forward_hook(lambda _module, _args, out: out + left.pop())
+    expected = whole_passes(model, batches, "output")
+    losses = lm_losses(model, batches, LAYER, REPLACEMENTS)
+    for name, total in expected.items():
+        assert torch.equal(losses[name].total, total), name
+
+
+def test_an_edit_that_is_open_already_is_made_once(tiny_llm, batches):
+    model = tiny_llm("llama")
+    with edit(model, {0: lambda h: 2 * h}):
+        expected = whole_passes(model, batches, "output")
+        losses = lm_losses(model, batches, LAYER, REPLACEMENTS)
+    for name, total in expected.items():
+        assert torch.equal(losses[name].total, total), name
 
 
 def test_weighting():

@@ -8,10 +8,13 @@ found from the model itself, so any decoder-only architecture works.
 from latentprior.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
 from latentprior.hooks.hookpoint import Hookpoint, same_places
 from latentprior.hooks.passes import ForwardInputs, cache_argument, capture, edit, forward_inputs, run_cut
+from latentprior.hooks.replay import Outputs, blocks_before, keeping, replaying
 
 __all__ = [
     "ForwardInputs",
     "Hookpoint",
+    "Outputs",
+    "blocks_before",
     "cache_argument",
     "capture",
     "drop_blocks_after",
@@ -19,6 +22,8 @@ __all__ = [
     "find_blocks",
     "forward_inputs",
     "forward_parameters",
+    "keeping",
+    "replaying",
     "run_cut",
     "same_places",
     "text_config",
