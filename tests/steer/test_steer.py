@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from latentprior.config import JudgeConfig, SteerConfig
 from latentprior.errors import InputError
 from latentprior.report import render
-from latentprior.steer import Direction, read_direction, run
+from latentprior.steer import Direction, cases, read_direction, run
 from latentprior.steer.cases import Case
+from latentprior.steer.direction import write_direction
 from latentprior.steer.prompts import tokenized
 
 PROMPTS = ["The quick brown", "A language model keeps what", "She"]
@@ -45,12 +47,13 @@ def run_it(tiny_llm, tiny_tokenizer, glp, tmp_path, monkeypatch) -> Callable[...
     direction = Direction.of(vector, glp.hookpoints[0], "vowels, test", "random", seed=0)
     case = Case(direction, tokenized(tiny_tokenizer, PROMPTS), vowels, {"name": "share of vowels"}, "vowels")
     monkeypatch.setattr(run, "cases_of", lambda *_: [case])
+    monkeypatch.setattr(run, "check_named", lambda *_: [])
     prior = str(glp.save_pretrained(tmp_path / "prior"))
 
-    def with_options(folder: str = "out", **options: Any) -> dict[str, Any]:
+    def with_options(folder: str = "out", llm: Callable | None = None, **options: Any) -> dict[str, Any]:
         settings = {"methods": ["plain", "repaired", "paired"], "both_signs": False, "prompts": 3, "new_tokens": 5}
         config = SteerConfig(output=str(tmp_path / folder), priors=[prior], **settings | options)
-        return run.experiment(config, lambda: (tiny_llm("llama"), tiny_tokenizer))
+        return run.experiment(config, llm or (lambda: (tiny_llm("llama"), tiny_tokenizer)))
 
     return with_options
 
@@ -99,6 +102,47 @@ def test_an_experiment_repeats_itself_and_goes_on_from_what_is_there(run_it, tmp
     assert tables[0].equals(tables[1]) and len(tables[0]) == 3 * (1 + 3 * 2)
 
 
+def test_a_finished_experiment_loads_no_model(run_it, tmp_path):
+    first = run_it(strengths=[0.5])
+    assert run_it(llm=never, strengths=[0.5]) == json.loads(json.dumps(first))
+    loaded = "loaded too early"
+    with pytest.raises(AssertionError, match=loaded):
+        run_it(llm=never, strengths=[0.5], examples=1)  # another page
+    with pytest.raises(AssertionError, match=loaded):
+        run_it(llm=never, strengths=[0.5], methods=["plain", "repaired", "paired", "guided"])
+    for file in ("results.parquet", next((tmp_path / "out" / "cells").glob("paired-*")).name):
+        (path,) = (tmp_path / "out").rglob(file)
+        kept = path.read_bytes()
+        path.unlink()
+        with pytest.raises(AssertionError, match=loaded):
+            run_it(llm=never, strengths=[0.5])
+        path.write_bytes(kept)
+    path = tmp_path / "out" / "steer.json"
+    changed = {"ratings": {"failed": 1}}, {"priors": {}}
+    for change in changed:
+        path.write_text(json.dumps(first | change))
+        with pytest.raises(AssertionError, match=loaded):
+            run_it(llm=never, strengths=[0.5])
+
+
+def test_directions_that_are_not_there_are_found_before_the_model_is_loaded(glp, tmp_path, monkeypatch):
+    prior = glp.save_pretrained(tmp_path / "prior")
+    monkeypatch.setattr(cases, "binary_task", lambda name: ([], []))
+    out = str(tmp_path / "out")
+    files = {"experiment": "files", "output": out}
+    assert "no-such.safetensors" in refusal(prior, directions=[str(tmp_path / "no-such.safetensors")], **files)
+    vector = torch.randn(glp.width, generator=torch.Generator().manual_seed(0))
+    for name, layer in (("far", 3), ("near", 1)):
+        point = replace(glp.hookpoints[0], layer=layer)
+        write_direction(Direction.of(vector, point, name, "random", seed=0), tmp_path / f"{name}.safetensors")
+    near, far = (str(tmp_path / f"{name}.safetensors") for name in ("near", "far"))
+    assert "belongs to" in refusal(prior, directions=[far], **files)
+    assert "two directions have the same name" in refusal(prior, directions=[near, near], **files)
+    assert "unknown trait 'quiet'" in refusal(prior, experiment="persona", directions=["quiet"], output=out)
+    assert "no-sae" in refusal(prior, experiment="sae", sae=str(tmp_path / "no-sae"), output=out)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_written_is_what_is_returned_and_drawn(run_it, tmp_path):
     result = run_it(strengths=[0.5, 1.0], examples=1)
     assert json.loads((tmp_path / "out" / "steer.json").read_text()) == json.loads(json.dumps(result))
@@ -129,7 +173,8 @@ def test_what_can_be_refused_is_refused_before_the_model_is_loaded(glp, tiny_glp
     assert "hookpoints" in refusal(glp.save_pretrained(tmp_path / "without hookpoints"))
 
 
-def test_a_model_that_the_prior_does_not_know_is_refused(glp, tiny_llm, tiny_tokenizer, tmp_path):
+def test_a_model_that_the_prior_does_not_know_is_refused(glp, tiny_llm, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "check_named", lambda *_: [])
     config = SteerConfig(priors=[str(glp.save_pretrained(tmp_path / "prior"))], output=str(tmp_path / "out"))
     with pytest.raises(InputError, match="tiny-gpt2"):
         run.experiment(config, lambda: (tiny_llm("gpt2"), tiny_tokenizer))

@@ -62,6 +62,27 @@ def cases_of(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoi
     )
 
 
+def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
+    """Find what is wrong with what `config` names (files, traits, task, latents, store) before a model is loaded.
+
+    Returns:
+        the directions, if they are from files.
+
+    Raises:
+        InputError: as `cases_of`.
+    """
+    if config.experiment in ("sentiment", "files"):
+        binary_task(config.task)
+    if config.experiment == "persona":
+        _traits(config)
+    if config.experiment == "sae":
+        sae_at(str(config.sae), hookpoint, model=config.llm.model)
+        ActivationStore(config.store)
+        for name in config.directions:
+            _number(name)
+    return directions_in_files(config, hookpoint) if config.experiment == "files" else []
+
+
 # -- sentiment -----------------------------------------------------------------------------------------------------
 
 DIRECTIONS = ("difference_of_means", "probe", "pca")
@@ -131,12 +152,18 @@ def _labelled(
     config: SteerConfig, model: Any, tokenizer: Any
 ) -> tuple[list[str], list[int], ConceptClassifier, Prompts]:
     """The texts and labels of the task, the judge that learned from them, and prompts that it finds neutral."""
-    texts, labels = corpus.labelled(config.task)
-    if set(labels) != {0, 1}:
-        raise InputError(f"the task {config.task!r} is not binary: it has {len(set(labels))} classes")
+    texts, labels = binary_task(config.task)
     texts, labels = texts[: config.labelled], labels[: config.labelled]
     judge = ConceptClassifier(texts, labels, features_for(model, tokenizer, config.reading))
     return texts, labels, judge, tokenized(tokenizer, neutral_beginnings(config, tokenizer, judge))
+
+
+def binary_task(name: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of an embedded task; one that is not there or not binary is an `InputError`."""
+    texts, labels = corpus.labelled(name)
+    if set(labels) != {0, 1}:
+        raise InputError(f"the task {name!r} is not binary: it has {len(set(labels))} classes")
+    return texts, labels
 
 
 def neutral_beginnings(config: SteerConfig, tokenizer: Any, judge: Judge) -> list[str]:
@@ -177,12 +204,22 @@ def _described(judge: Any) -> dict[str, Any]:
 
 
 def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
+    directions = directions_in_files(config, hookpoint)
     _, _, judge, prompts = _labelled(config, model, tokenizer)
+    return [Case(d, prompts, judge, _described(judge), f"the concept of task {config.task}") for d in directions]
+
+
+def directions_in_files(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
+    """The directions of the experiment "files".
+
+    Raises:
+        InputError: no such file, no direction of this place in it, or two of one name.
+    """
     directions = [at(read_any(path, hookpoint), hookpoint, path) for path in config.directions]
     names = [direction.name for direction in directions]
     if len(set(names)) < len(names):
         raise InputError(f"two directions have the same name: {', '.join(names)}")
-    return [Case(d, prompts, judge, _described(judge), f"the concept of task {config.task}") for d in directions]
+    return directions
 
 
 def read_any(path: str, hookpoint: Hookpoint) -> Direction:
@@ -209,12 +246,16 @@ def at(direction: Direction, hookpoint: Hookpoint, path: str) -> Direction:
 
 
 def _personas(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
+    traits = _traits(config)
+    features = features_for(model, tokenizer, config.reading)
+    return [_persona(config, model, tokenizer, hookpoint, trait, features) for trait in traits]
+
+
+def _traits(config: SteerConfig) -> list[Trait]:
     for name in config.directions:
         if name not in TRAITS:
             raise unknown("trait", name, TRAITS)
-    features = features_for(model, tokenizer, config.reading)
-    names = config.directions or TRAITS
-    return [_persona(config, model, tokenizer, hookpoint, TRAITS[name], features) for name in names]
+    return [TRAITS[name] for name in config.directions or TRAITS]
 
 
 def _persona(

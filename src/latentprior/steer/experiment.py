@@ -8,7 +8,7 @@ that are not there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from latentprior.config import SteerConfig, to_dict
 from latentprior.errors import InputError
 from latentprior.files import replace_text
 from latentprior.prior import GLP
+from latentprior.priors import heldout_loss
 from latentprior.progress import Report, silent
 from latentprior.provenance import versions
 from latentprior.rewrite import EditCounts
@@ -38,6 +39,7 @@ from latentprior.steer.methods import PriorRepair
 from latentprior.steer.prompts import Prompts
 
 ADDING = ("output", "priors", "directions", "methods", "examples", "judge", "batch_rows")  # settings that keep cells
+SETTINGS = "settings.json"  # of the cells
 
 
 def _digest(content: bytes) -> str:
@@ -55,8 +57,12 @@ class Cell:
 
     @property
     def file(self) -> str:
-        key = json.dumps([self.case.direction.name, self.method, self.prior])
-        return f"{self.method}-{_digest(key.encode())}.parquet"
+        return file_of(self.case.direction.name, self.method, self.prior)
+
+
+def file_of(direction: str, method: str, prior: str) -> str:
+    """The name of a cell's file."""
+    return f"{method}-{_digest(json.dumps([direction, method, prior]).encode())}.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +167,56 @@ SCHEMA = pa.schema(
 
 
 def cells(config: SteerConfig, cases: Sequence[Case]) -> list[Cell]:
-    """Every cell of an experiment; methods without repair once for all priors."""
+    """Every cell of an experiment."""
+    return [Cell(case, method, prior) for case in cases for method, prior in ways(config)]
+
+
+def ways(config: SteerConfig) -> list[tuple[str, str]]:
+    """The methods, each with every prior; those without repair once for all priors, without a name."""
     methods = list(dict.fromkeys(["none", "plain", *config.methods]))
-    return [
-        Cell(case, method, prior)
-        for case in cases
-        for method in methods
-        for prior in (config.priors if config.repair_of(method) else [""])
-    ]
+    return [(method, prior) for method in methods for prior in (config.priors if config.repair_of(method) else [""])]
+
+
+def finished(
+    config: SteerConfig, priors: Mapping[str, GLP], directions: Sequence[Direction], folder: Path
+) -> dict[str, Any] | None:
+    """The result of an experiment that has nothing left to do; None if there is none.
+
+    That is what the very same configuration left, with priors of the same held-out losses and, of the experiment
+    "files", the same `directions`, if its cells are still there and no rating of a text failed.
+
+    Raises:
+        InputError: a method whose texts all equal the unsteered ones, as `run_cells`.
+    """
+    path = folder / "steer.json"
+    if not path.is_file() or not (folder / "results.parquet").is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"config": to_dict(config), "priors": losses_of(priors)}
+    if any(result.get(key) != value for key, value in json.loads(json.dumps(wanted)).items()):
+        return None
+    names = [found["name"] for found in result["directions"]]
+    files = [folder / "cells" / file_of(name, *way) for name in names for way in ways(config)]
+    if not all(file.is_file() for file in files) or (result["ratings"] and result["ratings"]["failed"]):
+        return None
+    kept = json.loads((folder / "cells" / SETTINGS).read_text(encoding="utf-8"))
+    if config.experiment == "files" and kept["directions"] != _digests(directions):
+        return None
+    for name in names:
+        tables = {way: pq.read_table(folder / "cells" / file_of(name, *way)) for way in ways(config)}
+        for way, table in tables.items():
+            if way[0] != "none":
+                _refuse_unchanged(way[0], name, table, tables["none", ""])
+    return result
+
+
+def losses_of(priors: Mapping[str, GLP]) -> dict[str, dict[str, Any]]:
+    """The held-out loss of every prior, as the result has it."""
+    return {name: {"heldout_loss": heldout_loss(glp)} for name, glp in priors.items()}
+
+
+def _digests(directions: Iterable[Direction]) -> dict[str, str]:
+    return {d.name: _digest(d.vector.numpy().tobytes()) for d in directions}
 
 
 def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Report = silent) -> pa.Table:
@@ -192,7 +240,8 @@ def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Repo
         if cell.method == "none":
             unsteered[cell.case.direction.name] = table
         else:
-            _refuse_unchanged(cell, table, unsteered[cell.case.direction.name], counts)
+            name = cell.case.direction.name
+            _refuse_unchanged(cell.method, name, table, unsteered[name], counts)
         if counts is not None:
             partial = path.with_suffix(".partial")
             pq.write_table(table, partial, compression="zstd")
@@ -202,7 +251,9 @@ def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Repo
     return pa.concat_tables(tables)
 
 
-def _refuse_unchanged(cell: Cell, table: pa.Table, unsteered: pa.Table, counts: EditCounts | None) -> None:
+def _refuse_unchanged(
+    method: str, direction: str, table: pa.Table, unsteered: pa.Table, counts: EditCounts | None = None
+) -> None:
     """Raise `InputError` if no text of a cell at any strength differs from the unsteered one of its prompt."""
     plain = dict(zip(unsteered["prompt"].to_pylist(), unsteered["text"].to_pylist(), strict=True))
     steered = [row for row in table.select(["prompt", "text", "strength"]).to_pylist() if row["strength"]]
@@ -210,17 +261,17 @@ def _refuse_unchanged(cell: Cell, table: pa.Table, unsteered: pa.Table, counts: 
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         did = f"; {counts}" if counts is not None else ""
         raise InputError(
-            f"method {cell.method!r} along {cell.case.direction.name!r} changed none of {len(steered)} texts at any "
+            f"method {method!r} along {direction!r} changed none of {len(steered)} texts at any "
             f"strength: nothing to report ({installed}{did})"
         )
 
 
 def _check_settings(config: SteerConfig, cases: Sequence[Case], folder: Path) -> None:
     """Cells of one folder are made with the same settings, but for those that only say which cells there are."""
-    path = folder / "settings.json"
+    path = folder / SETTINGS
     mine = json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k not in ADDING}))
     if config.experiment == "files":  # a file may change under its name; other directions follow from the settings
-        mine["directions"] = {c.direction.name: _digest(c.direction.vector.numpy().tobytes()) for c in cases}
+        mine["directions"] = _digests(case.direction for case in cases)
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         if different := [key for key in mine if saved.get(key) != mine[key]]:

@@ -15,19 +15,20 @@ import torch
 
 from latentprior.config import SteerConfig, to_dict
 from latentprior.errors import InputError
-from latentprior.files import replace_text
+from latentprior.files import check_folder, replace_text
 from latentprior.hooks import Hookpoint
 from latentprior.llm import load_llm
+from latentprior.locks import locked
 from latentprior.prior import GLP
-from latentprior.priors import heldout_loss, priors_of
+from latentprior.priors import priors_of
 from latentprior.progress import Phase, unseen
 from latentprior.provenance import stamp
-from latentprior.steer.cases import Case, cases_of
+from latentprior.steer.cases import Case, cases_of, check_named
 from latentprior.steer.direction import write_direction
-from latentprior.steer.experiment import Bench, run_cells
+from latentprior.steer.experiment import Bench, finished, losses_of, run_cells
 from latentprior.steer.frontier import summarise
 from latentprior.steer.methods import PriorRepair
-from latentprior.steer.rate import rater_of
+from latentprior.steer.rate import Rater, rater_of
 
 
 def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
 def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> dict[str, Any]:
     """Run the experiment and write ``results.parquet`` and ``steer.json`` into ``config.output``.
 
-    Everything that is there already is kept: the same call continues an interrupted one.
+    Everything that is there already is kept: the same call continues an interrupted one, and opens a finished one.
 
     Args:
         llm: gives the language model of ``config.llm`` and its tokenizer; called when the rest is found to be in order.
@@ -53,11 +54,28 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
 
     Raises:
         InputError: a prior that cannot be read or knows no mean norm, priors of different layers, a missing key of the
-            judge; directions that do not fit; a folder that holds an experiment with other settings.
+            judge; directions that are not there or do not fit; a folder that another process writes, or that holds an
+            experiment with other settings.
     """
-    began = time.perf_counter()
+    check_folder(config.output)
     priors, hookpoint = load_priors(config)
     rate = rater_of(config)  # a missing key is found before the model is loaded
+    directions = check_named(config, hookpoint)
+    with locked(config.output) as folder:
+        result = finished(config, priors, directions, folder)
+        return result or _run(config, llm, priors, hookpoint, rate, phase)
+
+
+def _run(
+    config: SteerConfig,
+    llm: Callable[[], tuple[Any, Any]],
+    priors: dict[str, GLP],
+    hookpoint: Hookpoint,
+    rate: Rater,
+    phase: Phase,
+) -> dict[str, Any]:
+    """The experiment in a folder that is this process's alone."""
+    began = time.perf_counter()
     model, tokenizer = llm()
     hookpoint.check(model)
     row = next(iter(priors.values())).normalizer.rows(config.layer)
@@ -78,7 +96,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
         "mean_norm": mean_norm,
         "summary": summarise(table, seed=config.seed),
         "repairs": _repairs(config, priors),
-        "priors": {name: {"heldout_loss": heldout_loss(glp)} for name, glp in priors.items()},
+        "priors": losses_of(priors),
         "judges": {case.direction.name: case.judged_by for case in cases},
         "directions": [_described(case) for case in cases],
         "ratings": ratings,
