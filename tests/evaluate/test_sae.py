@@ -287,6 +287,23 @@ def test_training_takes_the_rows_of_one_layer(tmp_path):
         train_sae(several, CONFIG, 2)
 
 
+@pytest.mark.parametrize(("most", "seen"), [(10**6, 5), (1500, None)])
+def test_by_default_it_trains_as_long_as_its_rows_deserve(tmp_path, monkeypatch, most, seen):
+    monkeypatch.setattr(sae_training, "MOST", most)
+    several = write_store(tmp_path / "several", (0, 1))
+    expected = seen * len(several.rows_at([1])) if seen else most
+    totals: list[int | None] = []
+    config = replace(CONFIG, activations=None)
+    sae = prepare_sae(
+        config, tmp_path / "sae", str(several.folder), POINT, report=lambda done, total, _: totals.append(total)
+    )
+    assert set(totals) == {expected} and sae.provenance["activations_seen"] == expected
+    # One that is there already is taken, however long it was trained, unless a number is asked for.
+    assert prepare_sae(config, tmp_path / "sae", None, POINT).k == 2
+    with pytest.raises(InputError, match=f"of activations {expected}, not 77"):
+        prepare_sae(replace(CONFIG, activations=77), tmp_path / "sae", None, POINT)
+
+
 def test_training_without_the_extra_says_what_to_install(store, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sparsify", None)
     with pytest.raises(InputError, match=r'pip install "latentprior\[sae\]"'):

@@ -22,10 +22,12 @@ from latentprior.errors import InputError, unknown
 from latentprior.evaluate.sae import CONFIG, SAE
 from latentprior.evaluate.saelens import read_sae
 from latentprior.hooks import Hookpoint
+from latentprior.locks import locked
 from latentprior.progress import Report, silent
 from latentprior.store import ActivationStore
 
 BATCH = 1024
+EPOCHS, MOST = 5, 1_000_000  # activations to train on, unless the configuration says
 MOMENTUM = 0.95
 # At 16,384 latents; half of sparsify's own, whose batches are 64 times as large. On SmolLM2's layer 15, with 2,304
 # latents and 120,000 activations: explained variance 0.737 and 99% of the latents alive; with sparsify's 0.734 and 86%.
@@ -63,8 +65,9 @@ def prepare_sae(
         for recorded in activations.hookpoints:
             if recorded.layer == hookpoint.layer:
                 _check_place(recorded, hookpoint, store)
-        sae = train_sae(activations, config, hookpoint.layer, device=device, report=report)
-        sae.save(folder)
+        with locked(folder):
+            sae = train_sae(activations, config, hookpoint.layer, device=device, report=report)
+            sae.save(folder)
     _check_place(sae.hookpoint, hookpoint, folder)
     return sae.to(device)
 
@@ -77,6 +80,8 @@ def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> Non
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
     made = sae.provenance.get("settings", {})
     wanted = _settings(config)
+    if config.activations is None:
+        del wanted["activations"]  # however many it saw
     for name, value in made.items():
         if name in wanted and wanted[name] != value:
             raise InputError(
@@ -117,7 +122,8 @@ def train_sae(
     scale = (store.width / variance) ** 0.5
     coder, optimizer = _coder_and_optimizer(store.width, config, device)
     seen, left = 0, 1.0
-    for x in _batches(store, layer, config):
+    total = config.activations or min(EPOCHS * len(store.rows_at([layer])), MOST)
+    for x in _batches(store, layer, total, config.seed):
         x = x.to(device) * scale
         if not seen:
             coder.b_dec.data = x.mean(dim=0)
@@ -131,7 +137,7 @@ def train_sae(
         optimizer.zero_grad()
         seen += len(x)
         left += 0.05 * (loss.item() - left)
-        report(min(seen, config.activations), config.activations, {"unexplained": left})
+        report(seen, total, {"unexplained": left})
     optimizer.eval()  # from the iterate to its average
     encoder, decoder = coder.encoder.weight.detach().cpu(), coder.W_dec.detach().cpu()
     centre = coder.b_dec.detach().cpu()
@@ -140,22 +146,21 @@ def train_sae(
         "store": str(store.folder),
         "rows": len(store),
         "activations_seen": seen,
-        "settings": _settings(config),
+        "settings": _settings(config) | {"activations": total},
     }
     bias = (coder.encoder.bias.detach().cpu() - encoder @ centre) / scale
     return SAE.of(encoder, bias, decoder, centre / scale, hookpoint, k=config.k, provenance=provenance)
 
 
-def _batches(store: ActivationStore, layer: int, config: SAEConfig) -> Iterator[Tensor]:
-    """Batches [B, d] float32 of one layer's activations, shuffled anew in every epoch, until `activations` are seen."""
+def _batches(store: ActivationStore, layer: int, total: int, seed: int) -> Iterator[Tensor]:
+    """Batches [B, d] float32 of one layer's activations, shuffled anew in every epoch, until `total` are seen."""
     seen = 0
-    size = min(BATCH * len(store.layers), len(store))
-    for x, layers in store.batches(size, seed=config.seed):
-        x = (x if layers is None else x[layers == layer])[: config.activations - seen].float()
-        if len(x):
-            seen += len(x)
-            yield x
-        if seen >= config.activations:
+    size = min(BATCH, len(store.rows_at([layer])))
+    for x, _ in store.batches(size, seed=seed, layers=[layer]):
+        x = x[: total - seen].float()
+        seen += len(x)
+        yield x
+        if seen >= total:
             return
 
 
