@@ -36,7 +36,8 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
 
     Args:
         mode: in which they mean nothing, in words, as in "with a store".
-        names: of fields; one of a nested dataclass is given if any field of it is.
+        names: of fields; one of a nested dataclass is given if any field of it is, but for "device", which may be
+            meant for the whole command.
 
     Raises:
         InputError: one of them was given.
@@ -45,12 +46,12 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
     for name in names:
         f, value = fields[name], getattr(owner, name)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if value != default:
-            changed = ""
-            if dataclasses.is_dataclass(value):
-                inner = (g.name for g in dataclasses.fields(value))
-                changed = "." + next(key for key in inner if getattr(value, key) != getattr(default, key))
-            raise InputError(f"--{f'{name}{changed}'.replace('_', '-')} means nothing {mode}: leave it out")
+        given = [name] if value != default else []
+        if given and dataclasses.is_dataclass(value):
+            inner = [g.name for g in dataclasses.fields(value) if g.name != "device"]
+            given = [f"{name}.{key}" for key in inner if getattr(value, key) != getattr(default, key)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} means nothing {mode}: leave it out")
 
 
 def unit_interval(owner: object, *names: str) -> None:
