@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -43,7 +44,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(list(arguments)) in (cli.USAGE, cli.FAILED)
     printed = capsys.readouterr()
     assert printed.out == ""
-    lines = printed.err.strip().splitlines()
+    lines = printed.err.splitlines()
     assert len(lines) == 1, printed.err
     assert "Traceback" not in printed.err
     return lines[0]
@@ -131,6 +132,99 @@ def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path)
     (tmp_path / "file").write_text("")
     for option in ("--output", "--html"):
         assert "file is a file, not a folder" in failure(capsys, "neurons", option, str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["record", "--layer", "7"], "unknown option '--layer'; did you mean '--layers'? (valid: --help, --config"),
+        (["record", "--out", "x"], "unknown option '--out'; did you mean '--output'?"),
+        (["sample", "--prio", "x"], "unknown option '--prio'; did you mean '--prior'"),
+        (["record", "--llm.mode", "x"], "did you mean '--llm.model' or '--llm.dtype' or '--llm.device'? (valid: --llm"),
+        (["record", "--llm.model.name", "x"], "unknown option '--llm.model.name'; did you mean '--llm.model'"),
+        (["record", "--layers", "3", "5"], "unexpected argument '5': options begin with --, and lists have commas"),
+        (["record", "-l", "3"], "unknown option '-l'"),
+        (["--layers"], "--layers has no command before it: name one of record, train"),
+        ([], "name a command: record, train"),
+        (
+            ["record", "--layers", "one"],
+            "layers must be a whole number (on the command line also 1M or 2e6)",
+        ),
+        (
+            ["record", "--text.limit", "some"],
+            "text.limit must be a whole number (on the command line also 1M or 2e6)",
+        ),
+        (["record", "--chat", "maybe"], "chat must be true or false, got 'maybe'"),
+        (["record", "--max-length"], "--max_length needs a value"),
+        (["record", "--llm", "gpt2"], "llm is a group of options, not 'gpt2': --llm.model, --llm.revision"),
+        (["record", "--text.mix", '[{"datset": "x"}]'], "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
+        (["train", "--recipe", '{"batch_size": "many"}'], "Recipe.batch_size must be int, got 'many'"),
+        (["train", "--recipe", '{"betas": [0.9]}'], "Recipe.betas must be tuple[float, float], got [0.9]"),
+    ],
+)
+def test_no_option_is_half_accepted(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
+    said = failure(capsys, *arguments)
+    assert expected in said and "+" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("llm:\n  modle: x\n", "unknown key 'llm.modle'; did you mean 'llm.model'"),
+        ("max_length: many\n", "max_length must be a whole number (on the command line also 1M or 2e6), got 'many'"),
+        ("text:\n  mix:\n  - datset: x\n", "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
+        ("layers: [1\n", "a configuration file is no valid YAML"),
+        ("- 1\n", "a configuration file holds options by name"),
+        (None, "unknown configuration file in"),
+    ],
+)
+def test_wrong_configuration_files_are_refused_in_plain_words(content, expected, capsys, tmp_path):
+    (tmp_path / "good.yaml").write_text("layers: [1]\n")
+    if content is not None:
+        (tmp_path / "god.yaml").write_text(content)
+    said = failure(capsys, "record", "--config", str(tmp_path / "god.yaml"))
+    assert expected in said and (content is not None or "did you mean 'good.yaml'?" in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["record", "--layers", "9", "LLM", "TEXT"], "layer 9 is out of range: LlamaForCausalLM has layers 0 to 3"),
+        (["record", "--llm.model", "tiny-lama", "TEXT"], "'tiny-lama': there is no such folder (did you mean 'tiny-l"),
+        (["record", "--llm.model", "tiny-lama", "--text.dataset", "text.txt"], "no such file or folder: 'text.txt' (d"),
+        (["record", "LLM", "--text.dataset", "mine.csv", "--text.column", "boddy"], "'boddy'; did you mean 'body'?"),
+        (["train", "--from", "llm", "--llm.model", "tiny-lama", "--text.dataset", "text.txt"], "'text.txt' (did you"),
+        (["evaluate", "--prior", "runs/proir"], "no prior at 'runs/proir': not a folder (did you mean 'runs/prior'?)"),
+        (["evaluate", "EVALUATE", "--llm.model", "tiny-lama", "TEXT"], "'tiny-lama': there is no such folder (did"),
+        (["evaluate", "EVALUATE", "LLM", "--text.dataset", "text.txt"], "no such file or folder: 'text.txt' (did you"),
+        (["sample", "--prior", "runs/prior", "--checkpoint", "fianl"], "unknown checkpoint 'fianl'; did you mean 'fin"),
+        (["sample", "--prior", "runs/prior", "--layer", "3"], "unknown layer '3' (valid: 1)"),
+        (["probe", "--tasks", "min.csv", "LLM"], "'min.csv': there is no such file (did you mean 'mine.csv'?)"),
+        (["probe", "--tasks", "mine.csv", "--label-column", "moood"], "'moood'; did you mean 'mood'? (valid: body, m"),
+        (["neurons", "--prior", "runs/prior", "LLM", "--text.dataset", "text.txt"], "no such file or folder: 'text.t"),
+    ],
+)
+def test_unknown_names_show_before_anything_runs(runs, arguments, expected, capsys, tmp_path, monkeypatch, llm_folder):
+    """Loading a model counts as running, save where a layer is asked for; evaluating and training do in any case."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(runs)
+    (tmp_path / "tiny-llama").symlink_to(llm_folder)
+    (tmp_path / "texts.txt").write_text("The quick brown fox.")
+    (tmp_path / "mine.csv").write_text("body,mood\nfine,1\n")
+    for module in ("evaluate.run.compare_distributions", "probe.run.priors_of"):
+        monkeypatch.setattr(f"latentprior.{module}", None)
+    stores = ["--prior", "runs/prior", "--heldout", "runs/heldout", "--train", "runs/activations", "--samples", "50"]
+    words = {
+        "LLM": ["--llm.model", "tiny-llama"],
+        "TEXT": ["--text.dataset", "texts.txt", "--text.part", "all"],
+        "EVALUATE": stores,
+    }
+    spelled = [part for word in arguments for part in words.get(word, [word])]
+    if arguments[0] == "record":
+        spelled += ["--output", "new"]
+    assert expected in failure(capsys, *spelled)
 
 
 def test_mistake_in_a_yaml_file_is_named(capsys, tmp_path):
@@ -230,6 +324,16 @@ def test_probe_and_neurons_make_their_pages(runs, tmp_path, texts, llm_folder, c
                  "--times", "0.1,0.5", "--sparse", "1", "--candidates", "8", "--folds", "2", *llm]) == 0  # fmt: skip
     assert "Meta-neurons" in capsys.readouterr().out
     assert "Meta-neurons" in (tmp_path / "probe" / "report.html").read_text()
+    (tmp_path / "small.csv").write_text("prompt,target\na,1\nb,0\n")
+    both = ",".join([str(tmp_path / "mine.csv"), str(tmp_path / "small.csv")])
+    again = ["probe", "--priors", prior, "--tasks", both, "--output", str(tmp_path / "probe"), "--times", "0.1,0.5",
+             "--sparse", "1", "--candidates", "8", "--folds", "2", *llm]  # fmt: skip
+    assert main(again) == cli.FAILED
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == f"skipped 1 of 2 tasks: {tmp_path / 'small.csv'}"
+    assert "fewer than 120" in " ".join(printed.out.split()) and (tmp_path / "probe" / "report.html").is_file()
+    said = failure(capsys, *again[:4], str(tmp_path / "mine.csv"), "--text-column", "prmpt", *llm)
+    assert "unknown text column of mine.csv 'prmpt'; did you mean 'prompt'" in said
     site = tmp_path / "site"
     assert main(["neurons", "--prior", prior, "--probe", str(tmp_path / "probe"), "--output", str(tmp_path / "neurons"),
                  "--tokens", "200", "--top", "3", "--reservoir", "4", "--html", str(site), "--text.dataset", texts,

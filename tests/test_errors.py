@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from latentprior.errors import InputError, unknown
+from latentprior.errors import InputError, nearest_path, unknown
 
 
 def test_nearest_names_are_offered():
     assert str(unknown("solver", "eular", ["euler", "heun"])) == (
         "unknown solver 'eular'; did you mean 'euler'? (valid: euler, heun)"
     )
+
+
+def test_nearest_files_are_offered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "prior").mkdir(parents=True)
+    (tmp_path / "texts.jsonl").touch()
+    assert nearest_path("runs/pri") == " (did you mean 'runs/prior'?)"
+    assert nearest_path("text.jsonl") == " (did you mean 'texts.jsonl'?)"
+    assert nearest_path("elsewhere/prior") == nearest_path("zzz") == ""
 
 
 def test_far_names_are_not_offered():

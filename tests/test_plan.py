@@ -149,7 +149,7 @@ def test_a_measured_chip(monkeypatch):
         ({"chip": "H20"}, "unknown chip 'H20'; did you mean"),
         ({"llm": LLMConfig(model="9B")}, "unknown model '9B'"),
         ({"llm": LLMConfig(model="SmolLM-135m")}, "did you mean 'smollm2-135m'"),
-        ({"llm": LLMConfig(model="nobody/nothing")}, "cannot read the config of 'nobody/nothing'"),
+        ({"llm": LLMConfig(model="nobody/nothing")}, "cannot load the model 'nobody/nothing': there is no such folder"),
         ({"llm": LLMConfig(model="8B", dtype="float32")}, "CHIPS holds bfloat16 peaks"),
         ({"layers": [3, 32]}, "layer 32 is out of range: 8B has layers 0 to 31"),
         ({"layers": [-1]}, "layer -1 is out of range"),

@@ -18,7 +18,7 @@ from html_page import Page
 from latentprior.errors import InputError
 from latentprior.probe.tables import difference, leading, short_names, tables, verdict
 from latentprior.report import render
-from latentprior.report.probing import headlines, sentences
+from latentprior.report.probing import headlines, section, sentences
 from test_report import EVIL, check_page, headings
 
 # name, label, kind, units, mean AUC of the screened units
@@ -181,7 +181,22 @@ def test_verdicts_are_said_honestly(result):
     assert "−0.0200 [−0.0300, −0.0010]: below zero" in told(result)
     (against,) = [line for line in headlines(result) if line.label.startswith("Against MLP")]
     assert against.value == "−0.020" and "below zero" in against.note
-    assert verdict({"interval": [0.0, 0.1]}) == verdict({"interval": None}) == "not told from zero"
+    assert verdict({"interval": [0.0, 0.1], "tasks": 20}) == verdict({"interval": None, "tasks": 20})
+    assert verdict({"interval": None, "tasks": 20}) == "not told from zero"
+
+
+def test_few_tasks_give_no_verdict(result):
+    for ends in ([0.1, 0.2], [-0.2, -0.1], [-0.1, 0.1], None):
+        assert verdict({"interval": ends, "tasks": 9}) == "too few tasks to compare"
+    assert verdict({"interval": [0.1, 0.2], "tasks": 10}) == "above"
+    few = copy.deepcopy(result)
+    for row in few["summary"]["paired"]:
+        row |= {"tasks": 2, "wins": 2, "ties": 0, "interval": [0.01, 0.02]}
+    assert "too few tasks to compare, better on 2 of 2 tasks" in told(few) and "above zero" not in told(few)
+    shown = [cell for _, _, rows in tables(few) for row in rows for cell in row]
+    assert "too few tasks to compare" in shown and not {"above", "below"} & set(shown)
+    page = section(few)
+    assert "too few tasks to compare" in page and not re.search(r">(above|below)<", page)
 
 
 def test_labels_inside_sentences_are_lower_case_save_for_abbreviations(result):

@@ -16,6 +16,7 @@ from latentprior import hooks, tokens
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
 from latentprior.random import Seed, seed_of
+from latentprior.reprs import ShortRepr
 from latentprior.text import Document
 from latentprior.tokens import TokenBatch
 
@@ -26,8 +27,8 @@ SINK_FACTOR = 10
 """Attention sinks are rows whose norm is over this many times their layer's median norm."""
 
 
-@dataclass(frozen=True)
-class ActivationBatch:
+@dataclass(frozen=True, repr=False)
+class ActivationBatch(ShortRepr):
     """Activations with where each one comes from, one row each; `x` may be on another device than the rest."""
 
     x: Float[Tensor, "n d"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,8 @@ from rich.markup import escape
 
 from latentprior import config
 from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
-from latentprior.errors import InputError, Stopped, unknown
+from latentprior.errors import InputError, Stopped
+from latentprior.usage import mended, option_kinds
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ALIASES = {"--from": "--source"}  # `from` cannot be the name of a dataclass's field
@@ -27,7 +26,8 @@ class Command:
     """A subcommand: its configuration and what it does with it."""
 
     config: type
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]
+    """Gives the exit status; None is success."""
 
     @property
     def help(self) -> str:
@@ -185,13 +185,17 @@ def sweep(options: config.SweepConfig) -> None:
     report(result, options.output, lambda result: print_tables(tables(result)))
 
 
-def probe(options: config.ProbeConfig) -> None:
+def probe(options: config.ProbeConfig) -> int:
     from latentprior.probe.run import probe
     from latentprior.probe.tables import tables
 
     with bars() as phase:
         result = probe(options, phase=phase)
     report(result, options.output, lambda result: print_tables(tables(result)))
+    if names := [str(task["task"]) for task in result["skipped"]]:
+        whole = len(names) + len(result["tasks"])
+        err.print(f"skipped {len(names)} of {whole} tasks: {', '.join(names)}", soft_wrap=True, markup=False)
+    return FAILED if names else 0
 
 
 def neurons(options: config.NeuronsConfig) -> None:
@@ -271,25 +275,13 @@ COMMANDS = {
 class Parser(ArgumentParser):
     """Reports a wrong command line in one line, with the nearest valid names."""
 
+    config: type | None = None
+    """Of the command that it parses; None before a command."""
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise InputError(mended(message, self))
-
-
-def mended(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's message on one line; unknown names get their nearest valid ones."""
-    text = " ".join(message.split())
-    options = [option for action in parser._actions for option in action.option_strings]
-    if found := re.search(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE):
-        return str(unknown("option", found[1], options))
-    if found := re.search(r"invalid choice: '([^']*)'", text):
-        return str(unknown("command", found[1], COMMANDS))
-    if found := re.search(r'key "([^"]+)".*?Literal\[([^\]]*)\]\. Got value: (.*)', text):
-        return str(unknown(found[1], found[3], re.findall(r"'([^']*)'", found[2])))
-    if found := re.search(r"key \"([^\"]+)\".*?<class 'int'>\. Got value: (.*)", text):
-        return f"{found[1]} must be a whole number (on the command line also 1M or 2e6), got {found[2]!r}"
-    if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", text):
-        return str(unknown("key", found[2], [name for name, _ in _kinds(COMMANDS[found[1]].config)]))
-    return text
+        options = [option for action in self._actions for option in action.option_strings]
+        configs = {name: command.config for name, command in COMMANDS.items()}
+        raise InputError(mended(message, options, self.config, configs))
 
 
 def spelled_out(arguments: Sequence[str]) -> list[str]:
@@ -300,7 +292,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     """
     # Of this command alone: `blocks` is a number for one and a list for another.
     commands = [COMMANDS[word] for word in arguments if word in COMMANDS][:1]
-    kinds = {f"--{name}": kind for command in commands for name, kind in _kinds(command.config)}
+    kinds = {f"--{name}": kind for command in commands for name, kind in option_kinds(command.config)}
     spelled = []
     remaining = deque(arguments)
     while remaining:
@@ -309,7 +301,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
             name = ALIASES.get(name, name)
             name = "--" + name[2:].replace("-", "_")
             following = bool(remaining) and not remaining[0].startswith("--")
-            if kinds.get(name) == "bool" and not equals and not (following and remaining[0] in ("true", "false")):
+            if kinds.get(name) == "bool" and not equals and not following:
                 equals, value = "=", "true"
             elif kinds.get(name, "").startswith("list") and (equals or following):
                 equals, value = "=", value if equals else remaining.popleft()
@@ -328,24 +320,18 @@ def _whole(text: str) -> str:
     return text if count is None else str(count)
 
 
-def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and types of all options of a configuration."""
-    for f in dataclasses.fields(cls):
-        yield prefix + f.name, str(f.type)
-        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(nested := f.default_factory()):
-            yield from _kinds(type(nested), f"{prefix}{f.name}.")
-
-
 def build_parser() -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="latentprior",
         description="Generative models of a language model's internal activations.",
+        allow_abbrev=False,
         version=package_version(),
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
-        sub = Parser(description=command.help)
+        sub = Parser(description=command.help, allow_abbrev=False)
+        sub.config = command.config
         sub.add_argument("--config", action="config", help="YAML file with any of these options.")
         sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
         sub.add_class_arguments(command.config)
@@ -369,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = values[values.command].as_dict()
         for key in ("config", "debug"):
             options.pop(key, None)
-        command.run(config.from_dict(command.config, options))
+        return command.run(config.from_dict(command.config, options)) or 0
     except KeyboardInterrupt:
         err.print("interrupted; the same command continues where it can")
         return INTERRUPTED
@@ -382,7 +368,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         return USAGE if isinstance(error, InputError) else FAILED
-    return 0
 
 
 if __name__ == "__main__":

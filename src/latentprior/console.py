@@ -28,7 +28,8 @@ def bars() -> Iterator[Phase]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=err) as progress:
+    progress = Progress(*columns, console=err)
+    try:
 
         def phase(name: str) -> Report:
             tasks: list[TaskID] = []
@@ -37,6 +38,7 @@ def bars() -> Iterator[Phase]:
             def report(done: int, total: int | None, figures: Mapping[str, Any]) -> None:
                 now = time.monotonic()
                 if not tasks:  # a phase that reuses what is there, or fails before it starts, shows no bar
+                    progress.start()
                     tasks.append(progress.add_task(name, total=total, completed=done, amount="", figures=""))
                     first.append((done, now))
                 rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
@@ -49,6 +51,9 @@ def bars() -> Iterator[Phase]:
             return report
 
         yield phase
+    finally:
+        if progress.live.is_started:  # without a bar, stopping would print an empty line
+            progress.stop()
 
 
 def table(title: str, values: Mapping[str, Any]) -> None:
@@ -72,7 +77,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """Distances and delta LM loss as tables."""
     shown = Table(title="Real against generated activations (held-out, standardised)", title_justify="left")
     for column in ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC"):
-        shown.add_column(column, justify="left" if column in ("source", "solver") else "right")
+        left = column in ("source", "solver")
+        shown.add_column(column, justify="left" if left else "right", no_wrap=left)
     bound = result["distribution"][0]["frechet"]["total"]
     for row in result["distribution"]:
         total = row["frechet"]["total"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -24,7 +25,23 @@ def unknown(kind: str, name: object, valid: Iterable[object], *, most: int = 12)
         most: how many valid names the message lists at most.
     """
     options = [str(option) for option in valid]
-    near = difflib.get_close_matches(str(name), options, n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    near = nearest(str(name), options)
+    hint = f"; {near}" if near else ""
     listed = ", ".join(options[:most]) + (f", ... ({len(options)} in all)" if len(options) > most else "")
     return InputError(f"unknown {kind} {str(name)!r}{hint} (valid: {listed or 'none'})")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """ "did you mean 'a' or 'b'?" of the nearest valid names; empty if none is near."""
+    near = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def nearest_path(path: str) -> str:
+    """`nearest` among what lies beside a file or folder that is not there, in brackets with a space before it."""
+    parent = Path(path).parent
+    try:
+        near = nearest(str(Path(path)), [str(parent / other.name) for other in parent.iterdir()])
+    except OSError:  # no such folder, or one that may not be read
+        near = ""
+    return f" ({near})" if near else ""

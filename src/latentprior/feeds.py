@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from latentprior import text
 from latentprior.config import Recipe, TrainConfig, to_dict
 from latentprior.config.base import bytes_of
 from latentprior.distributed import Deal, World
@@ -162,6 +163,7 @@ class LiveFeed(Feed):
     """What a language model computes meanwhile, through a mixing buffer; nothing is stored unless asked for."""
 
     def __init__(self, config: TrainConfig, deal: Deal, device: torch.device) -> None:
+        text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
         model, tokenizer = load_llm(config.llm)
         self.config, self.deal = config, deal
         self._source = Source(model, tokenizer, config, deal)

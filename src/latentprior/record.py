@@ -44,7 +44,12 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
             before anything is written. Later: the disk is full, or no trainer released a shard for
             `config.wait_seconds`.
     """
-    return _record(config, lambda: load_llm(config.llm), report)
+
+    def llm() -> tuple[Any, Any]:
+        text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
+        return load_llm(config.llm)
+
+    return _record(config, llm, report)
 
 
 def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, report: Report = silent) -> ActivationStore:

@@ -137,6 +137,10 @@ class ActivationStore:
         """Rows."""
         return self.manifest["rows"]
 
+    def __repr__(self) -> str:
+        place = f"{self.hookpoints[0].model or 'some model'} layers {list(self.layers)}"
+        return f"ActivationStore({str(self.folder)!r}: {place}, {self.manifest['dtype']} [{len(self)}, {self.width}])"
+
     def moments(self) -> Moments:
         """Moments of all rows for each layer, also of those that a disk budget has removed since.
 

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from latentprior import corpus
 from latentprior.config import TextConfig, TextSource
-from latentprior.errors import InputError, unknown
+from latentprior.errors import InputError, nearest_path, unknown
+from latentprior.online import unreachable
 
 DEFAULT_COLUMNS = ("text", "prompt", "content")
 _CSV_BLOCK = 2**24  # bytes; no row may be longer
@@ -207,7 +208,7 @@ def _open_source(options: TextSource) -> _Files | _Hub:
             raise unknown("file type", path.name, _READERS)
         files, names = [path], [path.name]
     elif _kind(path) in _READERS or not _HUB_ID.fullmatch(options.dataset):
-        raise InputError(f"no such file or folder: {options.dataset!r}")
+        raise InputError(f"no such file or folder: {options.dataset!r}{nearest_path(options.dataset)}")
     else:
         return _Hub(options)
     opened = {name: partial(_file_records, file, name, column) for file, name in zip(files, names, strict=True)}
@@ -338,6 +339,8 @@ def _open_stream(options: TextSource) -> tuple[Any, str]:
     import datasets  # slow to import
 
     name = options.dataset
+    if (silence := unreachable()) is not None:
+        raise InputError(f"cannot open the dataset {name!r}: no such file or folder{nearest_path(name)}, and {silence}")
     try:
         with _no_bars():
             stream = datasets.load_dataset(name, name=options.subset, split=options.split, streaming=True)
@@ -348,7 +351,7 @@ def _open_stream(options: TextSource) -> tuple[Any, str]:
                 row = next(iter(stream), {})
                 texts = [k for k, v in row.items() if isinstance(v, str | None)]
     except (OSError, ValueError, RuntimeError) as error:
-        raise _failed(f"open the dataset {name!r}", error) from error
+        raise _failed(f"open the dataset {name!r}{nearest_path(name)}", error) from error
     return stream, _choose(options.column, row, texts, name)
 
 

@@ -13,13 +13,14 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from latentprior.errors import InputError, unknown
+from latentprior.reprs import ShortRepr
 from latentprior.text import Document
 
 Keep = Literal["first", "last"]
 
 
-@dataclass(frozen=True)
-class TokenBatch:
+@dataclass(frozen=True, repr=False)
+class TokenBatch(ShortRepr):
     """B documents of at most T tokens."""
 
     ids: Int64[Tensor, "B T"]

@@ -6,7 +6,7 @@ import pytest
 from latentprior import corpus
 from latentprior.errors import InputError
 from latentprior.probe.families import family
-from latentprior.probe.tasks import find_task, read_csv
+from latentprior.probe.tasks import Unfit, find_task, read_csv
 
 COLUMNS = {"text": "prompt", "label": "target"}
 
@@ -32,6 +32,32 @@ def test_a_csv_is_balanced_and_split_as_the_protocol_says(tmp_path):
     assert find_task(str(tmp_path / "mine.csv"), max_test=10, **COLUMNS).test.tolist() == task.test[:10].tolist()
 
 
+@pytest.mark.parametrize("header", ["prompt,target", "text,label", "sentence,class", "content,verdict", "one,target"])
+def test_columns_are_found(tmp_path, header):
+    task = find_task(write(tmp_path / "mine.csv", two_classes(70, 70), header))
+    assert (len(task.texts), np.bincount(task.labels).tolist()) == (140, [70, 70])
+    assert all("good" in text or "bad" in text for text in task.texts)
+
+
+def test_numbers_are_no_texts(tmp_path):
+    rows = [[str(i), f"text {i}", str(i % 2)] for i in range(130)]
+    assert find_task(write(tmp_path / "mine.csv", rows, "id,sentence,label")).texts[0] == "text 0"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("question,answer,target", "columns question, answer, target, and none of texts is .*with --text_column"),
+        ("text,first,second", "columns text, first, second, and none of labels is .*with --label_column"),
+    ],
+)
+def test_columns_that_cannot_be_told_are_asked_for(tmp_path, header, message):
+    rows = [["a", "b", "c"], ["d", "e", "f"]]
+    with pytest.raises(InputError, match=message) as error:
+        find_task(write(tmp_path / "mine.csv", rows, header))
+    assert not isinstance(error.value, Unfit) and "\n" not in str(error.value)
+
+
 def test_targets_sort_as_numbers_where_they_are(tmp_path):
     path = write(tmp_path / "t.csv", [["a", "10"], ["b", "9"], ["", "9"], ["c", ""]])
     assert read_csv(path) == (["a", "b"], pytest.approx([1, 0]))
@@ -49,8 +75,8 @@ def test_rows_without_the_recorded_ones_keep_both_classes(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
-        (two_classes(80, 80), "prompt,answer", "unknown column of t.csv 'target'.*answer"),
-        (two_classes(80, 80), "words,target", "unknown column of t.csv 'prompt'"),
+        (two_classes(80, 80), "prompt,answer", "unknown label column of t.csv 'target'.*answer"),
+        (two_classes(80, 80), "words,target", "unknown text column of t.csv 'prompt'"),
         (two_classes(150, 0), "prompt,target", "two distinct targets, got 1: 'yes'"),
         ([*two_classes(80, 80), ["x", "maybe"]], "prompt,target", "two distinct targets, got 3"),
         (two_classes(59, 200), "prompt,target", "has 118 rows in two equal classes, fewer than 120"),

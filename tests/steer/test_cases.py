@@ -108,6 +108,10 @@ def test_files_of_any_kind(llm, tmp_path):
     found = cases_of(config("files", directions=[str(ours), str(theirs)]), *llm)
     for case in found:
         torch.testing.assert_close(case.direction.vector, direction.vector)
+    torch.save(torch.stack([direction.vector * (i - LAYER or 0.5) for i in range(4)]), tmp_path / "of_blocks.pt")
+    (case,) = cases_of(config("files", directions=[str(tmp_path / "of_blocks.pt")]), *llm)
+    torch.testing.assert_close(case.direction.vector, direction.vector)  # row 1; row 2 points there, too, and is longer
+    assert case.direction.norm == pytest.approx(0.5)
     elsewhere = Direction.of(direction.vector, Hookpoint.of(llm[0], 0), "ramp", "random")
     path = str(write_direction(elsewhere, tmp_path / "c.safetensors"))
     with pytest.raises(InputError, match="belongs to .* layer 0 output .width .*., the prior to .* layer 1"):

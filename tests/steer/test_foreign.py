@@ -104,12 +104,42 @@ def test_persona_vectors_rows_are_hidden_states(tmp_path, dtype):
     path = tmp_path / "evil_response_avg_diff.pt"
     torch.save(rows, path)
     for layer in range(LAYERS):
-        direction = read_foreign(path, at(layer))
+        direction = read_foreign(path, at(layer), blocks=LAYERS)
         assert is_row(direction, rows, layer + 1)
         assert direction.provenance["after_final_norm"] == (layer == LAYERS - 1)
-    assert is_row(read_foreign(path, at(0, "input")), rows, 0)
-    with pytest.raises(InputError, match="5 rows, too few for this layer: row 5"):
-        read_foreign(path, at(LAYERS))
+    assert is_row(read_foreign(path, at(0, "input"), blocks=LAYERS), rows, 0)
+    with pytest.raises(InputError, match="layer 4 is out of range: blocks=4 has layers 0 to 3"):
+        read_foreign(path, at(LAYERS), blocks=LAYERS)
+
+
+def save(rows: torch.Tensor, path: Path) -> Path:
+    if path.suffix == ".pt":
+        torch.save(rows, path)
+    else:
+        save_file({"v": rows}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_number_of_rows_says_which_row_is_a_layers(tmp_path, suffix):
+    outputs = save(table(LAYERS), tmp_path / f"outputs{suffix}")
+    states = save(table(LAYERS + 1), tmp_path / f"states{suffix}")
+    for layer in range(LAYERS):
+        assert is_row(read_foreign(outputs, at(layer), blocks=LAYERS), table(LAYERS), layer)
+        assert is_row(read_foreign(states, at(layer), blocks=LAYERS), table(LAYERS + 1), layer + 1)
+        assert is_row(read_foreign(states, at(layer, "input"), blocks=LAYERS), table(LAYERS + 1), layer)
+    assert is_row(read_foreign(outputs, at(2, "input"), blocks=LAYERS), table(LAYERS), 1)
+    with pytest.raises(InputError, match="no block's output"):
+        read_foreign(outputs, at(0, "input"), blocks=LAYERS)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_rows_of_an_unknown_number_of_blocks_are_asked_for(tmp_path, suffix):
+    path = save(table(LAYERS), tmp_path / f"v{suffix}")
+    with pytest.raises(InputError, match="holds 4 rows, outputs of 4 blocks or hidden states of 3: say which.*blocks="):
+        read_foreign(path, at(1))
+    with pytest.raises(InputError, match="holds 4 rows, and the model has 7 blocks: neither"):
+        read_foreign(path, at(1), blocks=7)
 
 
 @pytest.fixture
@@ -197,13 +227,11 @@ def test_safetensors_of_one_or_all_layers(tmp_path):
     save_file({"v": rows}, tmp_path / "all.safetensors")
     save_file({"v": rows[1].clone()}, tmp_path / "one.safetensors")
     save_file({"a": rows[1].clone(), "b": rows[2].clone()}, tmp_path / "two.safetensors")
-    assert is_row(read_foreign(tmp_path / "all.safetensors", at(2)), rows, 2)
+    assert is_row(read_foreign(tmp_path / "all.safetensors", at(2), blocks=LAYERS), rows, 2)
     assert is_row(read_foreign(tmp_path / "one.safetensors", at(0)), rows, 1)
     assert is_row(read_foreign(tmp_path / "two.safetensors", at(0), tensor="b"), rows, 2)
     with pytest.raises(InputError, match="holds 2 tensors"):
         read_foreign(tmp_path / "two.safetensors", at(0))
-    with pytest.raises(InputError, match="4 rows, too few"):
-        read_foreign(tmp_path / "all.safetensors", at(4))
 
 
 @pytest.mark.parametrize(

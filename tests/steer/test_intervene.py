@@ -425,6 +425,20 @@ def test_edits_are_checked_when_they_are_made(monkeypatch):
         Edit(direction(), torch.tensor([0.0, 1.0]), "ablate")
 
 
+def test_what_is_no_direction_or_edit_is_told_how_to_make_one(tiny_llm, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for wrong in (torch.ones(8), "happy", None):
+        with pytest.raises(
+            InputError, match=r"a Direction, got .*: make one with Direction\.of\(vector, Hookpoint\.of"
+        ):
+            Edit(wrong, 0.8)
+        with (
+            pytest.raises(InputError, match=r"takes edits, got .*: use Edit\(direction, strength\)"),
+            steering(tiny_llm("llama"), wrong, mean_norm=1.0),
+        ):
+            pass
+
+
 def test_what_does_not_fit_the_batch_is_refused_in_the_forward_pass(tiny_llm):
     model = tiny_llm()
     plain = model(IDS).logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from fractions import Fraction
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from latentprior.errors import InputError, unknown
@@ -16,6 +17,28 @@ Side = Literal["output", "input", "mlp"]
 SOLVERS: tuple[Solver, ...] = ("euler", "midpoint", "heun", "ab2")
 SIDES: tuple[Side, ...] = ("output", "input", "mlp")
 GRIDS: tuple[Grid, ...] = ("uniform", "official")
+
+
+def typed(owner: object) -> None:
+    """Refuse fields of another type, which values from a file or from ``--recipe`` may have."""
+    for name, kind in get_type_hints(type(owner)).items():
+        value = getattr(owner, name)
+        if not _is_of(value, kind):
+            shown = kind.__name__ if isinstance(kind, type) else kind
+            raise InputError(f"{type(owner).__name__}.{name} must be {shown}, got {value!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str)  # which one is checked by `one_of`
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, option) for option in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def positive(owner: object, *names: str) -> None:

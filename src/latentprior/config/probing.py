@@ -23,10 +23,11 @@ class ProbeConfig:
     """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
     tasks: list[str] = field(default_factory=list)
     """Names of embedded tasks of SAE-Probes, or paths of CSV files; by default its 113 binary tasks."""
-    text_column: str = "prompt"
-    """Column of a CSV file that holds the texts."""
-    label_column: str = "target"
-    """Column of a CSV file that holds the two classes."""
+    text_column: str | None = None
+    """Column of a CSV file that holds the texts; by default "text", "prompt" or "content", or the only text column."""
+    label_column: str | None = None
+    """Column of a CSV file that holds the two classes; by default "target", "label" or "class", or the only one beside
+    the texts."""
     priors: list[str] = field(default_factory=lambda: ["runs/prior"])
     """Folders or repositories of priors, all of one hookpoint. The first is compared with the baselines, all of them
     show how the AUC follows the held-out loss."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import meaningless, one_of, positive, unit_interval
+from latentprior.config.base import meaningless, one_of, positive, typed, unit_interval
 from latentprior.config.data import StreamConfig
 from latentprior.errors import InputError, unknown
 
@@ -85,6 +85,7 @@ class Recipe:
     """Activations are standardised in each dimension, or along the principal directions of their covariance."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times", "draws")
         positive(self, "logit_scale")
         unit_interval(self, "warmup", "final_rate", "cooldown")

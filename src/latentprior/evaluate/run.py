@@ -55,6 +55,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     glp.cast(dtype)
     layer = _layer(glp, config)
     real, other, fitted = _real_rows(config, glp, layer)
+    llm = _checked_llm(config, glp, layer) if config.delta_lm else None
     z_fitted = glp.normalizer.normalize(fitted, layer)
     gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
     sae = _sae(config, glp, layer, report=phase("train the SAE")) if "sae" in config.baseline else None
@@ -67,14 +68,21 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     if sae is not None:
         result["sae"] = described(sae, other)
     result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
-    if config.delta_lm:
-        model, tokenizer = load_llm(config.llm)
+    if llm is not None:
         result["delta_lm"] = measure_delta_lm(
-            config, glp, gaussians["full"], model, tokenizer, layer, sae, report=phase("delta LM loss")
+            config, glp, gaussians["full"], *llm, layer, sae, report=phase("delta LM loss")
         )
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Any, Any]:
+    """The language model and its tokenizer; another model, layer or text shows before minutes of other measurements."""
+    text.documents(config.text)
+    model, tokenizer = load_llm(config.llm)
+    hookpoints_on(glp.hookpoints, model, layer, check_model=True)
+    return model, tokenizer
 
 
 def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[str, Any]:

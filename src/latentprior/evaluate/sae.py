@@ -17,13 +17,14 @@ from torch import Tensor
 from latentprior.errors import InputError
 from latentprior.files import replace_text, replaced
 from latentprior.hooks import Hookpoint
+from latentprior.reprs import ShortRepr
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
 CHUNK = 1024  # rows encoded at a time: what every latent says is [rows, latents]
 
 
-@dataclass(frozen=True, eq=False)
-class SAE:
+@dataclass(frozen=True, eq=False, repr=False)
+class SAE(ShortRepr):
     """A sparse autoencoder of raw activations: ``x ≈ values @ decoder[indices] + offset``.
 
     A latent is active where it is among the row's `k` largest (TopK), or over its own threshold (ReLU: 0; JumpReLU).

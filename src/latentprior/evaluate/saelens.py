@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
 from latentprior.evaluate.sae import CONFIG, SAE, read_json, read_tensors
 from latentprior.hooks import Hookpoint
+from latentprior.hub import snapshot
 
 ARCHITECTURES = ("standard", "topk", "jumprelu")
 CFG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -66,12 +65,7 @@ def _folder(path_or_repo: str | Path, name: str, revision: str | None) -> Path:
     root = Path(path_or_repo)
     if root.is_dir():
         return root / name
-    try:
-        pattern = f"{name}/*" if name else "*"
-        return Path(snapshot_download(str(path_or_repo), revision=revision, allow_patterns=pattern)) / name
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"no SAE at {str(path_or_repo)!r}: not a folder, and the Hub says: {reason}") from error
+    return snapshot("SAE", str(path_or_repo), revision=revision, allow_patterns=f"{name}/*" if name else "*") / name
 
 
 def _modern(cfg: dict[str, Any]) -> dict[str, Any]:

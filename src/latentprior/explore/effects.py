@@ -15,12 +15,13 @@ from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint
 from latentprior.hooks.blocks import down_projection, find_blocks_at, language_model
 from latentprior.prior import GLP
+from latentprior.reprs import ShortRepr
 
 _CELLS = 2**25  # effects (units times tokens) that are held together
 
 
-@dataclass(frozen=True)
-class Effects:
+@dataclass(frozen=True, repr=False)
+class Effects(ShortRepr):
     """Tokens that m units promote and suppress most."""
 
     promoted: Int64[Tensor, "m k"]

@@ -28,7 +28,7 @@ from latentprior.probe.benchmark import probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
 from latentprior.probe.sources import Source, meta_neurons, sources_of
 from latentprior.probe.summary import summarise
-from latentprior.probe.tasks import Task, find_task
+from latentprior.probe.tasks import Task, Unfit, find_task
 from latentprior.progress import Phase, Report, unseen
 from latentprior.provenance import stamp
 
@@ -45,7 +45,7 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
     """Record the tasks, probe every source on each, and write ``probe.json`` with tables beside it.
 
     Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
-    task that cannot be probed is skipped and named.
+    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped".
 
     Args:
         llm: gives the language model of ``config.llm`` and its tokenizer; called only if a text is not recorded yet.
@@ -54,8 +54,9 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
         what is in ``probe.json``.
 
     Raises:
-        InputError: priors that cannot be read or belong to different hookpoints; a recording or results of another
-            hookpoint or other settings; no task that can be probed; a folder that another process writes.
+        InputError: what `find_tasks` refuses, before anything is loaded; priors that cannot be read or belong to
+            different hookpoints; a recording or results of another hookpoint or other settings; no task that can be
+            probed; a folder that another process writes.
     """
     with locked(config.output) as folder:
         return _benchmark(config, llm, folder, phase)
@@ -63,6 +64,7 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
 
 def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
     began = time.perf_counter()
+    tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
     priors, hookpoint = priors_of(
         config.priors,
         checkpoint=config.checkpoint,
@@ -71,7 +73,6 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
         precision=config.precision,
     )
     sae = sae_at(config.sae, hookpoint) if config.sae else None
-    tasks, skipped = find_tasks(config)
     _keep_settings(folder, config, priors)
     recording = recorded(config, tasks, hookpoint, llm, report=phase("record"))
     sources = sources_of(config, recording, priors, sae)
@@ -107,7 +108,8 @@ def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
     """The tasks that fulfil the protocol, and those that do not, with the reason.
 
     Raises:
-        InputError: none does.
+        InputError: an unknown task, a file that cannot be read or whose columns cannot be told, or no task that fulfils
+            the protocol.
     """
     tasks: list[Task] = []
     skipped: list[Json] = []
@@ -117,9 +119,9 @@ def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
                 name, seed=config.seed, max_test=config.max_test, text=config.text_column, label=config.label_column
             )
             if any(task.name == other.name for other in tasks):
-                raise InputError(f"another task is called {task.name!r}, too")
+                raise Unfit(f"another task is called {task.name!r}, too")
             tasks.append(task)
-        except InputError as error:
+        except Unfit as error:
             skipped.append({"task": name, "reason": str(error)})
     if not tasks:
         raise InputError(f"no task can be probed: {skipped[0]['reason']}")

@@ -10,6 +10,8 @@ Json = Mapping[str, Any]
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 MISSING = "-"
+LEAST_TASKS = 10
+TOO_FEW = "too few tasks to compare"
 
 
 def tables(result: Json) -> list[Table]:
@@ -56,7 +58,9 @@ def difference(result: Json, a: str, b: str, selection: str = "screened") -> Jso
 
 
 def verdict(row: Json) -> str:
-    """What the interval of a paired difference allows to say."""
+    """What the interval of a paired difference allows to say; a bootstrap over few tasks allows nothing."""
+    if row["tasks"] < LEAST_TASKS:
+        return TOO_FEW
     low, high = row["interval"] or (0.0, 0.0)
     return "above" if low > 0 else "below" if high < 0 else "not told from zero"
 
@@ -75,7 +79,8 @@ def _sources(result: Json) -> Table:
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
         aucs = [spread(screened, "auc"), plain(screened.get("validation")), spread(every, "auc")]
         rows.append([labels(result)[source["name"]], units, *aucs, plain(chance.get("auc"))])
-    title = f"Mean test AUC over {len(result['tasks'])} tasks, 95% intervals"
+    count = len(result["tasks"])
+    title = f"Mean test AUC over {count} tasks, 95% intervals" if count > 1 else "Test AUC of the one task"
     return title, ("source", "units", "screened", "validation", "all units", "chance"), rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +11,21 @@ import pyarrow as pa
 import pyarrow.csv
 
 from latentprior import corpus
-from latentprior.errors import InputError, unknown
+from latentprior.errors import InputError, nearest_path, unknown
 from latentprior.probe.families import OWN, family
+from latentprior.reprs import ShortRepr
+from latentprior.text import DEFAULT_COLUMNS
 
 LEAST = 120  # rows: the protocol keeps 100 of them from training
+LABELS = ("target", "label", "class")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
+class Unfit(InputError):
+    """A task that is there, but does not fulfil the protocol."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Task(ShortRepr):
     """A binary classification of texts: which of them train a probe and which test it."""
 
     name: str
@@ -51,18 +59,20 @@ class Task:
         return Task(self.name, self.family, self.texts, self.labels, train, test)
 
 
-def find_task(name: str, *, seed: int = 42, max_test: int | None = None, text: str, label: str) -> Task:
+def find_task(
+    name: str, *, seed: int = 42, max_test: int | None = None, text: str | None = None, label: str | None = None
+) -> Task:
     """A task of SAE-Probes by its name, or of a CSV file by its path, with the protocol's split.
 
     Args:
         name: one of `corpus.binary_tasks()`, or a path that ends in .csv or .csv.zst.
         seed: of the split; the protocol's is 42.
         max_test: most test rows, the first ones of the protocol's random order; None: all.
-        text, label: columns of a CSV file.
+        text, label: columns of a CSV file; None: see `read_csv`.
 
     Raises:
-        InputError: no such task or file, missing columns, not two classes, or fewer than 120 rows once the classes are
-            balanced.
+        InputError: no such task or file, or missing columns.
+        Unfit: not two classes, or fewer than 120 rows once the classes are balanced.
     """
     if name.endswith((".csv", ".csv.zst")):
         title, group = Path(name).name.removesuffix(".zst").removesuffix(".csv"), OWN
@@ -75,41 +85,77 @@ def find_task(name: str, *, seed: int = 42, max_test: int | None = None, text: s
         texts, codes = corpus.labelled(name)
         labels = np.asarray(codes)
     if len(texts) < LEAST:
-        raise InputError(f"task {title!r} has {len(texts)} rows in two equal classes, fewer than {LEAST}")
+        raise Unfit(f"task {title!r} has {len(texts)} rows in two equal classes, fewer than {LEAST}")
     train, test = corpus.probing_split(labels, seed=seed)
     return Task(title, group, texts, labels, train, test[:max_test])
 
 
-def read_csv(path: str | Path, *, text: str = "prompt", label: str = "target") -> tuple[list[str], np.ndarray]:
+def read_csv(path: str | Path, *, text: str | None = None, label: str | None = None) -> tuple[list[str], np.ndarray]:
     """Texts and labels (0 or 1) of a CSV file, also compressed by zstd; rows that lack either are left out.
 
+    Args:
+        text: column of the texts; None: "text", "prompt" or "content", or the only text column beside the labels.
+        label: column of the labels; None: "target", "label" or "class", or the only one beside the texts.
+
     Raises:
-        InputError: no such file, no CSV, missing columns, or not exactly two distinct targets.
+        InputError: no such file, no CSV, or missing columns.
+        Unfit: not exactly two distinct targets.
     """
-    compression = "zstd" if str(path).endswith(".zst") else None
-    try:
-        table = pyarrow.csv.read_csv(
-            pa.input_stream(str(path), compression=compression),
-            read_options=pyarrow.csv.ReadOptions(block_size=2**28),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={text: pa.string(), label: pa.string()}, strings_can_be_null=True
-            ),
-        )
-    except FileNotFoundError as error:
-        raise InputError(f"cannot read the task {str(path)!r}: there is no such file") from error
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read the task {str(path)!r}: {' '.join(str(error).split())}") from error
-    for column in (text, label):
-        if column not in table.column_names:
-            raise unknown(f"column of {Path(path).name}", column, table.column_names)
-    table = table.select([text, label]).drop_null()
+    text, label = columns_of(_read(path, {}), Path(path).name, text=text, label=label)
+    table = _read(path, {text: pa.string(), label: pa.string()}).select([text, label]).drop_null()
     targets = table[label].to_pylist()
     classes = _ordered(set(targets))
     if len(classes) != 2:
         shown = ", ".join(map(repr, classes[:5])) or "none"
-        raise InputError(f"task {Path(path).name!r} needs two distinct targets, got {len(classes)}: {shown}")
+        raise Unfit(f"task {Path(path).name!r} needs two distinct targets, got {len(classes)}: {shown}")
     return table[text].to_pylist(), np.array([classes.index(target) for target in targets])
+
+
+def columns_of(table: pa.Table, name: str, *, text: str | None, label: str | None) -> tuple[str, str]:
+    """The columns of texts and labels; those that are None are found as `read_csv` says.
+
+    Raises:
+        InputError: no such column, or none that can be told.
+    """
+    for option, column in (("text", text), ("label", label)):
+        if column is not None and column not in table.column_names:
+            raise unknown(f"{option} column of {name}", column, table.column_names)
+    if label is None:
+        label = next((column for column in LABELS if column in table.column_names and column != text), None)
+    if text is None:
+        texts = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name != label]
+        named = [column for column in DEFAULT_COLUMNS if column in texts]
+        if not named and len(texts) != 1:
+            raise InputError(_untold(name, table, "texts", DEFAULT_COLUMNS, "--text_column"))
+        text = (named or texts)[0]
+    others = [column for column in table.column_names if column != text]
+    if label is None and len(others) != 1:
+        raise InputError(_untold(name, table, "labels", LABELS, "--label_column"))
+    return text, label or others[0]
+
+
+def _untold(name: str, table: pa.Table, what: str, usual: Sequence[str], option: str) -> str:
+    return (
+        f"{name} has the columns {', '.join(table.column_names)}, and none of {what} is called {' or '.join(usual)}: "
+        f"name it with {option}"
+    )
+
+
+def _read(path: str | Path, types: dict[str, pa.DataType]) -> pa.Table:
+    compression = "zstd" if str(path).endswith(".zst") else None
+    try:
+        return pyarrow.csv.read_csv(
+            pa.input_stream(str(path), compression=compression),
+            read_options=pyarrow.csv.ReadOptions(block_size=2**28),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"cannot read the task {str(path)!r}: there is no such file{nearest_path(str(path))}"
+        ) from error
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read the task {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
 def _ordered(targets: set[str]) -> list[str]:

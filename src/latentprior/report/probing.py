@@ -328,7 +328,7 @@ def _against_references(result: Json) -> Iterator[tuple[str, Json]]:
 def _said(row: Json) -> str:
     """The verdict and on how many tasks it rests."""
     said = verdict(row)
-    against = said if said.endswith("zero") else f"{said} zero"
+    against = f"{said} zero" if said in ("above", "below") else said
     return f"{against}, better on {row['wins']} of {row['tasks']} tasks"
 
 

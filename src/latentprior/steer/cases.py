@@ -13,7 +13,8 @@ from latentprior import corpus, text
 from latentprior.config import SteerConfig, TextConfig
 from latentprior.errors import InputError, unknown
 from latentprior.evaluate.saelens import sae_at
-from latentprior.hooks import Hookpoint
+from latentprior.hooks import Hookpoint, find_blocks
+from latentprior.llm import count_blocks
 from latentprior.steer.collect import (
     LabelledKind,
     labelled_direction,
@@ -80,7 +81,7 @@ def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
         ActivationStore(config.store)
         for name in config.directions:
             _number(name)
-    return directions_in_files(config, hookpoint) if config.experiment == "files" else []
+    return directions_in_files(config, hookpoint, count_blocks(config.llm)) if config.experiment == "files" else []
 
 
 # -- sentiment -----------------------------------------------------------------------------------------------------
@@ -204,31 +205,37 @@ def _described(judge: Any) -> dict[str, Any]:
 
 
 def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
-    directions = directions_in_files(config, hookpoint)
+    directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
     _, _, judge, prompts = _labelled(config, model, tokenizer)
     return [Case(d, prompts, judge, _described(judge), f"the concept of task {config.task}") for d in directions]
 
 
-def directions_in_files(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
+def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) -> list[Direction]:
     """The directions of the experiment "files".
+
+    Args:
+        blocks: how many the model has.
 
     Raises:
         InputError: no such file, no direction of this place in it, or two of one name.
     """
-    directions = [at(read_any(path, hookpoint), hookpoint, path) for path in config.directions]
+    directions = [at(read_any(path, hookpoint, blocks), hookpoint, path) for path in config.directions]
     names = [direction.name for direction in directions]
     if len(set(names)) < len(names):
         raise InputError(f"two directions have the same name: {', '.join(names)}")
     return directions
 
 
-def read_any(path: str, hookpoint: Hookpoint) -> Direction:
+def read_any(path: str, hookpoint: Hookpoint, blocks: int) -> Direction:
     """A direction from a file of this project or of another (repeng, persona_vectors, steering-vectors).
+
+    Args:
+        blocks: how many the model has.
 
     Raises:
         InputError: no such file, or no direction of this width in it.
     """
-    return read_direction(path) if is_direction(path) else read_foreign(path, hookpoint)
+    return read_direction(path) if is_direction(path) else read_foreign(path, hookpoint, blocks=blocks)
 
 
 def at(direction: Direction, hookpoint: Hookpoint, path: str) -> Direction:

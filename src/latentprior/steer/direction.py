@@ -58,6 +58,9 @@ class Direction:
         except (TypeError, ValueError) as error:
             raise InputError(f"the provenance of a direction must be JSON-ready: {error}") from error
 
+    def __repr__(self) -> str:
+        return f"Direction({self.name!r}, {self.kind}, {self.hookpoint}, norm {self.norm:.4g})"
+
     @classmethod
     def of(cls, vector: Tensor, hookpoint: Hookpoint, name: str, kind: str, **provenance: Any) -> Direction:
         """The direction of `vector` [d], of any length and precision; its length is kept as `norm`.

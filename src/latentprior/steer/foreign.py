@@ -28,17 +28,28 @@ STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 
 
 def read_foreign(
-    path: str | Path, hookpoint: Hookpoint, *, name: str | None = None, tensor: str | None = None
+    path: str | Path,
+    hookpoint: Hookpoint,
+    *,
+    blocks: int | None = None,
+    name: str | None = None,
+    tensor: str | None = None,
 ) -> Direction:
     """The direction at `hookpoint` in a file of another tool, told by its suffix and what is in it.
 
-    - ``.gguf``: repeng's (and llama.cpp's) control vectors.
-    - ``.pt``: persona_vectors' tensor [layers + 1, d]; steering-vectors' `SteeringVector`, or its dictionary
-      `layer_activations`; a tensor [d].
-    - ``.safetensors``: a tensor [d], or [layers, d] whose row L is the output of block L.
+    - ``.gguf``: repeng's (and llama.cpp's) control vectors, which number their layers.
+    - ``.pt``: steering-vectors' `SteeringVector`, or its dictionary `layer_activations`, by number of the layer; a
+      tensor [d], or one with a row for each layer.
+    - ``.safetensors``: a tensor [d], or one with a row for each layer.
+
+    Of a tensor with a row for each layer the number of rows says which is which: with as many rows as the model has
+    blocks, row L is the output of block L; with one more, as persona_vectors writes it, row i is `hidden_states[i]` of
+    transformers, the embeddings first, and the output of block L is row L + 1.
 
     Args:
         hookpoint: where it belongs: the files do not say of which model they are, or of a family only.
+        blocks: how many blocks the model has, ``len(hooks.find_blocks(model))``; needed for a tensor with a row for
+            each layer.
         name: shown to people; the file's name by default.
         tensor: which tensor of a safetensors file that holds several.
 
@@ -47,7 +58,8 @@ def read_foreign(
 
     Raises:
         InputError: no such file, one that is damaged, unsafe or of another kind, no direction for this layer, or one
-            that is zero, not finite or of another width.
+            that is zero, not finite or of another width; a row for each layer without `blocks`, or for another number
+            of blocks.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -57,9 +69,9 @@ def read_foreign(
     if path.suffix == ".gguf":
         vector, facts = _from_gguf(path, hookpoint)
     elif path.suffix == ".safetensors":
-        vector, facts = _from_safetensors(path, hookpoint, tensor)
+        vector, facts = _from_safetensors(path, hookpoint, blocks, tensor)
     else:
-        vector, facts = _from_pickle(path, hookpoint)
+        vector, facts = _from_pickle(path, hookpoint, blocks)
     if not vector.is_floating_point():
         raise InputError(f"{path} holds {vector.dtype}, not real numbers")
     return Direction.of(vector, hookpoint, name or path.stem, "file", file=path.name, **facts)
@@ -128,7 +140,9 @@ def _from_gguf(path: Path, hookpoint: Hookpoint) -> tuple[Tensor, dict[str, Any]
     return torch.from_numpy(np.array(values, np.float32)), {"format": "repeng", "model_hint": hint}
 
 
-def _from_safetensors(path: Path, hookpoint: Hookpoint, name: str | None) -> tuple[Tensor, dict[str, Any]]:
+def _from_safetensors(
+    path: Path, hookpoint: Hookpoint, blocks: int | None, name: str | None
+) -> tuple[Tensor, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             if any(key.startswith("latentprior.") for key in file.metadata() or {}):
@@ -142,8 +156,8 @@ def _from_safetensors(path: Path, hookpoint: Hookpoint, name: str | None) -> tup
             found = file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged or no safetensors file: {_line(error)}") from error
-    row = _block(hookpoint) if found.ndim == 2 else 0
-    return _row(found, row, path), {"format": "safetensors", "tensor": name}
+    vector, facts = _of_layer(found, hookpoint, blocks, path)
+    return vector, facts | {"format": "safetensors", "tensor": name}
 
 
 class _SteeringVector:
@@ -155,7 +169,7 @@ class _SteeringVector:
         self.state = state
 
 
-def _from_pickle(path: Path, hookpoint: Hookpoint) -> tuple[Tensor, dict[str, Any]]:
+def _from_pickle(path: Path, hookpoint: Hookpoint, blocks: int | None) -> tuple[Tensor, dict[str, Any]]:
     try:
         # The restricted unpickler calls nothing that a file names but torch's own functions that build tensors, and
         # the stand-in, which has no code.
@@ -180,22 +194,35 @@ def _from_pickle(path: Path, hookpoint: Hookpoint) -> tuple[Tensor, dict[str, An
         return loaded[wanted].detach().flatten(), {"format": "steering-vectors"}
     if not isinstance(loaded, Tensor):
         raise InputError(f"{path} holds {type(loaded).__name__}, neither a tensor nor one for each layer")
-    if loaded.ndim == 1:
-        return loaded.detach(), {"format": "tensor"}
-    # persona_vectors: row i is the mean of hidden_states[i], the embeddings first: the input of block i.
-    # The last row is not the last block's output: transformers puts the final norm before it.
-    row = hookpoint.layer + (hookpoint.side == "output")
-    return _row(loaded, row, path), {"format": "persona_vectors", "after_final_norm": row == len(loaded) - 1}
+    vector, facts = _of_layer(loaded, hookpoint, blocks, path)
+    return vector, {"format": "tensor"} | facts
 
 
-def _row(found: Tensor, row: int, path: Path) -> Tensor:
+def _of_layer(found: Tensor, hookpoint: Hookpoint, blocks: int | None, path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """The vector of one layer, and what is known of it, from a tensor [d] or one with a row for each layer."""
+    found = found.detach()
     if found.ndim == 1:
-        return found.detach()
+        return found, {}
     if found.ndim != 2:
         raise InputError(f"{path} holds a tensor {list(found.shape)}, neither [d] nor [layers, d]")
-    if row >= len(found):
-        raise InputError(f"{path} holds {len(found)} rows, too few for this layer: row {row} is the one it would be in")
-    return found[row].detach()
+    rows = len(found)
+    if blocks is None:
+        raise InputError(
+            f"{path} holds {rows} rows, outputs of {rows} blocks or hidden states of {rows - 1}: say which with "
+            "blocks=, the number of blocks of the model"
+        )
+    if hookpoint.layer >= blocks:
+        raise InputError(f"layer {hookpoint.layer} is out of range: blocks={blocks} has layers 0 to {blocks - 1}")
+    if rows == blocks:
+        return found[_block(hookpoint)], {}
+    if rows != blocks + 1:
+        raise InputError(
+            f"{path} holds {rows} rows, and the model has {blocks} blocks: neither a row for each ({blocks}) nor one "
+            f"for the embeddings, too ({blocks + 1})"
+        )
+    # The last row is not the last block's output: transformers puts the final norm before it.
+    row = hookpoint.layer + (hookpoint.side == "output")
+    return found[row], {"format": "persona_vectors", "after_final_norm": row == blocks}
 
 
 def _line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from latentprior.activations import SINK_FACTOR
 from latentprior.config import Side
 from latentprior.errors import InputError, unknown
+from latentprior.reprs import ShortRepr
 from latentprior.rewrite import EditCounts, Positions, Rewriter, Site, check_positions, for_batch, rewrite
 from latentprior.steer.direction import Direction
 
@@ -23,8 +24,8 @@ EditKind = Literal["add", "clamp", "ablate", "rotate"]
 EDIT_KINDS: tuple[EditKind, ...] = get_args(EditKind)
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit(ShortRepr):
     """A change of activations a [d] along a unit direction w, of strength r in units of the mean norm m.
 
     - "add": ``a + r m w`` (paper, on-manifold steering).
@@ -35,7 +36,8 @@ class Edit:
       would point it. One that lies along w stays as it is, as no plane is given.
 
     Raises:
-        InputError: an unknown kind, a strength that is not finite or not a number or [B], or one of an ablation.
+        InputError: something other than a `Direction`, an unknown kind, a strength that is not finite or not a number
+            or [B], or one of an ablation.
     """
 
     direction: Direction
@@ -44,6 +46,11 @@ class Edit:
     kind: EditKind = "add"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise InputError(
+                f"an edit goes along a Direction, got {type(self.direction).__name__}: make one with "
+                'Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
+            )
         if self.kind not in EDIT_KINDS:
             raise unknown("kind of edit", self.kind, EDIT_KINDS)
         strength = torch.as_tensor(self.strength)
@@ -97,15 +104,17 @@ def steering(
         counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
     Raises:
-        InputError: a direction of another model, layer or width; unknown positions; a mean norm that is missing or not
-            positive. In the forward pass: strengths or a mask of positions that do not fit the batch or the prompt, a
-            repair that returns another shape. In the forward pass, from ``generate()`` and on leaving the context with
-            nothing edited: what `latentprior.rewrite.rewrite` refuses.
+        InputError: something that is no `Edit`; a direction of another model, layer or width; unknown positions; a mean
+            norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
+            the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
+            on leaving the context with nothing edited: what `latentprior.rewrite.rewrite` refuses.
     """
     check_positions(positions)
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = list(edits) if isinstance(edits, Sequence) else [edits]
     places: dict[tuple[Side, int], list[Edit]] = {}
     for edit in edits:
+        if not isinstance(edit, Edit):
+            raise InputError(f"steering takes edits, got {type(edit).__name__}: use Edit(direction, strength)")
         edit.direction.check(model, check_model=check_model)
         places.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
     rewriters: dict[Side, dict[int, Rewriter]] = {}

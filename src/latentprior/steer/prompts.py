@@ -13,12 +13,13 @@ from transformers import DynamicCache
 
 from latentprior import hooks
 from latentprior.errors import InputError
+from latentprior.reprs import ShortRepr
 from latentprior.steer.chat import prompt_ids
 from latentprior.tokens import encode, pad, padding_id
 
 
-@dataclass(frozen=True)
-class Prompts:
+@dataclass(frozen=True, repr=False)
+class Prompts(ShortRepr):
     """P prompts, padded on the left, BOS first."""
 
     texts: list[str]
