@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.markup import escape
 
 from latentprior import config
+from latentprior.config.base import moved
 from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
 from latentprior.errors import InputError, Stopped, unknown
 
@@ -288,7 +289,7 @@ def mended(message: str, parser: ArgumentParser) -> str:
     if found := re.search(r"key \"([^\"]+)\".*?<class 'int'>\. Got value: (.*)", text):
         return f"{found[1]} must be a whole number (on the command line also 1M or 2e6), got {found[2]!r}"
     if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", text):
-        return str(unknown("key", found[2], [name for name, _ in _kinds(COMMANDS[found[1]].config)]))
+        return str(moved(found[2]) or unknown("key", found[2], [name for name, _ in _kinds(COMMANDS[found[1]].config)]))
     return text
 
 
@@ -308,6 +309,8 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
         if name.startswith("--"):
             name = ALIASES.get(name, name)
             name = "--" + name[2:].replace("-", "_")
+            if error := moved(name[2:]):  # else taken for an abbreviation
+                raise error
             following = bool(remaining) and not remaining[0].startswith("--")
             if kinds.get(name) == "bool" and not equals and not (following and remaining[0] in ("true", "false")):
                 equals, value = "=", "true"

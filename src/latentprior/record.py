@@ -44,7 +44,7 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
             before anything is written. Later: the disk is full, or no trainer released a shard for
             `config.wait_seconds`.
     """
-    return _record(config, lambda: load_llm(config.llm), report)
+    return _record(config, lambda: load_llm(config.llm, config.device), report)
 
 
 def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, report: Report = silent) -> ActivationStore:
@@ -143,11 +143,11 @@ def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> Activ
 def source(config: RecordConfig) -> dict[str, Any]:
     """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
     values = to_dict(config)
-    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds"):
+    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
         del values[key]
     if not config.text.mix:  # as before there were mixtures, so that older recordings can be resumed
         del values["text"]["mix"]
-    del values["llm"]["device"], values["llm"]["device_map"]
+    del values["llm"]["device_map"]
     return values
 
 
