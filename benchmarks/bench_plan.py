@@ -100,11 +100,10 @@ def trained(
     return meter.seconds() / ((steps - warm) * recipe.batch_size), meter.bytes()
 
 
-def recorded(llm: LLMConfig, layer: int, batches: int, batch_tokens: int, length: int) -> tuple[float, int]:
+def recorded(device: torch.device, layer: int, batches: int, batch_tokens: int, length: int) -> tuple[float, int]:
     """Seconds for each activation and peak bytes, weights included, of recording whole documents."""
-    device = resolve_device(llm.device)
     memory = Meter(device)
-    model, tokenizer = load_llm(llm)
+    model, tokenizer = load_llm(LLMConfig(), device)
     tokens = whole_batches(tokenizer, batches + 1, batch_tokens, length)
     next(activations(model, tokens[:1], [layer]))  # warms up
     clock = Meter(device)
@@ -136,17 +135,17 @@ def measure(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Predicted and measured figures of training and recording; `ratio` is measured over predicted seconds of both."""
-    llm, recipe = LLMConfig(device=device), {"batch_size": batch}
     options = PlanConfig(
-        llm=llm,
+        llm=LLMConfig(),
         layers=[layer],
         max_length=length,
         batch_tokens=batch_tokens,
         blocks=blocks,
         buffer=str(batch),
         micro_batch=micro_batch,
-        recipe=recipe,
+        recipe={"batch_size": batch},
         chip="measured",
+        device=device,
     )
     planned = plan(options)
     predicted = {part: planned["time"][f"{part}_seconds"] / options.activations for part in ("llm", "prior")}
@@ -157,7 +156,7 @@ def measure(
     train_seconds, train_bytes = trained(
         place, shape, options.resolved_recipe(), steps, planned["prior"]["micro_batch"], store
     )
-    record_seconds, record_bytes = recorded(llm, layer, batches, batch_tokens, length)
+    record_seconds, record_bytes = recorded(place, layer, batches, batch_tokens, length)
     of_llm = parts["LLM weights"] + parts["LLM forward pass"]
     return {
         "benchmark": "plan",

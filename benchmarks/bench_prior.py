@@ -68,12 +68,13 @@ def measure(
         samples: generated activations of the Fréchet distance; three times as many held-out ones are recorded.
         documents: held-out documents of the delta LM loss.
     """
-    folder, model = Path(work), LLMConfig(llm, device=device)
+    folder, model = Path(work), LLMConfig(llm)
     tokens: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": max_length}
 
     def store(name: str, chosen: TextConfig, rows: int | None) -> str:
         path = str(folder / name)
-        record(RecordConfig(path, [layer], max_activations=rows, text=chosen, llm=model, resume=True, **tokens))
+        options: dict[str, Any] = {"max_activations": rows, "text": chosen, "llm": model, "device": device, **tokens}
+        record(RecordConfig(path, [layer], resume=True, **options))
         return path
 
     heldout = store("heldout", TextConfig(text, part="heldout"), 3 * samples)
@@ -126,7 +127,7 @@ def distribution(glp: GLP, heldout: ActivationStore, samples: int) -> dict[str, 
 def lm_loss(glp: GLP, heldout: ActivationStore, llm: LLMConfig, text: TextConfig) -> dict[str, Any]:
     """Next-token loss that noising every position to t = 0.5 adds: repaired by the prior, by a Gaussian, by nobody."""
     config = EvaluateConfig()
-    model, tokenizer = load_llm(llm)
+    model, tokenizer = load_llm(llm, glp.device)
     batches = list(
         tokenize(texts.documents(text), tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
     )

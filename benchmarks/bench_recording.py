@@ -50,7 +50,7 @@ def measure(
     device: str = "auto",
 ) -> dict[str, Any]:
     """Tokens per second of both, their ratio, and whether both give the same activations."""
-    model, tokenizer = load_llm(LLMConfig(llm, device=device))
+    model, tokenizer = load_llm(LLMConfig(llm), device)
     tokens = whole_batches(tokenizer, batches, batch_tokens, length, text)
 
     @torch.no_grad()

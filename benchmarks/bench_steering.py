@@ -48,7 +48,7 @@ def measure(
 
     `ratio` is the speed of "paired 4" over that of "repaired 20".
     """
-    model, tokenizer = load_llm(LLMConfig(model=llm, device=device))
+    model, tokenizer = load_llm(LLMConfig(model=llm), device)
     place = model.device
     hookpoint = Hookpoint.of(model, layer)
     d_model = d_model or 2 * hookpoint.width

@@ -42,7 +42,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             source="llm",
-            llm=LLMConfig(llm, device=device),
+            llm=LLMConfig(llm),
             text=TextConfig(text),
             layers=[layer],
             activations=activations,

@@ -35,6 +35,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_commands
 import bench_prior
 import bench_ranks
 import bench_recording
@@ -102,6 +103,7 @@ def all_parts(options: argparse.Namespace, work: Path) -> dict[str, Part | str]:
     parts["ranks"] = Part(bench_ranks.measure, {"device": device} | ranks_sizes(dry))
     parts["recording"] = Part(bench_recording.measure, text | recording_sizes(dry))
     llm = {name: text[name] for name in ("llm", "layer", "device")}
+    parts["commands"] = Part(bench_commands.measure, text | ({"samples": 100, "assets": False} if dry else {}))
     parts["steering"] = Part(bench_steering.measure, llm | steering_sizes(dry))
     parts["stream"] = Part(bench_stream.measure, text | stream_sizes(dry))
     parts |= {f"training/{s}/eager": training(s, compile=False) for s in SHAPES}

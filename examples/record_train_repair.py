@@ -44,18 +44,18 @@ def main(arguments: list[str] | None = None) -> str:
         max_activations=2000,
         text=TextConfig(part="heldout"),
     )
-    real = record_from(model, tokenizer, heldout).rows(torch.arange(2000)).float()
+    real = record_from(model, tokenizer, heldout).rows(torch.arange(2000)).float().to(model.device)
 
     folder = str(options.folder / "prior")
     fit(TrainConfig(store=store.output, heldout=heldout.output, output=folder, activations=options.activations))
-    glp = GLP.from_pretrained(folder)
+    glp = GLP.from_pretrained(folder, device=model.device)
     samples = glp.normalizer.normalize(glp.sample(2000, steps=20, solver="ab2", generator=0))
     print(f"Fréchet distance of 2,000 samples: {frechet_distance(glp.normalizer.normalize(real), samples):.1f}")
 
     sides = [record_activations(model, tokenizer, texts, [LAYER], positions="last").x for texts in (GLAD, SAD)]
     push = 0.6 * float(glp.normalizer.mean_norm) * difference_of_means(*sides)
-    prompt = tokenizer("<|im_start|>The weather today", return_tensors="pt")
-    with glp.attach(model, positions="last", edit=lambda x: x + push.to(x.dtype), paired=True, generator=0):
+    prompt = tokenizer("<|im_start|>The weather today", return_tensors="pt").to(model.device)
+    with glp.attach(model, positions="last", edit=lambda x: x + push.to(x), paired=True, generator=0):
         ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     text = tokenizer.decode(ids[0], skip_special_tokens=True)
     print(text)

@@ -58,6 +58,7 @@ def test_the_dry_run_measures_every_part(gpu, tmp_path, llm_folder, words):
     assert found["recording"]["difference"] < 0.01
     assert set(found["steering"]["tokens_per_second"]) >= {"plain", "steered", "repaired 4", "paired 4", "repaired 20"}
     assert found["stream"]["activations"] == 512 and found["stream"]["seconds"].keys() > {"llm", "buffer", "training"}
+    assert found["commands"]["seconds"].keys() > {"record", "train", "evaluate", "probe", "neurons", "sweep"}
     prior = found["prior"]
     assert prior["distribution"]["frechet"]["standardised"].keys() == {"prior", "real"}
     assert prior["delta_lm"]["delta"].keys() == {"prior", "gaussian", "noise"}

@@ -232,6 +232,18 @@ def test_mistake_in_a_yaml_file_is_named(capsys, tmp_path):
     assert "did you mean 'layers'" in failure(capsys, "record", "--config", str(tmp_path / "c.yaml"))
 
 
+def test_the_old_place_of_the_device_names_the_new_one(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("llm: {model: x, device: cpu}\n")
+    for old in (["--llm.device", "cpu"], ["--llm.device=cpu"], ["--config", str(tmp_path / "c.yaml")]):
+        assert "llm.device has become device: --device says where" in failure(capsys, "record", *old)
+
+
+def test_every_command_that_computes_takes_its_device_from_one_place():
+    for name, command in cli.COMMANDS.items():
+        devices = [option for option, _ in cli._kinds(command.config) if "device" in option.split(".")]
+        assert devices == ([] if name == "convert" else ["device"])
+
+
 def test_yaml_cannot_run_code(capsys, tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "c.yaml").write_text(f"output: !!python/object/apply:os.system ['touch {marker}']\n")

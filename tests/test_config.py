@@ -72,7 +72,7 @@ def test_defaults_round_trip(cls: type):
 
 
 def test_changed_and_nested_values_round_trip_through_json():
-    record = RecordConfig(layers=[3, 4], llm=LLMConfig(device="cpu"), text=TextConfig(limit=5))
+    record = RecordConfig(layers=[3, 4], llm=LLMConfig(dtype="float32"), text=TextConfig(limit=5))
     assert from_dict(RecordConfig, json.loads(json.dumps(to_dict(record)))) == record
     denoiser = DenoiserConfig(8, 16, 32, multi_layer_n_layers=4)
     assert from_dict(DenoiserConfig, json.loads(json.dumps(to_dict(denoiser)))) == denoiser
@@ -88,6 +88,11 @@ def test_unknown_keys_are_named_with_the_nearest():
         from_dict(TrainConfig, {"presett": "quick"})
     with pytest.raises(InputError, match="unknown TextConfig key 'colunm'; did you mean 'column'"):
         from_dict(RecordConfig, {"text": {"colunm": "text"}})
+
+
+def test_the_old_place_of_the_device_names_the_new_one():
+    with pytest.raises(InputError, match="^llm.device has become device: --device says where all of a command comp"):
+        from_dict(RecordConfig, {"llm": {"device": "cpu"}})
 
 
 def test_a_free_dictionary_stays_one():

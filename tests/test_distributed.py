@@ -35,7 +35,7 @@ def config(text, llm_folder) -> TrainConfig:
     """A live run of 40 steps; its output is to be set."""
     return TrainConfig(
         source="llm",
-        llm=LLMConfig(model=llm_folder, device="cpu", dtype="float32"),
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=text,
         layers=[0, 2],
         batch_tokens=256,
@@ -205,7 +205,7 @@ def test_the_command_line_under_torchrun(config, whole, tmp_path):
     options = {"output": str(output), "buffer": "480", "statistics": 200, "lanes": 6, "batch_tokens": 256}
     options |= {"activations": 40 * 96, "blocks": 2, "d_model": 16, "d_mlp": 24, "precision": "float32"}
     options |= {"micro_batch": 20, "heldout_activations": 101, "log_every": 1, "save_seconds": 0.0, "device": "cpu"}
-    options |= {"llm.model": config.llm.model, "llm.dtype": "float32", "llm.device": "cpu"}
+    options |= {"llm.model": config.llm.model, "llm.dtype": "float32"}
     options |= {"text.dataset": config.text.dataset, "text.heldout": 0.1, "layers": "0,2"}
     options |= {"recipe": json.dumps(config.recipe)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

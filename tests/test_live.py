@@ -45,7 +45,7 @@ def config(text, llm_folder) -> TrainConfig:
     """A live run of 60 steps over two sources of text; its output is to be set."""
     return TrainConfig(
         source="llm",
-        llm=LLMConfig(model=llm_folder, device="cpu", dtype="float32"),
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=text,
         layers=[1],
         batch_tokens=256,

@@ -23,7 +23,7 @@ def folder(tmp_path, tiny_llm, tiny_tokenizer):
 
 def test_local_folder(folder, tiny_llm, tiny_tokenizer, capfd):
     capfd.readouterr()
-    model, tokenizer = load_llm(LLMConfig(model=str(folder), dtype="float32", device="cpu"))
+    model, tokenizer = load_llm(LLMConfig(model=str(folder), dtype="float32"), "cpu")
     assert capfd.readouterr() == ("", "")  # neither prints nor draws bars
     assert logging.is_progress_bar_enabled()  # and leaves the caller's bars as they were
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -36,7 +36,7 @@ def test_local_folder(folder, tiny_llm, tiny_tokenizer, capfd):
 
 @pytest.mark.parametrize(("asked", "given"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_dtype(folder, asked, given):
-    assert load_llm(LLMConfig(model=str(folder), dtype=asked, device="cpu"))[0].dtype == given
+    assert load_llm(LLMConfig(model=str(folder), dtype=asked), "cpu")[0].dtype == given
 
 
 def test_auto_dtype(folder, monkeypatch):
@@ -45,19 +45,19 @@ def test_auto_dtype(folder, monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         expected = torch.bfloat16 if fast else torch.float32
         assert fast_dtype(torch.device("cpu")) == expected
-        assert load_llm(LLMConfig(model=str(folder), device="cpu"))[0].dtype == expected
+        assert load_llm(LLMConfig(model=str(folder)), "cpu")[0].dtype == expected
     assert fast_dtype(torch.device("meta")) == torch.float32
 
 
 def test_the_global_generator_is_left_alone(folder):
     state = torch.random.get_rng_state()
-    load_llm(LLMConfig(model=str(folder), device="cpu"))
+    load_llm(LLMConfig(model=str(folder)), "cpu")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def refused(**options) -> str:
     with pytest.raises(InputError) as error:
-        load_llm(LLMConfig(**{"device": "cpu", **options}))
+        load_llm(LLMConfig(**options), "cpu")
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -124,7 +124,7 @@ def test_smollm2_has_no_revisions():
 @pytest.mark.assets
 @pytest.mark.slow
 def test_smollm2():
-    model, tokenizer = load_llm(LLMConfig(device="cpu", dtype="bfloat16"))
+    model, tokenizer = load_llm(LLMConfig(dtype="bfloat16"), "cpu")
     assert model.config._name_or_path == tokenizer.name_or_path == "smollm2-135m"
     assert model.dtype == torch.bfloat16 and not hasattr(model, "hf_quantizer")
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
@@ -144,11 +144,11 @@ def test_smollm2_is_made_without_a_word_and_read_back(tmp_path, monkeypatch, cap
     from latentprior import assets
 
     monkeypatch.setattr(assets, "cache_folder", lambda name: tmp_path)
-    config = LLMConfig(device="cpu", dtype="bfloat16")
+    config = LLMConfig(dtype="bfloat16")
     capfd.readouterr()
-    made = load_llm(config)[0].state_dict()
+    made = load_llm(config, "cpu")[0].state_dict()
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(assets, "_flush", None)  # building again would now fail
-    again = load_llm(config)[0].state_dict()
+    again = load_llm(config, "cpu")[0].state_dict()
     assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
     shutil.rmtree(tmp_path)

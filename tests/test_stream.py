@@ -28,7 +28,7 @@ BATCH, LANES, TURNS = 24, 5, 3
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, llm_folder, write_texts) -> StreamConfig:
     return StreamConfig(
-        llm=LLMConfig(model=llm_folder, device="cpu", dtype="float32"),
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=TextConfig(dataset=write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 200), part="all"),
         layers=[1],
         statistics=300,

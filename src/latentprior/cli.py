@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.markup import escape
 
 from latentprior import config
+from latentprior.config.base import moved
 from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
 from latentprior.errors import InputError, Stopped
 from latentprior.usage import mended, option_kinds
@@ -300,6 +301,8 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
         if name.startswith("--"):
             name = ALIASES.get(name, name)
             name = "--" + name[2:].replace("-", "_")
+            if error := moved(name[2:]):  # else taken for an abbreviation
+                raise error
             following = bool(remaining) and not remaining[0].startswith("--")
             if kinds.get(name) == "bool" and not equals and not following:
                 equals, value = "=", "true"

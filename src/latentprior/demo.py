@@ -79,12 +79,12 @@ class _Demo:
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
-        return load_llm(self.config.llm)
+        return load_llm(self.config.llm, self.config.device)
 
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a part, from its file if it was made with these settings."""
         path = self.folder / f"{name}.json"
-        settings = {k: v for k, v in to_dict(self.config).items() if k not in ("output", "tiny")}
+        settings = {k: v for k, v in to_dict(self.config).items() if k not in ("output", "tiny", "device")}
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["settings"] != settings:
@@ -120,6 +120,7 @@ class _Demo:
             max_activations=rows,
             seed=self.config.seed,
             resume=True,
+            device=self.config.device,
             llm=self.config.llm,
             text=TextConfig(part=part),
         )
@@ -133,6 +134,7 @@ class _Demo:
             activations=self.config.activations,
             blocks=2,
             d_mlp=2 * width,
+            device=self.config.device,
             seed=self.config.seed,
         )
         fit(config, report=phase("train the prior"))
@@ -153,6 +155,7 @@ class _Demo:
             solvers=["euler", "ab2"],
             nfes=[4, 20],
             max_length=MAX_LENGTH,
+            device=self.config.device,
             seed=self.config.seed,
             llm=self.config.llm,
             text=TextConfig(part="heldout", limit=self.config.lm_documents),
@@ -179,6 +182,7 @@ def steering_of(config: DemoConfig) -> SteerConfig:
         prompts=config.prompts,
         new_tokens=config.new_tokens,
         labelled=LABELLED,
+        device=config.device,
         seed=config.seed,
         llm=config.llm,
     )

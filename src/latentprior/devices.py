@@ -10,20 +10,22 @@ from torch import Tensor
 from latentprior.errors import InputError
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: torch.device | str) -> torch.device:
     """The device called `name`; "auto" is this process's CUDA device if there is one, else the CPU.
+
+    A CUDA device without a number is this process's, so that devices compare equal that are.
 
     Raises:
         InputError: no such device on this machine.
     """
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the device {name!r} is not available: {shorten(str(error), 300)}") from error
-    return device
+        raise InputError(f"the device {str(name)!r} is not available: {shorten(str(error), 300)}") from error
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -164,7 +164,7 @@ class LiveFeed(Feed):
 
     def __init__(self, config: TrainConfig, deal: Deal, device: torch.device) -> None:
         text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
-        model, tokenizer = load_llm(config.llm)
+        model, tokenizer = load_llm(config.llm, device)
         self.config, self.deal = config, deal
         self._source = Source(model, tokenizer, config, deal)
         self.hookpoints = tuple(self._source.hookpoints)
@@ -240,7 +240,7 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
     """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
     values = to_dict(config)
     source = {key: values[key] for key in STREAM_ONLY}
-    source["llm"] = {key: value for key, value in values["llm"].items() if key not in ("device", "device_map")}
+    source["llm"] = {key: value for key, value in values["llm"].items() if key != "device_map"}
     return source
 
 

@@ -56,6 +56,9 @@ def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
         config: what to train on what.
         report: gets activations done and in all, with the latest losses.
 
+    Returns:
+        the prior, on the device it was trained on.
+
     Raises:
         InputError: an unusable store, model or text, held-out activations of another hookpoint, a folder with another
             run, or one that another process trains in.
@@ -78,11 +81,11 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
         check_float8(device)
     before = _finished_settings(output)
     if before is not None and config.source == "llm":  # before the language model is loaded
-        return _finished(output, before, _settings(config, deal, _stream_settings(config, before)))
+        return _finished(output, before, _settings(config, deal, _stream_settings(config, before)), device)
     feed = open_feed(config, deal, device, stop)
     settings = _settings(config, deal, feed.identity | {"hookpoints": [h.to_dict() for h in feed.hookpoints]})
     if before is not None:
-        return _finished(output, before, settings)
+        return _finished(output, before, settings, device)
     saved = latest(output / "steps", settings)  # refuses the state of another run
     heldout = _heldout_store(config, feed)
 
@@ -135,7 +138,7 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
     if world.main:
         replace_text(output / "train.json", json.dumps(result, indent=2) + "\n")
     world.wait()
-    return GLP.from_pretrained(output)
+    return GLP.from_pretrained(output, device=device)
 
 
 @contextmanager
@@ -213,8 +216,8 @@ def _finished_settings(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else None
 
 
-def _finished(output: Path, before: dict[str, Any], settings: dict[str, Any]) -> GLP:
+def _finished(output: Path, before: dict[str, Any], settings: dict[str, Any], device: torch.device) -> GLP:
     """The prior of a run that was complete already."""
     if difference := changed_setting(before, settings):
         raise InputError(f"{output} holds a finished run with {difference}: choose another output")
-    return GLP.from_pretrained(output)
+    return GLP.from_pretrained(output, device=device)

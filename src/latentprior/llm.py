@@ -32,15 +32,20 @@ SMOLLM2 = "smollm2-135m"
 _RECIPE = 1
 
 
-def load_llm(config: LLMConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model that `config` names, in eval mode and without gradients, and its tokenizer.
 
     "smollm2-135m" is dequantised on first use (seconds) and read from a bfloat16 copy in the cache afterwards.
 
+    Args:
+        config: which model.
+        device: where it goes, unless `config.device_map` spreads it; "auto" is this process's CUDA device if there is
+            one, else the CPU.
+
     Raises:
         InputError: no such model or device, weights that are not safetensors, or code of its own that is not trusted.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(device)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config)
     with _loading(config):

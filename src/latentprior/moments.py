@@ -235,7 +235,7 @@ def _by_layer(x: Tensor, layer: Tensor | None, layers: tuple[int, ...], width: i
         if number not in layers:
             raise unknown("layer", number, layers)
     for number in present:
-        rows = x if layer is None else x[layer == number]
+        rows = x if layer is None else x[(layer == number).to(x.device)]
         for chunk in rows.split(_CHUNK_ROWS):
             if len(chunk):
                 yield layers.index(number), chunk.cpu().double()

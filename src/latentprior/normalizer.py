@@ -212,9 +212,11 @@ class Normalizer(nn.Module):
             raise unknown("layer", int(layer[wrong].flatten()[0]), self._served)
 
     def check_width(self, x: Tensor) -> None:
-        """Raise `InputError` unless the activations [..., d] have this width."""
+        """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""
         if x.shape[-1] != self.width:
             raise InputError(f"activations have width {x.shape[-1]}, this prior was trained on width {self.width}")
+        if x.device != self.mean.device:
+            raise InputError(f"activations on {x.device}, statistics on {self.mean.device}: move one with .to(device)")
 
 
 def _wide(x: Tensor) -> Tensor:

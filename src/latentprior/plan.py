@@ -233,7 +233,7 @@ def chip_of(config: PlanConfig) -> PlannedChip:
         InputError: an unknown chip, or float32 asked of a data sheet.
     """
     if config.chip.lower() == MEASURED:
-        return _measured(config.llm)
+        return _measured(config.llm, config.device)
     named = _named(config.chip, CHIPS)
     if named is None:
         raise unknown("chip", config.chip, [*CHIPS, MEASURED])
@@ -243,11 +243,11 @@ def chip_of(config: PlanConfig) -> PlannedChip:
     return PlannedChip(named, peak, peak, round(CHIPS[named].memory * 1e9))
 
 
-def _measured(config: LLMConfig) -> PlannedChip:
-    """The device that `config` names, in the precisions that model and prior would have on it."""
+def _measured(config: LLMConfig, name: str) -> PlannedChip:
+    """The device called `name`, in the precisions that model and prior would have on it."""
     from latentprior.fit import CPU_MICRO_BATCH  # brings in transformers, which data sheets do without
 
-    device = resolve_device(config.device)
+    device = resolve_device(name)
     prior = fast_dtype(device)
     llm = prior if config.dtype == "auto" else getattr(torch, config.dtype)
     peaks = {dtype: matrix_peak(device, dtype) for dtype in {llm, prior}}

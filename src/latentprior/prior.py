@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +34,30 @@ from latentprior.rewrite import EditCounts, Positions
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 Layer = Int[Tensor, "..."] | int | None
 T = TypeVar("T")
+P = ParamSpec("P")
 CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
+
+
+def _where_the_prior_is(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable[Concatenate[GLP, P], Tensor]:
+    """Compute on the prior's device whatever device the arguments are on; the result is back on the first one's."""
+
+    @wraps(method)
+    def moved(glp: GLP, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        def here(value: Any) -> Any:
+            return value.to(glp.device) if isinstance(value, Tensor) else value
+
+        given = args[0] if args else kwargs.get("x", kwargs.get("z_t"))
+        result = method(glp, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
+        return result.to(given.device) if isinstance(given, Tensor) else result
+
+    return moved
 
 
 class GLP(nn.Module):
     """A generative latent prior over a language model's activations.
+
+    Activations may be on any device: methods compute where the prior is and give the result back where the activations
+    were.
 
     Args:
         denoiser: the network.
@@ -84,6 +104,7 @@ class GLP(nn.Module):
 
     # -- the flow ------------------------------------------------------------------------------------------------
 
+    @_where_the_prior_is
     def velocity(
         self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, ...] | float, layer: Layer = None
     ) -> Float[Tensor, "*n d"]:
@@ -94,6 +115,7 @@ class GLP(nn.Module):
         layers = self._layers(layer, z_t.shape[:-1])
         return self.denoiser(z_t.reshape(-1, self.width), times, layers).reshape(z_t.shape)
 
+    @_where_the_prior_is
     def loss(
         self,
         x: Float[Tensor, "*n d"],
@@ -117,6 +139,7 @@ class GLP(nn.Module):
         predicted = self.denoiser(flow.interpolate(z_0, eps, t), t, self._layers(layer, x.shape[:-1]))
         return F.mse_loss(predicted, flow.target(z_0, eps))
 
+    @_where_the_prior_is
     @torch.no_grad()
     def sample(
         self,
@@ -147,6 +170,7 @@ class GLP(nn.Module):
         layers = self._layers(layer, (n,))
         return self.normalizer.denormalize(self._integrate(start, schedule, layers), layers)
 
+    @_where_the_prior_is
     @torch.no_grad()
     def project(
         self,
@@ -204,6 +228,7 @@ class GLP(nn.Module):
             repaired = clean + (edited - unedited)
         return torch.where(keep[:, None], flat, repaired.to(x.dtype)).reshape(shape)
 
+    @_where_the_prior_is
     @torch.no_grad()
     def features(
         self,
@@ -227,6 +252,7 @@ class GLP(nn.Module):
         stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
         return stacked.reshape(*x.shape[:-1], *stacked.shape[1:])
 
+    @_where_the_prior_is
     @torch.no_grad()
     def score(
         self,
@@ -280,7 +306,8 @@ class GLP(nn.Module):
         attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
         alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
         greedy ties may then fall otherwise), while the context is open and again under the same seed. The prior's
-        weights must not be changed meanwhile. When the context closes, the model is as before.
+        weights must not be changed meanwhile. When the context closes, the model is as before. The prior moves to the
+        device of the hidden states when it first gets some, and stays there.
 
         Args:
             model: the language model the prior was trained on; checked before anything runs.
@@ -313,7 +340,7 @@ class GLP(nn.Module):
             paired=paired,
             check_model=check_model,
             generator=generator,
-            sinks=lambda hidden, layer: self.normalizer.sinks(hidden, layer if several else None),
+            sinks=lambda hidden, layer: self._sinks(hidden, layer if several else None),
             t_start=t_start,
             steps=steps,
             solver=solver,
@@ -369,6 +396,10 @@ class GLP(nn.Module):
         """`context`, in which every decoding step repairs at the same few times."""
         with self.denoiser.remembering(), context as handle:
             yield handle
+
+    @_where_the_prior_is
+    def _sinks(self, x: Tensor, layer: Layer) -> Tensor:
+        return self.normalizer.sinks(x, layer)
 
     def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
         if noise is None:

@@ -47,7 +47,7 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
 
     def llm() -> tuple[Any, Any]:
         text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
-        return load_llm(config.llm)
+        return load_llm(config.llm, config.device)
 
     return _record(config, llm, report)
 
@@ -148,11 +148,11 @@ def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> Activ
 def source(config: RecordConfig) -> dict[str, Any]:
     """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
     values = to_dict(config)
-    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds"):
+    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
         del values[key]
     if not config.text.mix:  # as before there were mixtures, so that older recordings can be resumed
         del values["text"]["mix"]
-    del values["llm"]["device"], values["llm"]["device_map"]
+    del values["llm"]["device_map"]
     return values
 
 

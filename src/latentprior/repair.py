@@ -119,8 +119,10 @@ def attach(
         raise InputError("attach one side at a time: this prior has hookpoints on block inputs and outputs")
     noise = PositionNoise(seed_of(generator))
     several = len(prior.hookpoints) > 1
+    follow = follower(prior)
 
     def repaired(x: Tensor, site: Site) -> Tensor:
+        follow(x.device)
         edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
         return prior.project(
             edited,
@@ -133,3 +135,17 @@ def attach(
     rewriters: dict[int, Rewriter] = {h.layer: repaired for h in chosen}
     with rewrite(model, rewriters, positions=positions, side=sides.pop(), sinks=sinks) as counts:
         yield counts
+
+
+def follower(prior: object) -> Callable[[torch.device], None]:
+    """Moves a prior to the device that is named first; what comes later from other devices the prior moves itself."""
+    moved = False
+
+    def follow(device: torch.device) -> None:
+        nonlocal moved
+        if not moved and isinstance(prior, nn.Module):
+            with torch.inference_mode(False):  # weights moved in inference mode could not be used outside it
+                prior.to(device)
+        moved = True
+
+    return follow

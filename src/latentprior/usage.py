@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, get_type_hints
 
+from latentprior.config.base import moved
 from latentprior.errors import unknown
 
 WORDS = {
@@ -40,7 +41,8 @@ def mended(message: str, options: Sequence[str], config: type | None, configs: M
     if 'expected "command"' in text:
         return f"name a command: {', '.join(configs)}"
     if found := re.search(r"Subcommand '([^']+)' does not accept option '([^']+)'", text):
-        return str(unknown("key", found[2], _siblings(found[2], [name for name, _ in option_kinds(configs[found[1]])])))
+        names = [name for name, _ in option_kinds(configs[found[1]])]
+        return str(moved(found[2]) or unknown("key", found[2], _siblings(found[2], names)))
     if found := re.search(r"Literal\[([^\]]*)\]\. Got value: (.*)", text):
         return str(unknown(key, found[2], re.findall(r"'([^']*)'", found[1])))
     if found := re.search(r"Option '([^']+)' is not accepted", text):

@@ -259,7 +259,8 @@ def test_the_whole_command(texts, tmp_path, llm_folder, tiny_glp):
     config = config_of(
         tmp_path / "out",
         prior=str(prior),
-        llm=LLMConfig(model=llm_folder, dtype="float32", device="cpu"),
+        device="cpu",
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=TextConfig(dataset=texts, part="all"),
     )
     info = neurons(config)
@@ -278,7 +279,8 @@ def test_a_store_is_kept_and_can_get_the_tasks_of_a_probing_run(texts, tmp_path,
     config = config_of(
         out,
         prior=str(prior),
-        llm=LLMConfig(model=llm_folder, dtype="float32", device="cpu"),
+        device="cpu",
+        llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=TextConfig(dataset=texts, part="all"),
     )
     first = neurons(config)

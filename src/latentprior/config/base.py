@@ -131,6 +131,15 @@ def bytes_of(name: str, size: str | None) -> int | None:
     return amount
 
 
+MOVED = {"llm.device": "device"}  # options that have become others
+
+
+def moved(option: str) -> InputError | None:
+    """An `InputError` that names the option that `option` has become; None if it is not one that moved."""
+    new = MOVED.get(option)
+    return InputError(f"{option} has become {new}: --{new} says where all of a command computes") if new else None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain, JSON-ready values."""
     return dataclasses.asdict(config)
@@ -145,7 +154,8 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise unknown(f"{cls.__name__} key", key, fields)
+            old = f"{cls.__name__.removesuffix('Config').lower()}.{key}"
+            raise moved(old) or unknown(f"{cls.__name__} key", key, fields)
     types = get_type_hints(cls)
     built = {}
     for key, value in values.items():

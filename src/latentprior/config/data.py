@@ -19,10 +19,9 @@ class LLMConfig:
     """Branch, tag or commit of the model on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
-    device: str = "auto"
-    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     device_map: Literal["none", "auto"] = "none"
-    """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process."""
+    """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process. The rest is
+    where the command's `device` says."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off: such models are refused."""
 
@@ -107,6 +106,8 @@ class RecordConfig:
     """Storage precision."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
+    device: str = "auto"
+    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the random positions."""
     resume: bool = False

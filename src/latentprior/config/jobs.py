@@ -80,6 +80,9 @@ class EvaluateConfig:
     """Most tokens of one forward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
+    device: str = "auto"
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise, projections and resampling."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -124,7 +127,7 @@ class SampleConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the denoiser."""
     device: str = "auto"
-    """Torch device."""
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -188,6 +191,9 @@ class DemoConfig:
     """Steering strengths in units of the mean activation norm."""
     new_tokens: int = 20
     """Tokens to generate after each prompt."""
+    device: str = "auto"
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 0
     """Seed of everything."""
     llm: LLMConfig = field(default_factory=LLMConfig)

@@ -52,6 +52,9 @@ class NeuronsConfig:
     """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
+    device: str = "auto"
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise and of the random documents."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -47,6 +47,8 @@ class PlanConfig:
     """Chip of the vendor's data sheet, such as "A100-80" or "H200"; "measured" is this machine's own device."""
     chips: int = 1
     """How many chips, one process on each."""
+    device: str = "auto"
+    """Torch device that is measured as the chip "measured"; "auto" is the CUDA device if there is one, else the CPU."""
     llm_mfu: float = 0.4
     """Assumption: share of the chip's matrix peak that the language model's forward pass reaches."""
     prior_mfu: float = 0.4

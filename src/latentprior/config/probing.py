@@ -69,8 +69,10 @@ class ProbeConfig:
     batch_tokens: int = 4096
     """Most tokens of one forward pass, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the priors; "auto" is bfloat16 where the device is fast at it. They run where the language model
-    does."""
+    """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
+    device: str = "auto"
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 42
     """Seed of the split (the protocol's is 42), of noise, controls and resampling."""
     llm: LLMConfig = field(default_factory=LLMConfig)

@@ -147,6 +147,9 @@ class SteerConfig:
     """Prompts whose texts are on the page."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
+    device: str = "auto"
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 0
     """Seed of noise, controls and resampling."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -53,7 +53,8 @@ class SweepConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; "auto" is bfloat16 where the device is fast at it."""
     device: str = "auto"
-    """Torch device of the priors."""
+    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
+    device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise and resampling."""
     llm: LLMConfig = field(default_factory=LLMConfig)

@@ -176,7 +176,8 @@ class TrainConfig(StreamConfig):
     track: Literal["none", "wandb", "trackio"] = "none"
     """Also log to one of these; log.jsonl is always written."""
     device: str = "auto"
-    """Torch device."""
+    """Torch device of the prior, and of the language model with `source` "llm"; "auto" is this process's CUDA device if
+    there is one, else the CPU."""
     seed: int = 0
     """Seed of initial weights, order of the data, noise and times."""
 

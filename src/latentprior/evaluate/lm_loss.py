@@ -121,7 +121,7 @@ def _document_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     inputs = model_inputs(model, batch)
     inputs["attention_mask"] = batch.mask.to(inputs["input_ids"].device, torch.long)  # tells `rewrite` the padding
     logits = model(**inputs, use_cache=False).logits[:, :-1]
-    targets = inputs["input_ids"][:, 1:]
+    targets = inputs["input_ids"][:, 1:].to(logits.device)  # a model that is spread ends elsewhere than it begins
     scored = batch.mask[:, 1:].to(logits.device)
     losses = torch.zeros(scored.shape, dtype=torch.float64, device=logits.device)
     losses[scored] = F.cross_entropy(logits[scored].float(), targets[scored], reduction="none").double()

@@ -50,7 +50,7 @@ def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]
 
 def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, Any]:
     began = time.perf_counter()
-    glp = GLP.from_pretrained(config.prior, config.checkpoint)
+    glp = GLP.from_pretrained(config.prior, config.checkpoint, device=resolve_device(config.device))
     dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
     glp.cast(dtype)
     layer = _layer(glp, config)
@@ -80,7 +80,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
 def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Any, Any]:
     """The language model and its tokenizer; another model, layer or text shows before minutes of other measurements."""
     text.documents(config.text)
-    model, tokenizer = load_llm(config.llm)
+    model, tokenizer = load_llm(config.llm, glp.device)
     hookpoints_on(glp.hookpoints, model, layer, check_model=True)
     return model, tokenizer
 
@@ -246,12 +246,16 @@ def pca_points(z_real: Tensor, z_generated: Tensor) -> dict[str, Any]:
 
 
 def _mean_activation(glp: GLP, x: Tensor, layer: int | None) -> Tensor:
-    return glp.normalizer.denormalize(torch.zeros(x.shape), layer)
+    return glp.normalizer.denormalize(torch.zeros(x.shape, device=glp.device), layer)
 
 
 def _spare_sinks(glp: GLP, layer: int | None, replacement: Replacement) -> Replacement:
+    """`replacement`, computed where the prior is, but for attention sinks."""
+
     def spared(x: Tensor, eps: Tensor) -> Tensor:
-        return torch.where(glp.normalizer.sinks(x, layer)[:, None], x, replacement(x, eps).to(x.dtype))
+        here = x.to(glp.device)  # the blocks of a model that is spread are elsewhere
+        replaced = replacement(here, eps.to(glp.device)).to(x.dtype)
+        return torch.where(glp.normalizer.sinks(here, layer)[:, None], here, replaced).to(x.device)
 
     return spared
 
@@ -277,8 +281,7 @@ def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report)
     if hookpoint is None:
         raise InputError("this prior does not say what it was trained on, so no SAE can be compared with it")
     folder = Path(config.sae.path or Path(config.output) / "sae")
-    device = resolve_device(config.llm.device)
-    return prepare_sae(config.sae, folder, config.train, hookpoint, device=device, report=report)
+    return prepare_sae(config.sae, folder, config.train, hookpoint, device=glp.device, report=report)
 
 
 def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,11 +293,12 @@ def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Ten
             f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
             "samples: record more held-out documents or lower --samples"
         )
-    real, other = (heldout.rows(half[: config.samples]).float() for half in halves)
+    real, other = (heldout.rows(half[: config.samples]).float().to(glp.device) for half in halves)
     if config.train is None:
         return real, other, other
     train = _open(config.train, glp)
-    return real, other, train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows]).float()
+    fitted = train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows])
+    return real, other, fitted.float().to(glp.device)
 
 
 def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:

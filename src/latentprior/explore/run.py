@@ -36,7 +36,7 @@ from latentprior.text import Document
 CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
 # What may differ from the run whose store is kept.
-FREE = ("output", "probe", "html", "describe", "judge", "batch_tokens", "llm")
+FREE = ("output", "probe", "html", "describe", "judge", "batch_tokens", "device", "llm")
 
 
 def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _neurons(config: NeuronsConfig, phase: Phase) -> dict[str, Any]:
         [config.prior],
         checkpoint=config.checkpoint,
         layer=config.layer,
-        device=config.llm.device,
+        device=config.device,
         precision=config.precision,
     )
     glp = priors[config.prior]
@@ -65,7 +65,7 @@ def _neurons(config: NeuronsConfig, phase: Phase) -> dict[str, Any]:
     if Path(config.output, INFO).exists():
         return _kept(config, glp, wins)
     documents = text.documents(config.text)
-    model, tokenizer = load_llm(config.llm)
+    model, tokenizer = load_llm(config.llm, config.device)
     return explore(config, glp, model, tokenizer, documents, phase=phase)
 
 

@@ -27,9 +27,9 @@ class Split:
 
     def __init__(self, task: Task, source: Source) -> None:
         features = source.features(task.used())
-        labels = torch.from_numpy(task.labels).to(features.device)
         self.x, self.x_test = features[: len(task.train)], features[len(task.train) :]
-        self.y, self.y_test = labels[torch.from_numpy(task.train)], labels[torch.from_numpy(task.test)]
+        sides = (task.labels[task.train], task.labels[task.test])
+        self.y, self.y_test = (torch.from_numpy(labels).to(features.device) for labels in sides)
 
     def probed(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
         """1-D probes with training labels `y`, which may have been permuted."""

@@ -106,6 +106,7 @@ class Recording:
     """What `record_texts` wrote, read by text.
 
     Attributes:
+        device: where the rows that are read go; the CPU, unless `to` says otherwise.
         hookpoint: of the layer's output.
         mlp_hookpoints: of the MLPs' hidden units, by block; empty if they were not recorded.
 
@@ -114,7 +115,7 @@ class Recording:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder, self.device = Path(folder), torch.device("cpu")
         self._output = ActivationStore(self.folder / OUTPUT)
         self.hookpoint = self._output.hookpoints[0]
         self._rows = _index(self._output, self.hookpoint.layer)
@@ -122,6 +123,11 @@ class Recording:
         self._mlp = ActivationStore(self.folder / MLP) if has_mlp else None
         self.mlp_hookpoints = self._mlp.hookpoints if self._mlp is not None else ()
         self._mlp_rows = [_index(self._mlp, h.layer) for h in self.mlp_hookpoints] if self._mlp is not None else []
+
+    def to(self, device: torch.device) -> Recording:
+        """This recording, with its rows read onto `device`."""
+        self.device = device
+        return self
 
     def has(self, texts: Sequence[str]) -> np.ndarray:
         """[N] bool: which texts have a row in every store."""
@@ -134,7 +140,7 @@ class Recording:
         Raises:
             KeyError: a text that was not recorded.
         """
-        return self._output.rows(_find(self._rows, texts))
+        return self._output.rows(_find(self._rows, texts)).to(self.device)
 
     def mlp(self, texts: Sequence[str], block: int) -> Float[Tensor, "n d_mlp"]:
         """The hidden units of one block's MLP at the last token of each text, as stored.
@@ -145,7 +151,7 @@ class Recording:
         """
         if self._mlp is None or not 0 <= block < len(self._mlp_rows):
             raise InputError(f"{self.folder} holds no MLP units of block {block}: record them first")
-        return self._mlp.rows(_find(self._mlp_rows[block], texts))
+        return self._mlp.rows(_find(self._mlp_rows[block], texts)).to(self.device)
 
 
 def _writer(

@@ -33,12 +33,19 @@ from latentprior.progress import Phase, Report, unseen
 from latentprior.provenance import stamp
 
 Json = dict[str, Any]
-FREE = ("output", "recording", "tasks", "batch_tokens", "llm")  # may differ between runs that continue each other
+FREE = (
+    "output",
+    "recording",
+    "tasks",
+    "batch_tokens",
+    "device",
+    "llm",
+)  # may differ between runs that continue each other
 
 
 def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Json:
     """Load the language model if anything has to be recorded, and run the benchmark (`benchmark`)."""
-    return benchmark(config, lambda: load_llm(config.llm), phase=phase)
+    return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
 def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Json:
@@ -69,12 +76,13 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
         config.priors,
         checkpoint=config.checkpoint,
         layer=config.layer,
-        device=config.llm.device,
+        device=config.device,
         precision=config.precision,
     )
-    sae = sae_at(config.sae, hookpoint) if config.sae else None
+    device = priors[config.priors[0]].device
+    sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
     _keep_settings(folder, config, priors)
-    recording = recorded(config, tasks, hookpoint, llm, report=phase("record"))
+    recording = recorded(config, tasks, hookpoint, llm, report=phase("record")).to(device)
     sources = sources_of(config, recording, priors, sae)
     first = config.priors[0]
     maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]

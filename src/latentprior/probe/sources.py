@@ -102,7 +102,8 @@ def rotated(recording: Recording, seed: int) -> Source:
     rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=keyed_generator(seed, _ROTATION)))
 
     def features(texts: Sequence[str]) -> Tensor:
-        return recording.output(texts).float() @ rotation
+        x = recording.output(texts).float()
+        return x @ rotation.to(x.device)
 
     return Source("rotation", LABELS["rotation"], "control", features, 1, width)
 
@@ -140,7 +141,7 @@ def sae_latents(recording: Recording, sae: SAE | None) -> Source:
 
 def _dense(sae: SAE, x: Tensor) -> Tensor:
     indices, values = sae.encode(x)
-    return torch.zeros(len(x), sae.latents).scatter_(1, indices.cpu(), values.cpu())
+    return torch.zeros(len(x), sae.latents, device=values.device).scatter_(1, indices, values)
 
 
 def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
@@ -179,7 +180,7 @@ def _denoiser_units(
     shape = glp.denoiser.config
 
     def features(texts: Sequence[str]) -> Tensor:
-        x = recording.output(texts).to(glp.device).float()
+        x = recording.output(texts).float().to(glp.device)
         shared = normal(config.noises, 1, glp.width, seed=keyed_generator(config.seed, _NOISE), device=glp.device)
         own = keyed_generator(config.seed, _NOISE)
         parts = []

@@ -122,7 +122,7 @@ def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values:
     log = bool((deltas > 0).all())
 
     def draw(axes: Axes) -> None:
-        left = min(0.5 * deltas.min(), *intervals[intervals[:, 0] > 0, 0]) if log else 0.0
+        left = np.append(intervals[intervals[:, 0] > 0, 0], 0.5 * deltas.min()).min() if log else 0.0
         for y, (row, delta, (low, high)) in enumerate(zip(rows, deltas, intervals, strict=True)):
             colour = REPLACEMENTS.get(row["method"], MUTED)
             axes.barh(y, delta - left, left=left, height=0.5, color=colour, alpha=0.75, linewidth=0)

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentprior import text, tokens
 from latentprior.config import Recipe, SweepConfig, TrainConfig, to_dict
 from latentprior.cost import paper_flops_per_activation, parameters, training_flops_per_activation
-from latentprior.devices import fast_dtype
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError, unknown
 from latentprior.evaluate.frechet import GaussianMoments, frechet_distance
 from latentprior.evaluate.lm_loss import delta, lm_losses
@@ -174,7 +174,8 @@ class _Grid:
             raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
         self.layer = _layer(self.store, config)
         self.hookpoint = next(h for h in self.store.hookpoints if self.layer in (None, h.layer))
-        self.normalizer = Normalizer.from_moments(self.store.moments())
+        self.device = resolve_device(config.device)
+        self.normalizer = Normalizer.from_moments(self.store.moments()).to(self.device)
         self.runs = sorted((_Run.of(run, self.store) for run in config.runs()), key=lambda run: run.flops)
 
     def prepare(self) -> None:
@@ -189,7 +190,8 @@ class _Grid:
                 f"half of the documents of {self.config.heldout} hold {least} rows of this layer, less than "
                 f"{self.config.samples} samples: record more held-out documents or lower --samples"
             )
-        real, other = (self.heldout.rows(half[: self.config.samples]).float() for half in halves)
+        rows = (self.heldout.rows(half[: self.config.samples]) for half in halves)
+        real, other = (x.float().to(self.device) for x in rows)
         self.real = {name: GaussianMoments.of(x) for name, x in self._scaled(real).items()}
         self.bound = self._distances(other)
         lm = self._lm_settings()
@@ -202,7 +204,7 @@ class _Grid:
     def llm(self) -> tuple[Any, list[tokens.TokenBatch]]:
         """The language model, checked, and the documents of the delta LM loss."""
         config = self.config
-        model, tokenizer = load_llm(config.llm)
+        model, tokenizer = load_llm(config.llm, self.device)
         hookpoints_on([self.hookpoint], model, None, check_model=True)
         documents = text.documents(replace(config.text, limit=config.lm_documents))
         batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
@@ -222,7 +224,7 @@ class _Grid:
     def _frechet(self, glp: GLP) -> dict[str, float]:
         config = self.config
         x = glp.sample(config.samples, steps=config.steps, layer=self.layer, generator=config.seed)
-        return self._distances(x.float().cpu())
+        return self._distances(x.float())
 
     def _delta_lm(self, glp: GLP) -> dict[str, Any]:
         model, batches = self.llm

@@ -17,7 +17,7 @@ from torch import Tensor
 from latentprior.config import RepairConfig
 from latentprior.errors import InputError
 from latentprior.prior import GLP
-from latentprior.repair import PositionNoise
+from latentprior.repair import PositionNoise, follower
 from latentprior.rewrite import Site
 
 T_STEP = 0.05  # adaptive noise levels are multiples of this, so that rows of like strength are repaired in one batch
@@ -39,6 +39,7 @@ class PriorRepair:
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
         self.glp, self.config = glp, config
         self._open = ExitStack()
+        self._follow = follower(glp)
         self._noise = PositionNoise(seed, samples=config.samples, shared=config.noise == "sequence")
 
     def __enter__(self) -> PriorRepair:
@@ -59,6 +60,7 @@ class PriorRepair:
         self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], site: Site, push: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n d"]:
         """The repaired activations; what was not pushed is only touched by a repair that is not paired."""
+        self._follow(edited.device)
         clean, edited, push = clean.float(), edited.float(), push.float()
         if self.config.rate is None:
             return self._repaired(clean, edited, site, push, self.config.t_start)
@@ -75,9 +77,9 @@ class PriorRepair:
     def _levels(self, push: Tensor, site: Site) -> Tensor:
         """Noise level of each row in steps of `T_STEP`: noise ``t / (1 - t)`` is `rate` times the standardised push."""
         layer, normalizer = self._layer(site), self.glp.normalizer
-        z = normalizer.normalize(normalizer.mean[normalizer.rows(layer)] + push, layer)  # of the push alone
-        size = z.square().mean(dim=-1).sqrt() * float(self.config.rate or 0)
-        return (size / (1 + size) / T_STEP).ceil().long()
+        alone = normalizer.mean[normalizer.rows(layer)] + push.to(self.glp.device)
+        size = normalizer.normalize(alone, layer).square().mean(dim=-1).sqrt() * float(self.config.rate or 0)
+        return (size / (1 + size) / T_STEP).ceil().long().to(push.device)
 
     def _repaired(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor, t_start: float) -> Tensor:
         config, n = self.config, self.config.samples

@@ -37,7 +37,7 @@ def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     Raises:
         InputError: what `experiment` refuses, as far as it can be told without the model before that is loaded.
     """
-    return experiment(config, lambda: load_llm(config.llm), phase=phase)
+    return experiment(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
 def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> dict[str, Any]:
@@ -113,9 +113,7 @@ def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
     Raises:
         InputError: a prior without hookpoint or mean norm, or priors of different hookpoints.
     """
-    priors, hookpoint = priors_of(
-        config.priors, layer=config.layer, device=config.llm.device, precision=config.precision
-    )
+    priors, hookpoint = priors_of(config.priors, layer=config.layer, device=config.device, precision=config.precision)
     for name, glp in priors.items():
         if not float(glp.normalizer.mean_norm[glp.normalizer.rows(config.layer)]) > 0:
             raise InputError(f"{name} does not know its layer's mean activation norm, the unit of strength")

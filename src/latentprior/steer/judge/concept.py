@@ -46,17 +46,20 @@ class Features(Protocol):
 class Embedder:
     """Sentence embeddings of the embedded MiniLM: mean over tokens, unit norm.
 
+    Args:
+        device: where they are computed.
+
     Raises:
         InputError: the asset package is not installed.
     """
 
     name = "all-MiniLM-L6-v2 embeddings"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         folder = minilm_folder()
         with without_bars():
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
     @torch.no_grad()
     def __call__(
@@ -70,10 +73,11 @@ class Embedder:
             inputs = self._tokenizer(
                 [texts[i] for i in chosen], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             )
+            inputs = inputs.to(self._model.device)
             hidden = self._model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][:, :, None]
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-            out[chosen] = torch.nn.functional.normalize(mean, dim=1).numpy()
+            out[chosen] = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
         return out
 
 
@@ -127,12 +131,13 @@ def features_for(model: Any, tokenizer: Any, reading: Reading = "both") -> Featu
     Raises:
         InputError: an unknown reading, or embeddings without their asset package.
     """
+    device = next(model.parameters()).device
     if reading == "embedding":
-        return Embedder()
+        return Embedder(device)
     if reading == "layer":
         return LayerMean(model, tokenizer)
     if reading == "both":
-        return Joined(Embedder(), LayerMean(model, tokenizer))
+        return Joined(Embedder(device), LayerMean(model, tokenizer))
     raise unknown("reading of a concept", reading, get_args(Reading))
 
 

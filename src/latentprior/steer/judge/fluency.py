@@ -88,7 +88,7 @@ def _nll(model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, ma
     if "logits_to_keep" in parameters:
         arguments["logits_to_keep"] = ids.shape[1] + 1
     logits = model(**arguments).logits[:, -ids.shape[1] - 1 : -1]
-    return _mean_loss(logits, ids.to(device), mask.to(device))
+    return _mean_loss(logits, ids, mask)
 
 
 def _nll_of_copies(
@@ -106,11 +106,12 @@ def _nll_of_copies(
     if "position_ids" in hooks.forward_parameters(model):
         arguments["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     logits = model(**arguments, **{hooks.cache_argument(model): cache}, use_cache=True).logits
-    return _mean_loss(logits, ids.to(device), scored)
+    return _mean_loss(logits, ids, scored)
 
 
 def _mean_loss(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
     """Mean loss [B] float64, on the CPU, of the tokens `ids` [B, T] where `scored`."""
+    ids, scored = ids.to(logits.device), scored.to(logits.device)
     losses = torch.zeros(ids.shape, dtype=torch.float64, device=logits.device)
     losses[scored] = F.cross_entropy(logits[scored].float(), ids[scored], reduction="none").double()
     return (losses.sum(dim=1) / scored.sum(dim=1)).cpu()
