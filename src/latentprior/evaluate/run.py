@@ -17,7 +17,7 @@ from latentprior.config import EvaluateConfig, Solver, to_dict
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.evaluate.bootstrap import bootstrap_interval
-from latentprior.evaluate.distances import classifier_two_sample, sliced_wasserstein
+from latentprior.evaluate.distances import classifier_two_sample, least_rows, sliced_wasserstein
 from latentprior.evaluate.frechet import GaussianMoments, frechet_parts
 from latentprior.evaluate.gaussian import GaussianPrior
 from latentprior.evaluate.lm_loss import Replacement, delta, lm_losses
@@ -276,6 +276,11 @@ def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report)
 def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Two sets of held-out activations from disjoint documents, and the rows that the Gaussians are fitted to."""
     heldout = _open(config.heldout, glp)
+    if config.samples < (least := least_rows(heldout.width)):
+        raise InputError(
+            f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
+            f"at least {least}"
+        )
     halves = document_halves(heldout, layer, config.seed)
     if (least := min(map(len, halves))) < config.samples:
         raise InputError(
