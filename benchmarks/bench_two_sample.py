@@ -1,7 +1,7 @@
 """How well the classifier two-sample test tells known differences apart, by the number of activations.
 
-python benchmarks/bench_two_sample.py HELDOUT TRAIN, two stores of one layer from different documents. Compared with real
-held-out activations: others from other documents (nothing to tell: AUC 0.5), the same shifted by a tenth of a
+python benchmarks/bench_two_sample.py HELDOUT TRAIN, two stores of one layer from different documents. Compared with
+real held-out activations: others from other documents (nothing to tell: AUC 0.5), the same shifted by a tenth of a
 standard deviation in every dimension, and Gaussians of full and of diagonal covariance fitted to TRAIN.
 """
 
