@@ -103,7 +103,8 @@ def test_a_live_run_leaves_a_prior_and_says_where_its_time_went(whole, config):
 def test_a_live_run_says_what_was_cut(whole, config, tmp_path):
     found = json.loads(Path(whole, "train.json").read_text())["summary"]["left_out"]
     assert found["cut_tokens"] == 0
-    config = replace(config, output=str(tmp_path / "prior"), max_length=5, long_documents="cut", activations=10 * 64)
+    short = {"max_length": 5, "long_documents": "cut", "lanes": 1, "batch_tokens": 64, "activations": 10 * 64}
+    config = replace(config, output=str(tmp_path / "prior"), **short)
     fit(config)
     found = json.loads(Path(config.output, "train.json").read_text())["summary"]["left_out"]
     assert found["cut_tokens"] >= found["cut_documents"] > 100

@@ -156,7 +156,7 @@ def test_sinks_are_left_out_and_counted(config):
     ordinary = everything.norms() <= limits
     assert (everything.position[~ordinary] == 1).all() and set(everything.layer[~ordinary].tolist()) == {1, 2}
     assert_same_rows(dropped, everything.select(ordinary))
-    assert dropped.manifest["left_out"] == {"sinks": int((~ordinary).sum()), "nonfinite": 0}
+    assert dropped.manifest["left_out"].items() >= {"sinks": int((~ordinary).sum()), "nonfinite": 0}.items()
     assert kept.manifest["left_out"]["sinks"] == 0
     assert kept.manifest["sink_thresholds"] == dropped.manifest["sink_thresholds"]
     for i, layer in enumerate((1, 2)):

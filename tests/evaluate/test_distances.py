@@ -33,6 +33,10 @@ def correlated(n: int, d: int, seed: int, heavy: bool = False) -> torch.Tensor:
     return x @ directions * (torch.from_numpy((2 / rng.chisquare(4, (n, 1))) ** 0.5).float() if heavy else 1.0)
 
 
+def auc_of(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    return _auc(positive, negative, np.arange(len(positive)), np.arange(len(negative)))
+
+
 class TestSlicedWasserstein:
     def test_of_a_shifted_copy_is_the_shift_over_the_root_of_the_width(self):
         """Along a random unit direction a shift ``s`` has the mean square ``|s|^2 / d``."""
@@ -161,15 +165,37 @@ class TestClassifierTwoSample:
     @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.lists(st.integers(0, 4), min_size=2, max_size=30))
     def test_auc_is_that_of_sklearn_with_ties(self, positive: list[int], negative: list[int]):
         truth = [1] * len(positive) + [0] * len(negative)
-        auc, variance = _auc(np.array(positive), np.array(negative))
+        auc, variance = auc_of(np.array(positive), np.array(negative))
         assert auc == pytest.approx(roc_auc_score(truth, positive + negative))
         assert variance >= 0
 
     def test_variance_of_the_auc_is_that_of_repeated_draws(self):
         rng = np.random.default_rng(0)
-        draws = [_auc(rng.normal(0.7, 1, 80), rng.normal(0, 1, 60)) for _ in range(1000)]
+        draws = [auc_of(rng.normal(0.7, 1, 80), rng.normal(0, 1, 60)) for _ in range(1000)]
         aucs, variances = np.array(draws).T
         assert variances.mean() == pytest.approx(aucs.var(), rel=0.15)
+
+    def test_variance_of_the_auc_by_groups_is_that_of_repeated_draws(self):
+        rng, groups = np.random.default_rng(0), np.arange(60).repeat(4)
+
+        def drawn(shift: float) -> np.ndarray:
+            return rng.normal(shift, 1, 60)[groups] + rng.normal(0, 0.5, 240)
+
+        aucs, variances = np.array([_auc(drawn(0.5), drawn(0), groups, groups) for _ in range(600)]).T
+        assert variances.mean() == pytest.approx(aucs.var(), rel=0.2)
+
+    def test_documents_are_not_told_apart(self):
+        """Rows of one document are alike; across folds, a network tells the documents of either set."""
+        doc = torch.arange(60).repeat_interleave(10)
+        sets = [4 * normal(60, 16, seed)[doc] + normal(600, 16, seed + 2) for seed in (0, 1)]
+        assert classifier_two_sample(*sets).low > 0.8
+        result = classifier_two_sample(*sets, documents=(doc, doc))
+        assert result.low < 0.5 < result.high and result.high - result.low > 0.1
+        assert classifier_two_sample(sets[0], sets[1] + 20, documents=(doc, None)).auc == pytest.approx(1)
+        with pytest.raises(InputError, match="600 rows have 3 documents"):
+            classifier_two_sample(*sets, documents=(doc[:3], None))
+        with pytest.raises(InputError, match="2 documents are too few, .* for 3 folds"):
+            classifier_two_sample(*sets, documents=(doc // 30, None))
 
     def test_refuses_bad_input(self):
         with pytest.raises(InputError, match="at least 30"):

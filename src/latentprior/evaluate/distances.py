@@ -38,7 +38,7 @@ class TwoSample:
 
     auc: float
     low: float
-    """Lower end of the 95% interval (DeLong) over the held-out activations."""
+    """Lower end of the 95% interval (DeLong) over the held-out activations, or over their documents."""
     high: float
     """Upper end of it."""
 
@@ -80,7 +80,12 @@ def sliced_wasserstein(
 
 
 def classifier_two_sample(
-    a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, seed: int = 0, folds: int = 3
+    a: Tensor | np.ndarray,
+    b: Tensor | np.ndarray,
+    *,
+    documents: tuple[Tensor | None, Tensor | None] = (None, None),
+    seed: int = 0,
+    folds: int = 3,
 ) -> TwoSample:
     """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` from `b`.
 
@@ -93,8 +98,10 @@ def classifier_two_sample(
 
     Args:
         a: [N, d] activations, such as real ones.
-        b: [M, d] activations, such as generated ones. Rows that `a` and `b` share, or rows from the same documents,
-            lie in different folds by chance alone: give independent sets.
+        b: [M, d] activations, such as generated ones; independent of `a`.
+        documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
+            Rows of one document are alike: across folds, a network would learn to tell the documents of `a` from those
+            of `b`. So they lie in one fold, and count together in the interval.
         seed: seed of folds, initial weights and batches.
         folds: parts into which the sets are cut, each held out once.
 
@@ -114,7 +121,9 @@ def classifier_two_sample(
     generator = torch.Generator().manual_seed(seed)
     x = torch.cat([a.float(), b.float()])
     label = torch.cat([torch.ones(len(a)), torch.zeros(len(b))]).to(x.device)
-    fold = torch.cat([torch.randperm(len(part), generator=generator) % folds for part in (a, b)]).to(x.device)
+    groups = [_numbered(part, of) for part, of in zip((a, b), documents, strict=True)]
+    fold = torch.cat([_folds(group, folds, generator) for group in groups]).to(x.device)
+    group = np.concatenate([group.numpy() for group in groups])
     aucs, variances = [], []
     for held_out in range(folds):
         test, whitening = fold == held_out, fold == (held_out + 1) % folds
@@ -122,7 +131,8 @@ def classifier_two_sample(
         features = _magnitude_features(x[whitening])
         score = _fit_classifier(features(x[train]), label[train], generator)
         scores, truth = score(features(x[test])).cpu().numpy(), label[test].bool().cpu().numpy()
-        auc, variance = _auc(scores[truth], scores[~truth])
+        among = group[test.cpu().numpy()]
+        auc, variance = _auc(scores[truth], scores[~truth], among[truth], among[~truth])
         aucs.append(auc)
         variances.append(variance)
     auc, margin = float(np.mean(aucs)), 1.96 * float(np.sqrt(np.sum(variances))) / folds
@@ -135,6 +145,31 @@ def least_rows(width: int, folds: int = 3) -> int:
     With fewer, real differences are lost in the noise of the components.
     """
     return max(10 * folds, -(-width // 4))
+
+
+def _numbered(x: Tensor, documents: Tensor | None) -> Tensor:
+    """Each row's document, counted from 0; without documents every row is its own."""
+    if documents is None:
+        return torch.arange(len(x))
+    if len(documents) != len(x):
+        raise InputError(f"{len(x)} rows have {len(documents)} documents: give one for each row")
+    return torch.unique(documents.cpu(), return_inverse=True)[1]
+
+
+def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """Each row's fold: those of a group in one, about as many rows in each.
+
+    Raises:
+        InputError: a fold without a row.
+    """
+    sizes = torch.bincount(group)
+    order = torch.randperm(len(sizes), generator=generator)
+    before = torch.empty_like(sizes)
+    before[order] = sizes[order].cumsum(0) - sizes[order]
+    fold = (before * folds // len(group))[group]
+    if len(fold.unique()) < folds:
+        raise InputError(f"{len(sizes)} documents are too few, or too unequal in length, for {folds} folds")
+    return fold
 
 
 def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tuple[Tensor, Tensor]:
@@ -227,10 +262,23 @@ def _fit_classifier(x: Tensor, label: Tensor, generator: torch.Generator) -> Cal
     return lambda x: logit(x, *kept).detach()
 
 
-def _auc(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve, ties counted half, and its variance (DeLong et al., 1988)."""
+def _auc(
+    positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
+) -> tuple[float, float]:
+    """Area under the ROC curve, ties counted half, and its variance.
+
+    That of DeLong et al. (1988), where every entry is a group of its own; else by groups, as of Obuchowski (1997).
+    """
     rank = rankdata(np.concatenate([positive, negative]))
     n, m = len(positive), len(negative)
     below = (rank[:n] - rankdata(positive)) / m
     above = 1 - (rank[n:] - rankdata(negative)) / n
-    return float(below.mean()), float(below.var(ddof=1) / n + above.var(ddof=1) / m)
+    return float(below.mean()), _variance_of_mean(below, positive_group) + _variance_of_mean(above, negative_group)
+
+
+def _variance_of_mean(values: np.ndarray, group: np.ndarray) -> float:
+    """Of the mean of `values`, those of a group being dependent; infinite for a single group."""
+    _, which = np.unique(group, return_inverse=True)
+    sums = np.bincount(which, values - values.mean())
+    count = len(sums)
+    return float(np.square(sums).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else float("inf")

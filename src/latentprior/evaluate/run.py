@@ -54,7 +54,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
     glp.cast(dtype)
     layer = _layer(glp, config)
-    real, other, fitted = _real_rows(config, glp, layer)
+    real, other, fitted, documents = _real_rows(config, glp, layer)
     z_fitted = glp.normalizer.normalize(fitted, layer)
     gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
     sae = _sae(config, glp, layer, report=phase("train the SAE")) if "sae" in config.baseline else None
@@ -62,7 +62,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
     result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
     result["distribution"], generated = compare_distributions(
-        config, glp, real, other, gaussians, layer, sae, report=phase("compare distributions")
+        config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
     )
     if sae is not None:
         result["sae"] = described(sae, other)
@@ -95,6 +95,7 @@ def compare_distributions(
     glp: GLP,
     real: Tensor,
     other: Tensor,
+    documents: tuple[Tensor, Tensor],
     gaussians: dict[str, GaussianPrior],
     layer: int | None,
     sae: SAE | None = None,
@@ -103,7 +104,8 @@ def compare_distributions(
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
 
-    What is compared of an SAE are its reconstructions of `other` (paper, SAE baseline).
+    `documents` says which one each row of `real` and of `other` is from. What is compared of an SAE are its
+    reconstructions of `other` (paper, SAE baseline).
 
     Returns:
         one row for each source, and the last prior's samples [N, d].
@@ -115,9 +117,9 @@ def compare_distributions(
     references = (GaussianMoments.of(real), GaussianMoments.of(z_real))
     rows: list[dict[str, Any]] = []
 
-    def add(source: str, x: Tensor, **labels: Any) -> None:
+    def add(source: str, x: Tensor, of: Tensor | None = None, **labels: Any) -> None:
         z = glp.normalizer.normalize(x, layer)
-        two_sample = classifier_two_sample(z_real, z, seed=config.seed)
+        two_sample = classifier_two_sample(z_real, z, documents=(documents[0], of), seed=config.seed)
         rows.append(
             {
                 "source": source,
@@ -131,12 +133,12 @@ def compare_distributions(
         )
         report(len(rows), total, {"now": source})
 
-    add("real", other)
+    add("real", other, documents[1])
     for kind, gaussian in gaussians.items():
         z = gaussian.sample(n, generator=torch.Generator().manual_seed(config.seed))
         add(f"gaussian-{kind}", glp.normalizer.denormalize(z, layer))
     if sae is not None:
-        add("sae", sae.reconstruct(other), latents=sae.latents, k=sae.k)
+        add("sae", sae.reconstruct(other), documents[1], latents=sae.latents, k=sae.k)
     generated = real
     for solver, nfe in runs:
         generated = glp.sample(n, steps=nfe, solver=solver, layer=layer, generator=config.seed)
@@ -273,8 +275,11 @@ def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report)
     return prepare_sae(config.sae, folder, config.train, hookpoint, device=device, report=report)
 
 
-def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sets of held-out activations from disjoint documents, and the rows that the Gaussians are fitted to."""
+def _real_rows(
+    config: EvaluateConfig, glp: GLP, layer: int | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Two sets of held-out activations from disjoint documents, the rows that the Gaussians are fitted to, and which
+    documents those of the two sets are from."""
     heldout = _open(config.heldout, glp)
     if config.samples < (least := least_rows(heldout.width)):
         raise InputError(
@@ -287,11 +292,13 @@ def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Ten
             f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
             "samples: record more held-out documents or lower --samples"
         )
-    real, other = (heldout.rows(half[: config.samples]).float() for half in halves)
+    chosen = [half[: config.samples] for half in halves]
+    real, other = (heldout.rows(rows).float() for rows in chosen)
+    documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
     if config.train is None:
-        return real, other, other
+        return real, other, other, documents
     train = _open(config.train, glp)
-    return real, other, train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows]).float()
+    return real, other, train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows]).float(), documents
 
 
 def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
