@@ -72,7 +72,8 @@ def test_rows_that_a_store_refuses_are_counted(tmp_path):
     official.write_activations(tmp_path / "layer_03", x, dtype=torch.float32)
     convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "store")))
     store = ActivationStore(tmp_path / "store")
-    assert (len(store), store.manifest["left_out"]) == (498, {"sinks": 1, "nonfinite": 1})
+    left_out = {"sinks": 1, "nonfinite": 1, "cut_documents": 0, "cut_tokens": 0}
+    assert (len(store), store.manifest["left_out"]) == (498, left_out)
 
 
 def test_sinks_are_told_by_the_median_of_all_rows_and_reported(tmp_path, monkeypatch):

@@ -100,6 +100,17 @@ def test_a_live_run_leaves_a_prior_and_says_where_its_time_went(whole, config):
     assert Path(whole, "statistics.safetensors").is_file()
 
 
+def test_a_live_run_says_what_was_cut(whole, config, tmp_path):
+    found = json.loads(Path(whole, "train.json").read_text())["summary"]["left_out"]
+    assert found["cut_tokens"] == 0
+    short = {"max_length": 5, "long_documents": "cut", "lanes": 1, "batch_tokens": 64, "activations": 10 * 64}
+    config = replace(config, output=str(tmp_path / "prior"), **short)
+    fit(config)
+    found = json.loads(Path(config.output, "train.json").read_text())["summary"]["left_out"]
+    assert found["cut_tokens"] >= found["cut_documents"] > 100
+    assert found == GLP.from_pretrained(config.output).provenance["training"]["left_out"]
+
+
 @pytest.mark.slow
 def test_killed_twenty_times_at_random(config, whole, run_killed, tmp_path):
     """SIGKILL at any time, also in the warm-up, a refill or a save: the weights are the same, bit for bit."""

@@ -185,7 +185,8 @@ def test_shards_are_plain_safetensors_and_parquet_of_whole_token_batches(folder)
 
 def test_manifest_says_what_was_left_out_and_where_it_came_from(folder):
     manifest = ActivationStore(folder).manifest
-    assert manifest["left_out"] == {"sinks": sum(i % 3 for i in range(BATCHES)), "nonfinite": BATCHES}
+    counts = {"sinks": sum(i % 3 for i in range(BATCHES)), "nonfinite": BATCHES, "cut_documents": 0, "cut_tokens": 0}
+    assert manifest["left_out"] == counts
     assert manifest["sink_thresholds"] == {"15": 1730.25}
     assert manifest["source"] == SOURCE and manifest["next_batch"] == BATCHES and manifest["complete"]
     assert set(contents(folder)) == {

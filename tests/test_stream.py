@@ -201,6 +201,27 @@ def test_attention_sinks_are_left_out_and_counted(llm, config):
     assert sum(cursor.sinks for cursor in one.source.cursors().values()) == 99 - gap
 
 
+def test_long_documents_are_streamed_in_chunks_or_counted(llm, config, monkeypatch):
+    def places(batch: ActivationBatch) -> set[tuple[int, int]]:
+        return set(zip(batch.doc.tolist(), batch.position.tolist(), strict=True))
+
+    whole, short = everything(llm, config), replace(config, max_length=6)
+    monkeypatch.setattr("latentprior.tokens.WINDOW_CHARACTERS", 300)  # several windows for each lane
+    chunked = everything(llm, short)
+    assert len(chunked) == len(whole) and places(chunked) == places(whole)
+    one = stream(llm, short)
+    batches = list(islice(one.batches(), 10))
+    position = json.loads(json.dumps(one.position()))
+    rest = list(one.batches(10, position))
+    assert torch.equal(in_some_order(rows([*batches, *rest])), in_some_order(chunked.x))
+    cut = stream(llm, replace(short, long_documents="cut"))
+    kept = rows(cut.batches())
+    lanes = cut.position()["lanes"]
+    assert sum(lane["cut_tokens"] for lane in lanes) == len(whole) - len(kept) > 0
+    beyond = {doc for doc, place in places(whole) if place >= 6}
+    assert sum(lane["cut_documents"] for lane in lanes) == len(beyond)
+
+
 def test_stream_and_store_have_the_same_distribution(llm, config):
     drawn = rows(stream(llm, config).batches())
     texts = [document.text for document in documents(config.text)]

@@ -22,6 +22,7 @@ from latentprior import assets, corpus
 from latentprior.config import TextConfig, TextSource
 from latentprior.errors import InputError
 from latentprior.text import Document, Reader, documents, is_heldout
+from latentprior.textfiles import text_settings
 
 TEXTS = ["First one.", 'With "quotes", commas\nand a newline.', "  padded  ", "naïve 日本語 😀", "12.50", "NA"]
 
@@ -63,14 +64,74 @@ def test_every_format_gives_the_same_documents(tmp_path, ending):
     assert found == [Document(i, text, f"a.{ending}") for i, text in enumerate(TEXTS)]
 
 
+PARAGRAPHS = ["A title", "First line,\n  second line.", "The end — naïve."]
+FILE = "\ufeff\r\n" + "\r\n \t\r\n\r\n".join(PARAGRAPHS).replace("\n  ", "\r\n  ") + "\r\n\r\n"
+
+
 @pytest.mark.parametrize("ending", ["txt", "txt.zst", "TXT"])
-def test_a_text_file_is_one_document(tmp_path, ending):
+def test_a_text_file_becomes_paragraphs_lines_or_one_document(tmp_path, ending):
     path = tmp_path / f"a.{ending}"
     if ending == "TXT":
-        path.write_text(TEXTS[1])
+        path.write_text(FILE, encoding="utf-8", newline="")
     else:
-        write(path, TEXTS[1:])
-    assert texts_of(path) == [TEXTS[1]]
+        write(path, [FILE])
+    assert texts_of(path) == texts_of(path, documents="paragraph") == PARAGRAPHS
+    assert texts_of(path, documents="line") == "\n".join(PARAGRAPHS).split("\n")
+    assert texts_of(path, documents="file") == [FILE.removeprefix("\ufeff")]
+    assert texts_of(tmp_path) == PARAGRAPHS  # the only text file there
+
+
+def test_a_text_file_without_blank_lines_between_text_is_cut_at_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\none\ntwo\nthree\n\n\n")
+    assert read(tmp_path / "a.txt") == [Document(i, text, "a.txt") for i, text in enumerate(["one", "two", "three"])]
+
+
+def test_of_several_text_files_each_is_a_document(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n\nmore")
+    write(tmp_path / "c.jsonl", ["c"])
+    assert texts_of(tmp_path) == ["a\n\nmore", "b\n\nmore", "c"]
+    assert texts_of(tmp_path, documents="paragraph") == ["a", "more", "b", "more", "c"]
+    (tmp_path / "b.txt").unlink()
+    assert texts_of(tmp_path) == ["a", "more", "c"]
+
+
+def test_sources_of_a_mixture_have_their_own_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("a\nb\n\nc")
+    (tmp_path / "d.txt").write_text("d\ne")
+    mix = [TextSource(str(tmp_path / "a.txt"), documents="line"), TextSource(str(tmp_path / "d.txt"), documents="file")]
+    assert sorted(d.text for d in documents(TextConfig(mix=mix, part="all", limit=4))) == ["a", "b", "c", "d\ne"]
+
+
+def test_paragraphs_are_held_out_whole(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(f"Paragraph {i}\nof a book." for i in range(400)))
+    parts = {part: texts_of(path, part=part, heldout=0.2) for part in ("train", "heldout")}
+    assert 40 < len(parts["heldout"]) < 120 and len(parts["train"]) + len(parts["heldout"]) == 400
+
+
+def test_text_files_are_streamed(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n\n" + b"fine\n\n" * 2**20 + b"\xff\xfe")
+    stream = documents(TextConfig(dataset=str(tmp_path / "a.txt"), part="all"))
+    assert (next(stream).text, next(stream).text) == ("good", "fine")  # the end was not looked at
+
+
+@pytest.mark.parametrize("kind", ["auto", "paragraph", "line", "file"])
+def test_a_reader_continues_in_a_text_file(tmp_path, kind):
+    write(tmp_path / "a.txt.zst", [FILE])
+    write(tmp_path / "b.jsonl", TEXTS)
+    assert_continues(TextConfig(dataset=str(tmp_path), part="all", documents=kind), range(11))
+
+
+def test_settings_of_older_runs_are_those_of_now_where_documents_are(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    write(tmp_path / "b.jsonl", TEXTS)
+    for dataset in ("sae-probes", str(tmp_path / "b.jsonl"), "some/data"):
+        assert "documents" not in text_settings(TextConfig(dataset=dataset))
+    for dataset in (str(tmp_path), str(tmp_path / "a.txt")):
+        assert text_settings(TextConfig(dataset=dataset))["documents"] == "auto"
+        assert "documents" not in text_settings(TextConfig(dataset=dataset, documents="file"))
+        assert text_settings(TextConfig(mix=[TextSource(dataset)]))["mix"][0]["documents"] == "auto"
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):

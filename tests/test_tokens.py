@@ -176,3 +176,62 @@ def test_the_last_tokens_are_kept_on_demand(bos, make_tokenizer):
     assert found[10] == start + ids[len(ids) - 6 + len(start) :]
     short = rows(tokenize(docs("one two"), tokenizer, max_length=60, keep="last"))
     assert short[10] == start + tokenizer.encode("one two")
+
+
+# --- Long documents in chunks
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@given(texts, st.integers(2, 12), st.integers(1, 80), st.integers(1, 10))
+@settings(deadline=None, max_examples=40)
+def test_chunks_hold_every_token_once_after_a_first_position(bos, texts, max_length, batch_tokens, window):
+    tokenizer = TOKENIZER if bos else build_tokenizer(bos=False)
+    batches = list(
+        tokenize(docs(*texts), tokenizer, max_length=max_length, batch_tokens=batch_tokens, window=window, chunk=True)
+    )
+    found: dict[int, dict[int, int]] = {}
+    for batch in batches:
+        assert batch.ids.shape[1] <= max_length
+        for doc, ids, position, offset in zip(batch.doc.tolist(), batch.ids, batch.position, batch.offset, strict=True):
+            assert not bos or ids[position == 0].item() == BOS
+            for token, place in zip(
+                ids[position > 0].tolist(), (position + offset)[position > 0].tolist(), strict=True
+            ):
+                assert place not in found.setdefault(doc, {})
+                found[doc][place] = token
+        assert batch.left_out == {"cut_documents": 0, "cut_tokens": 0}
+    whole = {d.index: ([BOS] if bos else []) + tokenizer.encode(d.text) for d in docs(*texts)}
+    assert found == {doc: dict(enumerate(ids[1:], start=1)) for doc, ids in whole.items() if len(ids) > 1}
+    assert {doc: len(whole[doc]) for doc in found} == {
+        doc: length for b in batches for doc, length in zip(b.doc.tolist(), b.length.tolist(), strict=True)
+    }
+    assert [batch.index for batch in batches] == list(range(len(batches)))
+
+
+def test_chunks_change_nothing_for_short_documents():
+    plain, chunked = (list(tokenize(docs("ab", "abcd", "x"), TOKENIZER, max_length=9, chunk=c)) for c in (False, True))
+    for a, b in zip(plain, chunked, strict=True):
+        assert all(
+            torch.equal(getattr(a, name), getattr(b, name)) for name in ("ids", "mask", "doc", "position", "cut")
+        )
+
+
+def test_what_is_cut_is_counted():
+    lengths = {d.index: 1 + len(TOKENIZER.encode(d.text)) for d in docs("zzzzyyyyxxxx", "zz", "yyyyzzzzxxxx zz")}
+    batches = list(tokenize(docs("zzzzyyyyxxxx", "zz", "yyyyzzzzxxxx zz"), TOKENIZER, max_length=4))
+    beyond = [length - 4 for length in lengths.values() if length > 4]
+    assert len(beyond) == 2
+    assert sum(batch.left_out["cut_documents"] for batch in batches) == len(beyond)
+    assert sum(batch.left_out["cut_tokens"] for batch in batches) == sum(beyond)
+
+
+def test_a_window_of_books_ends_early(monkeypatch):
+    monkeypatch.setattr("latentprior.tokens.WINDOW_CHARACTERS", 10)
+    batches = list(tokenize(docs(*["abcdefgh"] * 5), TOKENIZER, max_length=4, batch_tokens=10**6, chunk=True))
+    assert [batch.doc.unique().tolist() for batch in batches] == [[10, 13], [16, 19], [22]]
+    assert len(list(tokenize(docs(*["abcdefgh"] * 5), TOKENIZER, batch_tokens=10**6))) == 1
+
+
+def test_the_end_of_a_text_is_not_kept_in_chunks():
+    with pytest.raises(InputError, match="keep 'last' means nothing for documents in chunks"):
+        tokenize(docs("a"), TOKENIZER, keep="last", chunk=True)

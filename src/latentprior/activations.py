@@ -159,7 +159,8 @@ def activations(
     """One `ActivationBatch` for each `TokenBatch`; the model is cut after the last of `layers`.
 
     Rows are ordered by layer (in the order of `layers`), row of the token batch and position. Which positions "random"
-    draws depends on `seed` and the document's index alone, not on how documents were batched. `x` is put on `device`.
+    draws depends on `seed` and the document's index and length alone, not on how documents were batched or cut into
+    chunks. `x` is put on `device`.
 
     Raises:
         InputError: see `record_activations`; raised at the first batch.
@@ -177,7 +178,7 @@ def activations(
             x=torch.cat([_rows(state, row, column, batch).to(device) for state in hidden.values()]),
             layer=torch.tensor(list(hidden)).repeat_interleave(len(row)),
             doc=batch.doc[row].repeat(len(hidden)),
-            position=batch.position[row, column].repeat(len(hidden)),
+            position=(batch.position[row, column] + batch.offset[row]).repeat(len(hidden)),
             token=batch.ids[row, column].repeat(len(hidden)),
         )
 
@@ -201,14 +202,13 @@ def _recorded(batch: TokenBatch, positions: Positions, count: int, seed: int) ->
     candidates = batch.mask & (batch.position > 0)
     if positions == "all":
         return candidates
+    in_document = batch.position + batch.offset[:, None]
     if positions == "last":
-        last = batch.position.amax(dim=1, keepdim=True)
-        return candidates & (batch.position == last)
+        return candidates & (in_document == batch.length[:, None] - 1)
     chosen = torch.zeros_like(candidates)
-    for row, doc in enumerate(batch.doc.tolist()):
-        columns = candidates[row].nonzero().squeeze(1)
-        drawn = np.random.default_rng((seed % 2**64, doc)).permutation(len(columns))[:count]
-        chosen[row, columns[drawn]] = True
+    for row, (doc, length) in enumerate(zip(batch.doc.tolist(), batch.length.tolist(), strict=True)):
+        drawn = np.random.default_rng((seed % 2**64, doc)).permutation(length - 1)[:count] + 1
+        chosen[row] = candidates[row] & torch.isin(in_document[row], torch.from_numpy(drawn))
     return chosen
 
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from latentprior import config
 from latentprior.config.base import moved
-from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
+from latentprior.console import bars, err, figure, left_out, out, print_evaluation, print_frontiers, print_tables, table
 from latentprior.errors import InputError, Stopped
 from latentprior.usage import mended, option_kinds
 
@@ -43,7 +43,6 @@ def record(options: config.RecordConfig) -> None:
 
     with bars() as phase:
         store = record(options, report=phase("record"))
-    left_out = ", ".join(f"{count} {reason}" for reason, count in store.manifest["left_out"].items() if count)
     table(
         "Activation store",
         {
@@ -51,7 +50,7 @@ def record(options: config.RecordConfig) -> None:
             "rows": len(store),
             "width": store.width,
             "layers": ", ".join(map(str, store.layers)),
-            "left out": left_out or "none",
+            "left out": left_out(store.manifest["left_out"]),
         },
     )
 
@@ -78,6 +77,8 @@ def train(options: config.TrainConfig) -> None:
         "held-out loss": figure(training.get("heldout_loss")),
         "time": ", ".join(times),
     }
+    if "left_out" in training:
+        rows["left out"] = left_out(training["left_out"])
     if "ended" in training:
         rows["ended early"] = training["ended"]
     table("Prior", rows)

@@ -56,6 +56,14 @@ def bars() -> Iterator[Phase]:
             progress.stop()
 
 
+def left_out(counts: Mapping[str, int]) -> str:
+    """What a store's manifest or a training run's summary says was left out, in words."""
+    parts = [f"{counts[reason]:,} {reason}" for reason in ("sinks", "nonfinite") if counts[reason]]
+    if counts["cut_tokens"]:
+        parts.append(f"{counts['cut_tokens']:,} tokens of {counts['cut_documents']:,} documents beyond max_length")
+    return ", ".join(parts) or "none"
+
+
 def table(title: str, values: Mapping[str, Any]) -> None:
     """A two-column table."""
     shown = Table(title=title, show_header=False, title_justify="left")

@@ -20,15 +20,18 @@ from latentprior.errors import InputError
 from latentprior.follow import Follower, wait_for_rows
 from latentprior.hooks import Hookpoint, drop_blocks_after
 from latentprior.llm import load_llm
-from latentprior.manifest import write_file
+from latentprior.manifest import LEFT_OUT, write_file
 from latentprior.moments import Covariance, Moments
 from latentprior.normalizer import Normalizer
 from latentprior.store import ActivationStore
 from latentprior.stream import Source, Stream, buffer_turns, check_memory
+from latentprior.textfiles import text_settings
 from latentprior.train import Batch
 from latentprior.writer import StoreWriter
 
-STREAM_ONLY = ("llm", "text", "layers", "side", "max_length", "batch_tokens", "buffer", "statistics", "sinks")
+STREAM_ONLY = (
+    *("llm", "text", "layers", "side", "max_length", "long_documents", "batch_tokens", "buffer", "statistics", "sinks"),
+)
 """Options that decide the rows of a stream, and mean nothing for a store."""
 
 
@@ -73,6 +76,10 @@ class Feed(ABC):
     def distinct(self, rows: int) -> int:
         """How many different activations `rows` drawn ones were."""
         return rows
+
+    def left_out(self) -> dict[str, int]:
+        """What was left out of the rows up to the last `position`, by reason, over all processes."""
+        return {}
 
     def seconds(self) -> dict[str, float]:
         """Where this feed's time went."""
@@ -182,6 +189,7 @@ class LiveFeed(Feed):
         self._turns, self._place = turns, place
         self._stream: Stream | None = None
         self._keep: StoreWriter | None = None
+        self._left_out: dict[str, int] = {}
 
     def normalizer(self, recipe: Recipe) -> Normalizer:
         path = Path(self.config.output) / "statistics.safetensors"
@@ -219,7 +227,12 @@ class LiveFeed(Feed):
         assert self._stream is not None
         if self._keep is not None:
             self._keep.flush()  # what lies before the position will not be streamed again
-        return self._stream.position()
+        position = self._stream.position()
+        self._left_out = {reason: sum(lane[reason] for lane in position["lanes"]) for reason in LEFT_OUT}
+        return position
+
+    def left_out(self) -> dict[str, int]:
+        return self._left_out
 
     def heldout(self, rows: int) -> Batch | None:
         """The first rows of the documents that the text's split keeps from training."""
@@ -238,8 +251,10 @@ class LiveFeed(Feed):
 
 def stream_source(config: TrainConfig) -> dict[str, Any]:
     """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
-    values = to_dict(config)
+    values = to_dict(config) | {"text": text_settings(config.text), "long_documents": "chunk"}
     source = {key: values[key] for key in STREAM_ONLY}
+    if not config.chunks:  # as before there were chunks, so that older runs continue
+        del source["long_documents"]
     source["llm"] = {key: value for key, value in values["llm"].items() if key != "device_map"}
     return source
 

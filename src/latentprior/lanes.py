@@ -40,6 +40,10 @@ class Cursor:
     """Attention sinks left out so far."""
     nonfinite: int = 0
     """Rows left out so far because they are not finite."""
+    cut_documents: int = 0
+    """Documents cut so far."""
+    cut_tokens: int = 0
+    """Tokens that they were cut by."""
 
 
 class Dealer:
@@ -67,10 +71,19 @@ class Dealer:
         self._turn: tuple[int, list[int]] = (-1, [])
         self._snapshots: list[tuple[int, dict[str, Any]]] = [(self._next, self._reader.state())]
 
-    def take(self, lane: int, count: int) -> list[Document]:
-        """The lane's next documents, fewer than `count` only where the text ends."""
+    def take(self, lane: int, count: int, characters: int | None = None) -> list[Document]:
+        """The lane's next `count` documents, fewer once they hold `characters` characters or where the text ends."""
+        taken, size = [], 0
+        while len(taken) < count and (characters is None or size < characters):
+            if (document := self._next_of(lane)) is None:
+                break
+            taken.append(document)
+            size += len(document.text)
+        return taken
+
+    def _next_of(self, lane: int) -> Document | None:
         waiting = self._waiting[lane]
-        while len(waiting) < count and (document := next(self._reader, None)) is not None:
+        while not waiting and (document := next(self._reader, None)) is not None:
             turn, place = divmod(self._next, self._lanes)
             owner = self._order(turn)[place]
             if owner in self._waiting and turn >= self._first[owner]:
@@ -78,7 +91,7 @@ class Dealer:
             self._next += 1
             if self._next % SNAPSHOT == 0:
                 self._snapshots.append((self._next, self._reader.state()))
-        return [waiting.popleft() for _ in range(min(count, len(waiting)))]
+        return waiting.popleft() if waiting else None
 
     def _order(self, turn: int) -> list[int]:
         """Which lanes the documents of a turn go to."""

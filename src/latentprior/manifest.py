@@ -22,7 +22,7 @@ from latentprior.hooks import Hookpoint
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
-LEFT_OUT = ("sinks", "nonfinite")
+LEFT_OUT = ("sinks", "nonfinite", "cut_documents", "cut_tokens")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = {"doc": np.int64, "position": np.int32, "token": np.int32, "layer": np.int32}
 """The metadata of each row."""
@@ -122,6 +122,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key in ("evicted", "first_shard"):  # older stores lack them
         manifest.setdefault(key, 0)
     _require(path, "the manifest", manifest, _MANIFEST_FIELDS)
+    for key in ("cut_documents", "cut_tokens"):  # so here
+        manifest["left_out"].setdefault(key, 0)
     _require(path, "left_out", manifest["left_out"], dict.fromkeys(LEFT_OUT, int))
     thresholds = manifest["sink_thresholds"]
     if not all(layer.isdecimal() and isinstance(norm, int | float) for layer, norm in thresholds.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,20 +20,23 @@ from latentprior.locks import locked
 from latentprior.manifest import MANIFEST, differences
 from latentprior.progress import Report, silent
 from latentprior.store import ActivationStore
+from latentprior.textfiles import text_settings
+from latentprior.tokens import TokenBatch
 from latentprior.writer import StoreWriter, holds_a_store, remove_leftovers
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
-Numbered = tuple[int, ActivationBatch, int]  # next batch, its finite rows, how many were not finite
+Numbered = tuple[int, ActivationBatch, dict[str, int]]  # next batch, its finite rows, what is left out
 
 
 def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     """Record activations as `config` says and open the finished store.
 
     A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
-    counted: rows that are not finite and, unless kept, attention sinks, whose norm is over 10 times the median of the
-    first `CALIBRATION_ROWS` rows. Of a store with a disk budget, the oldest shards go first, or, with ``wait=True``,
-    once the trainer that follows it has released them. The model is not loaded if nothing is left to be done.
+    counted: rows that are not finite; unless kept, attention sinks, whose norm is over 10 times the median of the first
+    `CALIBRATION_ROWS` rows; where long documents are cut, what lies beyond `config.max_length`. Of a store with a disk
+    budget, the oldest shards go first, or, with ``wait=True``, once the trainer that follows it has released them. The
+    model is not loaded if nothing is left to be done.
 
     Args:
         config: what to record from what.
@@ -99,6 +102,7 @@ def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
         chat=config.chat,
+        chunk=config.chunks,
     )
     writer = StoreWriter(
         config.output,
@@ -112,28 +116,18 @@ def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report
         batch_rows=max(config.batch_tokens, config.max_length) * len(layers),
     )
     first = writer.next_batch
-    recorded = activations(
-        model,
-        (batch for batch in token_batches if batch.index >= first),
-        layers,
-        side=config.side,
-        positions=config.positions,
-        positions_per_document=config.positions_per_document,
-        seed=config.seed,
-    )
-    numbered = ((first + i + 1, *finite_rows(batch)) for i, batch in enumerate(recorded))
+    numbered = _recorded(model, (batch for batch in token_batches if batch.index >= first), layers, config)
     most, counted = config.max_activations, writer.moments.count
     calibrated = _calibrated(writer, numbered)
     with writer:
         while (most is None or (counted < most).any()) and (item := next(calibrated, None)):
-            next_batch, rows, nonfinite = item
-            sinks = 0
+            next_batch, rows, left_out = item
             if config.sinks == "drop" and len(rows):
                 rows, dropped = split_sinks(rows, dict(zip(layers, writer.moments.median_norm.tolist(), strict=True)))
-                sinks = len(dropped)
+                left_out |= {"sinks": len(dropped)}
             if most is not None:
                 rows = _first_of_each_layer(rows, dict(zip(layers, (most - counted).tolist(), strict=True)))
-            writer.append(rows, next_batch=next_batch, left_out={"sinks": sinks, "nonfinite": nonfinite})
+            writer.append(rows, next_batch=next_batch, left_out=left_out)
             report(writer.rows, None if most is None else most * len(layers), {})
 
 
@@ -150,10 +144,33 @@ def source(config: RecordConfig) -> dict[str, Any]:
     values = to_dict(config)
     for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
         del values[key]
-    if not config.text.mix:  # as before there were mixtures, so that older recordings can be resumed
+    values["text"] = text_settings(config.text)
+    # As before there were mixtures and chunks, so that older recordings can be resumed.
+    if not config.text.mix:
         del values["text"]["mix"]
+    del values["long_documents"]
+    if config.chunks:
+        values["long_documents"] = "chunk"
     del values["llm"]["device_map"]
     return values
+
+
+def _recorded(
+    model: nn.Module, batches: Iterable[TokenBatch], layers: list[int], config: RecordConfig
+) -> Iterator[Numbered]:
+    """The rows of each token batch, attention sinks included."""
+    for batch in batches:
+        recorded = activations(
+            model,
+            [batch],
+            layers,
+            side=config.side,
+            positions=config.positions,
+            positions_per_document=config.positions_per_document,
+            seed=config.seed,
+        )
+        rows, nonfinite = finite_rows(next(recorded))
+        yield batch.index + 1, rows, {"nonfinite": nonfinite} | batch.left_out
 
 
 def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:

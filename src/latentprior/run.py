@@ -150,6 +150,8 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What the run has come to so far."""
         found = {"activations": self.activations, "distinct": self.feed.distinct(self.activations)}
+        left_out = self.feed.left_out()
+        found |= {"left_out": left_out} if left_out else {}
         return found | self.last_evaluation | ({"ended": self.ended} if self.ended else {})
 
     def seconds(self) -> dict[str, float]:

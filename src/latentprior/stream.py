@@ -71,7 +71,7 @@ class Source:
     def _lane(self, number: int, cursor: Cursor) -> Lane:
         def take(count: int) -> list:
             began = time.perf_counter()
-            documents = self._dealer.take(number, count)
+            documents = self._dealer.take(number, count, tokens.WINDOW_CHARACTERS if self.config.chunks else None)
             self.seconds += time.perf_counter() - began
             return documents
 
@@ -84,6 +84,7 @@ class Source:
                 batch_tokens=self.batch_tokens,
                 window=WINDOW,
                 first_index=first,
+                chunk=self.config.chunks,
             )
             batches = list(batches)
             self.seconds += time.perf_counter() - began
@@ -109,11 +110,10 @@ class Source:
         device = next(self.model.parameters()).device
         recorded = activations(self.model, [batch], self.layers, side=self.config.side, device=device)
         rows, nonfinite = finite_rows(_layers_mixed(next(recorded), len(self.layers)))
-        sinks = 0
+        left_out = {"nonfinite": nonfinite} | batch.left_out
         if self.medians and self.config.sinks == "drop" and len(rows):
             rows, dropped = split_sinks(rows, self.medians)
-            sinks = len(dropped)
-        left_out = {"sinks": sinks, "nonfinite": nonfinite}
+            left_out["sinks"] = len(dropped)
         self.seconds += time.perf_counter() - began
         return rows, left_out
 

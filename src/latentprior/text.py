@@ -21,6 +21,7 @@ from latentprior import corpus
 from latentprior.config import TextConfig, TextSource
 from latentprior.errors import InputError, nearest_path, unknown
 from latentprior.online import unreachable
+from latentprior.textfiles import kind, kind_of_documents, open_bytes, read_text_file
 
 DEFAULT_COLUMNS = ("text", "prompt", "content")
 _CSV_BLOCK = 2**24  # bytes; no row may be longer
@@ -80,7 +81,9 @@ class Reader(Iterator[Document]):
         Raises:
             InputError: also, a state of other sources.
         """
-        chosen = config.mix or [TextSource(config.dataset, config.subset, config.split, config.column)]
+        chosen = config.mix or [
+            TextSource(config.dataset, config.subset, config.split, config.column, documents=config.documents)
+        ]
         self._config, self._weights = config, [source.weight for source in chosen]
         if len({(s.dataset, s.subset, s.split, s.column) for s in chosen}) < len(chosen):
             raise InputError(f"a source is twice in the mix of {', '.join(repr(source.dataset) for source in chosen)}")
@@ -193,25 +196,29 @@ class _Hub:
 
 
 def _open_source(options: TextSource) -> _Files | _Hub:
-    path, column = Path(options.dataset), options.column
+    path = Path(options.dataset)
     if options.dataset == corpus.NAME:
         return _Files(corpus.NAME, {corpus.NAME: partial(_corpus_records, corpus.corpus_file())})
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in _READERS)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in _READERS)
         if not files:
             raise InputError(
                 f"the folder {options.dataset!r} holds no file that ends in {', '.join(_READERS)} (or .zst)"
             )
         names = [file.relative_to(path).as_posix() for file in files]
     elif path.exists():
-        if _kind(path) not in _READERS:
+        if kind(path) not in _READERS:
             raise unknown("file type", path.name, _READERS)
         files, names = [path], [path.name]
-    elif _kind(path) in _READERS or not _HUB_ID.fullmatch(options.dataset):
+    elif kind(path) in _READERS or not _HUB_ID.fullmatch(options.dataset):
         raise InputError(f"no such file or folder: {options.dataset!r}{nearest_path(options.dataset)}")
     else:
         return _Hub(options)
-    opened = {name: partial(_file_records, file, name, column) for file, name in zip(files, names, strict=True)}
+    documents = kind_of_documents(options.documents, files)
+    opened = {
+        name: partial(_file_records, file, name, documents if kind(file) == ".txt" else options.column)
+        for file, name in zip(files, names, strict=True)
+    }
     return _Files(options.dataset, opened)
 
 
@@ -232,14 +239,10 @@ def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
 # --- Files
 
 
-def _kind(path: Path) -> str:
-    """The file's ending, lower case, without the one of its compression."""
-    return Path(path.name.lower().removesuffix(".zst").removesuffix(".gz")).suffix
-
-
-def _file_records(path: Path, name: str, column: str | None, skip: int) -> Iterator[_Record]:
+def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Record]:
+    """`option` is the column, or what is a document of a text file."""
     try:
-        for text in _READERS[_kind(path)](path, column, skip):
+        for text in _READERS[kind(path)](path, option, skip):
             yield _Record(text, name)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _failed(f"read {str(path)!r}", error) from error
@@ -264,20 +267,9 @@ def _parquet_batches(file: pq.ParquetFile, columns: list[str] | None, skip: int)
     return _after(file.iter_batches(batch_size=1024, row_groups=groups, columns=columns), skip)
 
 
-def _open(path: Path) -> pa.NativeFile:
-    """The file's bytes, decompressed by its ending."""
-    return pa.input_stream(str(path), compression="detect")
-
-
-def _read_txt(path: Path, column: str | None, skip: int) -> Iterator[str]:
-    if not skip:
-        with _open(path) as file:
-            yield file.read().decode("utf-8-sig")
-
-
 def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
     read = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
             if line.isspace():
                 continue
@@ -300,7 +292,7 @@ def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
 def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
     def reader(**convert: Any) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
-            _open(path),
+            open_bytes(path),
             read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(**convert),
@@ -316,14 +308,14 @@ def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
 def _read_parquet(path: Path, column: str | None, skip: int) -> Iterator[Any]:
     # Parquet is read from its end: a compressed one has to be in memory whole.
     plain = path.suffix.lower() == ".parquet"
-    table = pq.ParquetFile(pa.OSFile(str(path)) if plain else pa.BufferReader(_open(path).read()))
+    table = pq.ParquetFile(pa.OSFile(str(path)) if plain else pa.BufferReader(open_bytes(path).read()))
     column = _choose_field(column, table.schema_arrow, str(path))
     for batch in _parquet_batches(table, [column], skip):
         yield from batch.column(0).to_pylist()
 
 
-_READERS: dict[str, Callable[[Path, str | None, int], Iterator[Any]]] = {
-    ".txt": _read_txt,
+_READERS: dict[str, Callable[[Path, Any, int], Iterator[Any]]] = {
+    ".txt": read_text_file,
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
     ".csv": _read_csv,

@@ -135,7 +135,8 @@ class StoreWriter:
         Args:
             batch: its rows, all finite; may be empty.
             next_batch: index of the token batch that comes next.
-            left_out: how many of its rows were left out: "sinks", "nonfinite".
+            left_out: how many of its rows were left out, "sinks" and "nonfinite", and how many of its documents were
+                cut by how many tokens, "cut_documents" and "cut_tokens".
 
         Raises:
             InputError: rows of another width or layer, a value that is not finite, a token batch that is stored

@@ -25,6 +25,18 @@ def mixture(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator) * scale
 
 
+def correlated(n: int, d: int, seed: int, heavy: bool = False) -> torch.Tensor:
+    """Rows whose variances fall as 1 / k along oblique directions; with heavy tails, Student's t of 4 degrees."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.standard_normal((n, d)) / np.sqrt(np.arange(1, d + 1))).float()
+    directions = torch.linalg.qr(normal(d, d, 99)).Q
+    return x @ directions * (torch.from_numpy((2 / rng.chisquare(4, (n, 1))) ** 0.5).float() if heavy else 1.0)
+
+
+def auc_of(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+    return _auc(positive, negative, np.arange(len(positive)), np.arange(len(negative)))
+
+
 class TestSlicedWasserstein:
     def test_of_a_shifted_copy_is_the_shift_over_the_root_of_the_width(self):
         """Along a random unit direction a shift ``s`` has the mean square ``|s|^2 / d``."""
@@ -94,7 +106,7 @@ class TestSlicedWasserstein:
 
 class TestClassifierTwoSample:
     def test_is_a_half_within_its_interval_for_one_distribution(self):
-        result = classifier_two_sample(normal(1000, 16, 0), normal(1000, 16, 1))
+        result = classifier_two_sample(normal(1000, 16, 2), normal(1000, 16, 3))
         assert result.auc == pytest.approx(0.5, abs=0.05)
         assert result.low <= 0.5 <= result.high
 
@@ -102,6 +114,26 @@ class TestClassifierTwoSample:
         result = classifier_two_sample(normal(1000, 16, 0), mixture(1000, 16, 1))
         assert result.auc > 0.8
         assert 0.5 < result.low < result.auc < result.high
+
+    @pytest.mark.parametrize("ratio", [0.25, 0.5, 1, 1.5, 4])
+    def test_few_rows_for_the_width_mislead_neither_way(self, ratio: float):
+        """Rows look different along components fitted to them: told apart by that, held-out ones come out reversed."""
+        d, n, runs = 128, int(128 * ratio), 2
+        for heavy in (False, True):
+            equal = [classifier_two_sample(*correlated(2 * n, d, s, heavy).chunk(2), seed=s) for s in range(runs)]
+            error = sum((result.high - result.low) ** 2 for result in equal) ** 0.5 / (2 * 1.96 * runs)
+            assert np.mean([result.auc for result in equal]) == pytest.approx(0.5, abs=3 * error)
+        scale = correlated(5000, d, 0).std(0)
+        different = [
+            classifier_two_sample(correlated(n, d, s, heavy=True), normal(n, d, s + 50) * scale, seed=s)
+            for s in range(runs)
+        ]
+        assert np.mean([result.auc for result in different]) > 0.5 + (0.05 if ratio < 1 else 0.2)
+
+    def test_intervals_hold_a_half_for_equal_sets_at_the_least_rows(self):
+        results = [classifier_two_sample(*correlated(64, 128, seed).chunk(2), seed=seed) for seed in range(24)]
+        assert sum(result.low <= 0.5 <= result.high for result in results) >= 20
+        assert np.mean([result.auc for result in results]) == pytest.approx(0.5, abs=0.05)
 
     def test_tells_a_lost_direction_that_no_single_dimension_shows(self):
         """A reconstruction without one of 32 oblique directions: what a low-rank baseline leaves out."""
@@ -133,20 +165,44 @@ class TestClassifierTwoSample:
     @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.lists(st.integers(0, 4), min_size=2, max_size=30))
     def test_auc_is_that_of_sklearn_with_ties(self, positive: list[int], negative: list[int]):
         truth = [1] * len(positive) + [0] * len(negative)
-        auc, variance = _auc(np.array(positive), np.array(negative))
+        auc, variance = auc_of(np.array(positive), np.array(negative))
         assert auc == pytest.approx(roc_auc_score(truth, positive + negative))
         assert variance >= 0
 
     def test_variance_of_the_auc_is_that_of_repeated_draws(self):
         rng = np.random.default_rng(0)
-        draws = [_auc(rng.normal(0.7, 1, 80), rng.normal(0, 1, 60)) for _ in range(1000)]
+        draws = [auc_of(rng.normal(0.7, 1, 80), rng.normal(0, 1, 60)) for _ in range(1000)]
         aucs, variances = np.array(draws).T
         assert variances.mean() == pytest.approx(aucs.var(), rel=0.15)
 
+    def test_variance_of_the_auc_by_groups_is_that_of_repeated_draws(self):
+        rng, groups = np.random.default_rng(0), np.arange(60).repeat(4)
+
+        def drawn(shift: float) -> np.ndarray:
+            return rng.normal(shift, 1, 60)[groups] + rng.normal(0, 0.5, 240)
+
+        aucs, variances = np.array([_auc(drawn(0.5), drawn(0), groups, groups) for _ in range(600)]).T
+        assert variances.mean() == pytest.approx(aucs.var(), rel=0.2)
+
+    def test_documents_are_not_told_apart(self):
+        """Rows of one document are alike; across folds, a network tells the documents of either set."""
+        doc = torch.arange(60).repeat_interleave(10)
+        sets = [4 * normal(60, 16, seed)[doc] + normal(600, 16, seed + 2) for seed in (0, 1)]
+        assert classifier_two_sample(*sets).low > 0.8
+        result = classifier_two_sample(*sets, documents=(doc, doc))
+        assert result.low < 0.5 < result.high and result.high - result.low > 0.1
+        assert classifier_two_sample(sets[0], sets[1] + 20, documents=(doc, None)).auc == pytest.approx(1)
+        with pytest.raises(InputError, match="600 rows have 3 documents"):
+            classifier_two_sample(*sets, documents=(doc[:3], None))
+        with pytest.raises(InputError, match="2 documents are too few, .* for 3 folds"):
+            classifier_two_sample(*sets, documents=(doc // 30, None))
+
     def test_refuses_bad_input(self):
-        with pytest.raises(InputError, match="at least 20"):
-            classifier_two_sample(normal(19, 2, 0), normal(50, 2, 0))
-        with pytest.raises(InputError, match="folds"):
-            classifier_two_sample(normal(50, 2, 0), normal(50, 2, 0), folds=1)
+        with pytest.raises(InputError, match="at least 30"):
+            classifier_two_sample(normal(29, 2, 0), normal(50, 2, 0))
+        with pytest.raises(InputError, match="^a two-sample test at width 400 needs at least 100 rows .* got 99"):
+            classifier_two_sample(normal(100, 400, 0), normal(99, 400, 0))
+        with pytest.raises(InputError, match="folds must be at least 3, got 2"):
+            classifier_two_sample(normal(50, 2, 0), normal(50, 2, 0), folds=2)
         with pytest.raises(InputError, match="same width"):
             classifier_two_sample(normal(50, 2, 0), normal(50, 3, 0))

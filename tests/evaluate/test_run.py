@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 from latentprior.activations import ActivationBatch
+from latentprior.config import EvaluateConfig
 from latentprior.errors import InputError
-from latentprior.evaluate.run import _open, document_halves, pca_points
+from latentprior.evaluate.run import _open, _real_rows, document_halves, pca_points
 from latentprior.hooks import Hookpoint
 from latentprior.store import ActivationStore
 from latentprior.writer import StoreWriter
@@ -58,3 +60,11 @@ def test_pca_axes_are_those_of_the_real_activations():
     shift = torch.tensor(points["generated"]).mean(0) - torch.tensor(points["real"]).mean(0)
     assert shift[0].abs() == pytest.approx(10.0, abs=0.1) and shift[1].abs() < 0.5
     assert points["variance_share"][0] == pytest.approx(25 / 34.06, abs=0.03)
+
+
+def test_samples_too_few_for_the_two_sample_test_are_refused_before_anything_is_computed(store, tiny_glp):
+    glp = tiny_glp(4, (1, 2), "m")
+    config = EvaluateConfig(heldout=str(store.folder), train=None, samples=29)
+    with pytest.raises(InputError, match="^29 samples are too few .* at width 4: raise --samples to at least 30"):
+        _real_rows(config, glp, 2)
+    assert len(_real_rows(replace(config, samples=30), glp, 2)[0]) == 30

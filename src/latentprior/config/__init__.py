@@ -1,7 +1,7 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, count_of, from_dict, to_dict
-from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
+from latentprior.config.data import DocumentKind, LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
 from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
@@ -11,6 +11,7 @@ from latentprior.config.sweep import SweepConfig
 from latentprior.config.training import PRESETS, DenoiserConfig, Recipe, TrainConfig
 
 __all__ = [
+    "DocumentKind",
     "GRIDS",
     "METHODS",
     "PRESETS",

@@ -8,6 +8,11 @@ from typing import Literal
 from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
 from latentprior.errors import InputError
 
+DocumentKind = Literal["auto", "file", "paragraph", "line"]
+DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("auto", "file", "paragraph", "line")
+LongDocuments = Literal["auto", "chunk", "cut"]
+LONG_DOCUMENTS: tuple[LongDocuments, ...] = ("auto", "chunk", "cut")
+
 
 @dataclass(frozen=True)
 class LLMConfig:
@@ -44,9 +49,12 @@ class TextSource:
     """Column that holds the text."""
     weight: float = 1.0
     """Documents from this source in proportion to the others' weights, until it ends."""
+    documents: DocumentKind = "auto"
+    """As `TextConfig.documents`."""
 
     def __post_init__(self) -> None:
         positive(self, "weight")
+        one_of(self, "documents", DOCUMENT_KINDS)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,12 @@ class TextConfig:
     """Stop after this many documents of the chosen part."""
     mix: list[TextSource] = field(default_factory=list)
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
+    documents: DocumentKind = "auto"
+    """What is a document of a txt file: the whole file, a paragraph (between blank lines) or a line. "auto": of several
+    files each is one; a single file is cut into paragraphs, or into lines if it has no blank ones."""
 
     def __post_init__(self) -> None:
+        one_of(self, "documents", DOCUMENT_KINDS)
         one_of(self, "part", ("train", "heldout", "all"))
         unit_interval(self, "heldout")
         positive(self, "limit")
@@ -88,7 +100,10 @@ class RecordConfig:
     side: Side = "output"
     """Record a block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
-    """Documents are cut to this many tokens, the beginning-of-sequence token included."""
+    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
+    long_documents: LongDocuments = "auto"
+    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
+    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     positions: Literal["all", "last", "random"] = "all"
     """Positions of a document to record; the first one never is."""
     positions_per_document: int = 8
@@ -129,6 +144,7 @@ class RecordConfig:
         one_of(self, "sinks", ("drop", "keep"))
         positive(self, "max_length", "positions_per_document", "batch_tokens", "max_activations", "shard_rows")
         positive(self, "wait_seconds")
+        one_of(self, "long_documents", LONG_DOCUMENTS)
         budget = self.budget_bytes
         if not self.layers:
             raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
@@ -138,6 +154,11 @@ class RecordConfig:
             meaningless(self, "without --wait", "wait_seconds")
         if self.positions != "random":
             meaningless(self, "unless --positions is random", "positions_per_document")
+
+    @property
+    def chunks(self) -> bool:
+        """Whether long documents come in chunks."""
+        return _in_chunks(self.long_documents, self.text)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -156,7 +177,10 @@ class StreamConfig:
     side: Side = "output"
     """A block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
-    """Documents are cut to this many tokens, the beginning-of-sequence token included."""
+    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
+    long_documents: LongDocuments = "auto"
+    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
+    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     batch_tokens: int = 4096
     """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
     buffer: str = "65536"
@@ -180,6 +204,7 @@ class StreamConfig:
         one_of(self, "side", SIDES)
         one_of(self, "buffer_device", ("auto", "cpu"))
         one_of(self, "sinks", ("drop", "keep"))
+        one_of(self, "long_documents", LONG_DOCUMENTS)
         positive(self, "max_length", "batch_tokens", "statistics", "lanes")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)
@@ -190,3 +215,15 @@ class StreamConfig:
     def _check_layers(self) -> None:
         if not self.layers:
             raise InputError(f"{type(self).__name__}.layers is empty: name at least one block, for example [15]")
+
+    @property
+    def chunks(self) -> bool:
+        """Whether long documents come in chunks."""
+        return _in_chunks(self.long_documents, self.text)
+
+
+def _in_chunks(long_documents: LongDocuments, text: TextConfig) -> bool:
+    """The embedded corpus, the default, is cut: short texts, and what was measured on it stays comparable."""
+    if long_documents == "auto":
+        return bool(text.mix) or text.dataset != TextConfig.dataset
+    return long_documents == "chunk"

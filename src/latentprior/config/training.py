@@ -210,6 +210,7 @@ class TrainConfig(StreamConfig):
             "text",
             "side",
             "max_length",
+            "long_documents",
             "batch_tokens",
             "buffer",
             "buffer_device",

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from latentprior.errors import InputError
-from latentprior.evaluate.frechet import GaussianMoments, rows
+from latentprior.evaluate.frechet import rows
 
 PROJECTION_CHUNK = 64
 ROW_CHUNK = 8192
@@ -37,7 +38,7 @@ class TwoSample:
 
     auc: float
     low: float
-    """Lower end of the 95% interval (DeLong) over the held-out activations."""
+    """Lower end of the 95% interval (DeLong) over the held-out activations, or over their documents."""
     high: float
     """Upper end of it."""
 
@@ -79,18 +80,28 @@ def sliced_wasserstein(
 
 
 def classifier_two_sample(
-    a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, seed: int = 0, folds: int = 2
+    a: Tensor | np.ndarray,
+    b: Tensor | np.ndarray,
+    *,
+    documents: tuple[Tensor | None, Tensor | None] = (None, None),
+    seed: int = 0,
+    folds: int = 3,
 ) -> TwoSample:
     """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` from `b`.
 
-    For each fold a small network is trained on the others, stopped early on a validation part of them, and judged on
-    the fold. It sees every dimension and the magnitude of every dimension and of every principal component: from plain
-    activations a network of this size learns next to nothing about what a Gaussian with the right covariance lacks.
+    Each fold is held out once: the next one sets the principal components, a small network is trained on the others,
+    stopped early on a validation part of them, and judged on the fold. It sees every dimension, the magnitude of every
+    dimension and of every principal component, and the mean square of both: from plain activations a network of this
+    size learns next to nothing about what a Gaussian with the right covariance lacks. The components come from rows of
+    their own, by a shrunk covariance (Ledoit and Wolf, 2004), as rows look different along components that were fitted
+    to them: below about 1.5 d rows a network learns that difference instead, and the AUC falls far below 0.5.
 
     Args:
         a: [N, d] activations, such as real ones.
-        b: [M, d] activations, such as generated ones. Rows that `a` and `b` share, or rows from the same documents,
-            lie in different folds by chance alone: give independent sets.
+        b: [M, d] activations, such as generated ones; independent of `a`.
+        documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
+            Rows of one document are alike: across folds, a network would learn to tell the documents of `a` from those
+            of `b`. So they lie in one fold, and count together in the interval.
         seed: seed of folds, initial weights and batches.
         folds: parts into which the sets are cut, each held out once.
 
@@ -98,26 +109,67 @@ def classifier_two_sample(
         The mean AUC over the folds, with its interval.
 
     Raises:
-        InputError: fewer than ten rows for each fold, unequal widths, NaN or infinite entries, or fewer than two folds.
+        InputError: fewer rows than `least_rows` in either set, unequal widths, NaN or infinite entries, or fewer than
+            three folds.
     """
-    if folds < 2:
-        raise InputError(f"folds must be at least 2, got {folds}")
+    if folds < 3:
+        raise InputError(f"folds must be at least 3, got {folds}")
     a, b = _pair(a, b, least=10 * folds)
+    width = a.shape[1]
+    if (given := min(len(a), len(b))) < (least := least_rows(width, folds)):
+        raise InputError(f"a two-sample test at width {width} needs at least {least} rows of each set, got {given}")
     generator = torch.Generator().manual_seed(seed)
     x = torch.cat([a.float(), b.float()])
     label = torch.cat([torch.ones(len(a)), torch.zeros(len(b))]).to(x.device)
-    fold = torch.cat([torch.randperm(len(part), generator=generator) % folds for part in (a, b)]).to(x.device)
+    groups = [_numbered(part, of) for part, of in zip((a, b), documents, strict=True)]
+    fold = torch.cat([_folds(group, folds, generator) for group in groups]).to(x.device)
+    group = np.concatenate([group.numpy() for group in groups])
     aucs, variances = [], []
     for held_out in range(folds):
-        train, test = fold != held_out, fold == held_out
-        features = _magnitude_features(x[train])
+        test, whitening = fold == held_out, fold == (held_out + 1) % folds
+        train = ~(test | whitening)
+        features = _magnitude_features(x[whitening])
         score = _fit_classifier(features(x[train]), label[train], generator)
         scores, truth = score(features(x[test])).cpu().numpy(), label[test].bool().cpu().numpy()
-        auc, variance = _auc(scores[truth], scores[~truth])
+        among = group[test.cpu().numpy()]
+        auc, variance = _auc(scores[truth], scores[~truth], among[truth], among[~truth])
         aucs.append(auc)
         variances.append(variance)
     auc, margin = float(np.mean(aucs)), 1.96 * float(np.sqrt(np.sum(variances))) / folds
     return TwoSample(auc, max(auc - margin, 0.0), min(auc + margin, 1.0))
+
+
+def least_rows(width: int, folds: int = 3) -> int:
+    """How many rows of each set `classifier_two_sample` needs: a quarter of the width, ten for each fold.
+
+    With fewer, real differences are lost in the noise of the components.
+    """
+    return max(10 * folds, -(-width // 4))
+
+
+def _numbered(x: Tensor, documents: Tensor | None) -> Tensor:
+    """Each row's document, counted from 0; without documents every row is its own."""
+    if documents is None:
+        return torch.arange(len(x))
+    if len(documents) != len(x):
+        raise InputError(f"{len(x)} rows have {len(documents)} documents: give one for each row")
+    return torch.unique(documents.cpu(), return_inverse=True)[1]
+
+
+def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """Each row's fold: those of a group in one, about as many rows in each.
+
+    Raises:
+        InputError: a fold without a row.
+    """
+    sizes = torch.bincount(group)
+    order = torch.randperm(len(sizes), generator=generator)
+    before = torch.empty_like(sizes)
+    before[order] = sizes[order].cumsum(0) - sizes[order]
+    fold = (before * folds // len(group))[group]
+    if len(fold.unique()) < folds:
+        raise InputError(f"{len(sizes)} documents are too few, or too unequal in length, for {folds} folds")
+    return fold
 
 
 def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tuple[Tensor, Tensor]:
@@ -142,20 +194,28 @@ def _sorted_projections(x: Tensor, directions: Tensor, centre: Tensor) -> np.nda
     return np.sort(along.T.cpu().numpy(), axis=1)
 
 
-def _magnitude_features(train: Tensor) -> Callable[[Tensor], Tensor]:
-    """``[N, d] -> [N, 3 d]``: standardised dimensions, their magnitudes, the magnitudes of whitened components."""
-    mean, std = train.mean(0), train.std(0)
+def _magnitude_features(reference: Tensor) -> Callable[[Tensor], Tensor]:
+    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies.
+
+    Fitted to `reference` [M, d]: rows other than those that a classifier is trained or judged on.
+    """
+    mean, std = reference.mean(0), reference.std(0)
     std[std <= 1e-6 * mean.abs()] = float("inf")  # constant but for float32 round-off: the dimension becomes 0
-    variances, directions = np.linalg.eigh(GaussianMoments.of((train - mean) / std).cov)
+    variances, directions = np.linalg.eigh(ledoit_wolf(((reference - mean) / std).double().cpu().numpy())[0])
     scale = np.where(variances > 1e-8 * variances[-1], np.sqrt(variances.clip(min=0)), np.inf)
-    whiten = torch.as_tensor(directions / scale, dtype=train.dtype, device=train.device)
+    whiten = torch.as_tensor(directions / scale, dtype=reference.dtype, device=reference.device)
 
     def magnitude(z: Tensor) -> Tensor:
         return (z.abs() - 0.8) / 0.6  # mean and standard deviation of |z| for a Gaussian
 
+    def energy(z: Tensor) -> Tensor:
+        """[N, 1], of unit variance for a standard normal: one number that d magnitudes would hide from the network."""
+        return z.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (z.shape[1] / 2) ** 0.5
+
     def features(x: Tensor) -> Tensor:
         z = (x - mean) / std
-        return torch.cat([z, magnitude(z), magnitude(z @ whiten)], dim=1)
+        whitened = z @ whiten
+        return torch.cat([z, magnitude(z), magnitude(whitened), energy(z), energy(whitened)], dim=1)
 
     return features
 
@@ -202,10 +262,23 @@ def _fit_classifier(x: Tensor, label: Tensor, generator: torch.Generator) -> Cal
     return lambda x: logit(x, *kept).detach()
 
 
-def _auc(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve, ties counted half, and its variance (DeLong et al., 1988)."""
+def _auc(
+    positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
+) -> tuple[float, float]:
+    """Area under the ROC curve, ties counted half, and its variance.
+
+    That of DeLong et al. (1988), where every entry is a group of its own; else by groups, as of Obuchowski (1997).
+    """
     rank = rankdata(np.concatenate([positive, negative]))
     n, m = len(positive), len(negative)
     below = (rank[:n] - rankdata(positive)) / m
     above = 1 - (rank[n:] - rankdata(negative)) / n
-    return float(below.mean()), float(below.var(ddof=1) / n + above.var(ddof=1) / m)
+    return float(below.mean()), _variance_of_mean(below, positive_group) + _variance_of_mean(above, negative_group)
+
+
+def _variance_of_mean(values: np.ndarray, group: np.ndarray) -> float:
+    """Of the mean of `values`, those of a group being dependent; infinite for a single group."""
+    _, which = np.unique(group, return_inverse=True)
+    sums = np.bincount(which, values - values.mean())
+    count = len(sums)
+    return float(np.square(sums).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else float("inf")

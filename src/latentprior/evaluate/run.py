@@ -17,7 +17,7 @@ from latentprior.config import EvaluateConfig, Solver, to_dict
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.evaluate.bootstrap import bootstrap_interval
-from latentprior.evaluate.distances import classifier_two_sample, sliced_wasserstein
+from latentprior.evaluate.distances import classifier_two_sample, least_rows, sliced_wasserstein
 from latentprior.evaluate.frechet import GaussianMoments, frechet_parts
 from latentprior.evaluate.gaussian import GaussianPrior
 from latentprior.evaluate.lm_loss import Replacement, delta, lm_losses
@@ -54,7 +54,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
     glp.cast(dtype)
     layer = _layer(glp, config)
-    real, other, fitted = _real_rows(config, glp, layer)
+    real, other, fitted, documents = _real_rows(config, glp, layer)
     llm = _checked_llm(config, glp, layer) if config.delta_lm else None
     z_fitted = glp.normalizer.normalize(fitted, layer)
     gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
@@ -63,7 +63,7 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
     result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
     result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
     result["distribution"], generated = compare_distributions(
-        config, glp, real, other, gaussians, layer, sae, report=phase("compare distributions")
+        config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
     )
     if sae is not None:
         result["sae"] = described(sae, other)
@@ -103,6 +103,7 @@ def compare_distributions(
     glp: GLP,
     real: Tensor,
     other: Tensor,
+    documents: tuple[Tensor, Tensor],
     gaussians: dict[str, GaussianPrior],
     layer: int | None,
     sae: SAE | None = None,
@@ -111,7 +112,8 @@ def compare_distributions(
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
 
-    What is compared of an SAE are its reconstructions of `other` (paper, SAE baseline).
+    `documents` says which one each row of `real` and of `other` is from. What is compared of an SAE are its
+    reconstructions of `other` (paper, SAE baseline).
 
     Returns:
         one row for each source, and the last prior's samples [N, d].
@@ -123,9 +125,9 @@ def compare_distributions(
     references = (GaussianMoments.of(real), GaussianMoments.of(z_real))
     rows: list[dict[str, Any]] = []
 
-    def add(source: str, x: Tensor, **labels: Any) -> None:
+    def add(source: str, x: Tensor, of: Tensor | None = None, **labels: Any) -> None:
         z = glp.normalizer.normalize(x, layer)
-        two_sample = classifier_two_sample(z_real, z, seed=config.seed)
+        two_sample = classifier_two_sample(z_real, z, documents=(documents[0], of), seed=config.seed)
         rows.append(
             {
                 "source": source,
@@ -139,12 +141,12 @@ def compare_distributions(
         )
         report(len(rows), total, {"now": source})
 
-    add("real", other)
+    add("real", other, documents[1])
     for kind, gaussian in gaussians.items():
         z = gaussian.sample(n, generator=torch.Generator().manual_seed(config.seed))
         add(f"gaussian-{kind}", glp.normalizer.denormalize(z, layer))
     if sae is not None:
-        add("sae", sae.reconstruct(other), latents=sae.latents, k=sae.k)
+        add("sae", sae.reconstruct(other), documents[1], latents=sae.latents, k=sae.k)
     generated = real
     for solver, nfe in runs:
         generated = glp.sample(n, steps=nfe, solver=solver, layer=layer, generator=config.seed)
@@ -284,21 +286,31 @@ def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report)
     return prepare_sae(config.sae, folder, config.train, hookpoint, device=glp.device, report=report)
 
 
-def _real_rows(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sets of held-out activations from disjoint documents, and the rows that the Gaussians are fitted to."""
+def _real_rows(
+    config: EvaluateConfig, glp: GLP, layer: int | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Two sets of held-out activations from disjoint documents, the rows that the Gaussians are fitted to, and which
+    documents those of the two sets are from."""
     heldout = _open(config.heldout, glp)
+    if config.samples < (least := least_rows(heldout.width)):
+        raise InputError(
+            f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
+            f"at least {least}"
+        )
     halves = document_halves(heldout, layer, config.seed)
     if (least := min(map(len, halves))) < config.samples:
         raise InputError(
             f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
             "samples: record more held-out documents or lower --samples"
         )
-    real, other = (heldout.rows(half[: config.samples]).float().to(glp.device) for half in halves)
+    chosen = [half[: config.samples] for half in halves]
+    real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
+    documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
     if config.train is None:
-        return real, other, other
+        return real, other, other, documents
     train = _open(config.train, glp)
     fitted = train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows])
-    return real, other, fitted.float().to(glp.device)
+    return real, other, fitted.float().to(glp.device), documents
 
 
 def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ from latentprior.priors import heldout_loss, hookpoint_of, priors_of
 from latentprior.progress import Phase, Report, silent, unseen
 from latentprior.provenance import stamp
 from latentprior.text import Document
+from latentprior.textfiles import text_settings
 
 CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
@@ -197,6 +198,7 @@ def _effects(config: NeuronsConfig, glp: GLP, model: nn.Module, hookpoint: Hookp
 def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
     """What the store depends on."""
     settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    settings["text"] = text_settings(config.text)
     return settings | {"model": config.llm.model, "heldout_loss": heldout_loss(glp)}
 
 

@@ -75,7 +75,7 @@ def distinct(batches: Iterable[TokenBatch]) -> Iterator[TokenBatch]:
         new = torch.tensor([key not in seen and key not in keys[:i] for i, key in enumerate(keys)])
         seen.update(keys)
         if new.any():
-            yield TokenBatch(batch.ids[new], batch.mask[new], batch.doc[new], batch.position[new], batch.index)
+            yield TokenBatch.whole(batch.ids[new], batch.mask[new], batch.doc[new], batch.position[new], batch.index)
 
 
 def _digest(ids: Tensor) -> bytes:

@@ -43,11 +43,16 @@ def sentences(parts: Json) -> Iterator[str]:
     record, train, evaluate = (parts.get(name, {}) for name in ("record", "train", "evaluate"))
     if record:
         hookpoint, left_out = record["hookpoint"], record["left_out"]
+        beyond = (
+            f" {left_out['cut_documents']:,} documents are cut, by {left_out['cut_tokens']:,} tokens in all."
+            if left_out.get("cut_tokens")  # demos from before documents were counted lack it
+            else ""
+        )
         yield (
             f"Recorded {record['rows']:,} activations of {hookpoint['width']:,} dimensions from "
             f"{record['documents']:,} documents, at the {hookpoint['side']} of block {hookpoint['layer']} of "
             f"{hookpoint['model']}; {left_out['sinks']:,} attention sinks and {left_out['nonfinite']:,} rows that were "
-            "not finite are left out."
+            f"not finite are left out.{beyond}"
         )
     if summary := train.get("summary"):
         took = f", in {duration(spent)}" if (spent := seconds(train)) else ""

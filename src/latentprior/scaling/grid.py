@@ -37,6 +37,7 @@ from latentprior.provenance import stamp
 from latentprior.repair import hookpoints_on
 from latentprior.scaling.law import PowerLaw, correlation, envelope, fit_power_law
 from latentprior.store import ActivationStore
+from latentprior.textfiles import text_settings
 
 T_START = 0.5  # of the repair whose delta LM loss is measured (paper, evaluation 2)
 COMPUTES = {"executed": "flops", "6ND": "flops_6nd"}
@@ -249,7 +250,7 @@ class _Grid:
             return None
         names = ("steps", "lm_documents", "max_length", "batch_tokens", "layer", "seed", "precision")
         plain = {name: getattr(self.config, name) for name in names}
-        return plain | {"llm": to_dict(self.config.llm), "text": to_dict(self.config.text)}
+        return plain | {"llm": to_dict(self.config.llm), "text": text_settings(self.config.text)}
 
     def _distances(self, x: Tensor) -> dict[str, float]:
         return {name: frechet_distance(self.real[name], y) for name, y in self._scaled(x).items()}

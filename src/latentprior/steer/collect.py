@@ -363,4 +363,4 @@ def _batches(rows: list[list[int]], filler: int, batch_tokens: int) -> Iterator[
         size = max(1, batch_tokens // len(rows[order[0]]))
         chosen, order = order[:size], order[size:]
         ids, mask, position = pad([rows[i] for i in chosen], filler, "right")
-        yield TokenBatch(ids, mask, torch.tensor(chosen), position, 0)
+        yield TokenBatch.whole(ids, mask, torch.tensor(chosen), position, 0)
