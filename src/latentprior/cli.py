@@ -15,7 +15,17 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.markup import escape
 
 from latentprior import config
-from latentprior.console import bars, err, figure, out, print_evaluation, print_frontiers, print_tables, table
+from latentprior.console import (
+    bars,
+    err,
+    figure,
+    out,
+    print_checks,
+    print_evaluation,
+    print_frontiers,
+    print_tables,
+    table,
+)
 from latentprior.errors import InputError, Stopped, unknown
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -27,7 +37,8 @@ class Command:
     """A subcommand: its configuration and what it does with it."""
 
     config: type
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]
+    """Its result is the exit status; None is 0."""
 
     @property
     def help(self) -> str:
@@ -35,6 +46,18 @@ class Command:
 
 
 # -- commands. Their imports are inside: torch takes seconds, --help should not ------------------------------------
+
+
+def doctor(options: config.DoctorConfig) -> int:
+    from latentprior.doctor import doctor
+
+    with bars() as phase:
+        checks = doctor(options, report=phase("doctor"))
+    print_checks((check.name, check.status, check.detail) for check in checks)
+    failed = [check for check in checks if check.status == "failed"]
+    for check in failed:
+        err.print(f"[bold red]failed:[/] {escape(f'{check.name}: {check.detail}')}", soft_wrap=True)
+    return FAILED if failed else 0
 
 
 def record(options: config.RecordConfig) -> None:
@@ -245,6 +268,7 @@ def demo(options: config.DemoConfig) -> None:
 
 
 COMMANDS = {
+    "doctor": Command(config.DoctorConfig, doctor),
     "record": Command(config.RecordConfig, record),
     "train": Command(config.TrainConfig, train),
     "sample": Command(config.SampleConfig, sample),
@@ -350,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = values[values.command].as_dict()
         for key in ("config", "debug"):
             options.pop(key, None)
-        command.run(config.from_dict(command.config, options))
+        return command.run(config.from_dict(command.config, options)) or 0
     except KeyboardInterrupt:
         err.print("interrupted; the same command continues where it can")
         return INTERRUPTED
@@ -363,7 +387,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         return USAGE if isinstance(error, InputError) else FAILED
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
 from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
-from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SAEConfig, SampleConfig
+from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
 from latentprior.config.probing import SOURCES, ProbeConfig
@@ -20,6 +20,7 @@ __all__ = [
     "ConvertConfig",
     "DemoConfig",
     "DenoiserConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "Grid",
     "JudgeConfig",
