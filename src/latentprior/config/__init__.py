@@ -1,7 +1,7 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, from_dict, to_dict
-from latentprior.config.data import LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
+from latentprior.config.data import SMOLLM2, LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
 from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
@@ -15,6 +15,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "REPAIRS",
+    "SMOLLM2",
     "SOURCES",
     "SOLVERS",
     "ConvertConfig",
