@@ -142,7 +142,7 @@ def _cached(patient: Patient) -> str:
 def _effect(pushed: Generated, plain: Generated, dtype: torch.dtype) -> str:
     """What a push does to the logits, which must be much more than rounding does."""
     effect = apart(pushed, plain)
-    if effect < 4 * TOLERANCE[dtype]:
+    if not effect > 3 * TOLERANCE[dtype]:
         raise InputError(f"a push of {PUSH:g} median norms changes next to nothing: {measured(effect, dtype)}")
     return f"a push of {PUSH:g} median norms moves logits by {effect:.2g} sd"
 

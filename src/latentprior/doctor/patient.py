@@ -45,7 +45,7 @@ LENGTHS = (24, 13, 7)  # tokens of the prompts: different, so that a batch of th
 LONGEST = 64  # tokens of a text that is recorded
 NEW = 8  # tokens to generate
 PUSH = 2.0  # size of the push, in median norms of the layer
-TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.05}
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.4, torch.float16: 0.1}
 """How far logits of equal generations may be apart."""
 
 
@@ -199,10 +199,13 @@ def _require_edits(count: int, rows: Sequence[list[int]], cache: bool) -> None:
 
 
 def apart(found: Generated, expected: Generated) -> float:
-    """The largest difference of logits up to the first different token of each row, in standard deviations."""
+    """How far logits [B, NEW, V] are apart at most, up to the first different token of each row.
+
+    Root mean square over the vocabulary, in standard deviations of the logits: 1.4 if they have nothing in common.
+    """
     compared = (found[0] == expected[0]).long().cumprod(dim=1).roll(1, dims=1)
     compared[:, 0] = 1  # behind a different token the logits ought to differ
-    differences = (found[1] - expected[1]).abs().amax(dim=-1)
+    differences = (found[1] - expected[1]).square().mean(dim=-1).sqrt()
     return float((differences * compared).max() / expected[1].std(dim=-1).mean())
 
 
