@@ -24,7 +24,7 @@ IDS = torch.tensor([[0, 5, 8, 13, 21]])
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys in llama.cpp's order: the halves of a head that rotate together lie next to one another."""
+    """Rows of queries or keys in llama.cpp's order: those that rotate together lie next to one another."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

@@ -84,8 +84,9 @@ def dequantise(file: Path, folder: Path) -> None:
 
 def _model(file: Path, dtype: torch.dtype) -> Any:
     unpack = GgufConfig(dequantize=True)
+    load: Any = AutoModelForCausalLM.from_pretrained  # its annotation knows no loading info
     with redirect_stderr(StringIO()):  # transformers' switch for progress bars does not reach the one drawn here
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load(
             file.parent, gguf_file=file.name, quantization_config=unpack, dtype=dtype, output_loading_info=True
         )
     if missing := sorted(info["missing_keys"]):  # transformers would leave them random
@@ -122,6 +123,8 @@ def _dense_dtype(file: Path) -> torch.dtype:
     """float32 if no weight is quantised and bfloat16 would round some."""
     reader = gguf.GGUFReader(file)
     if (parts := reader.get_field("split.count")) is not None and int(parts.contents()) > 1:
-        raise InputError(f"{file.name!r} is one of {parts.contents()} parts: merge them first (llama-gguf-split --merge)")
+        raise InputError(
+            f"{file.name!r} is one of {parts.contents()} parts: merge them first (llama-gguf-split --merge)"
+        )
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     return torch.float32 if kinds <= {"F32", "F16", "BF16"} and kinds != {"BF16"} else torch.bfloat16

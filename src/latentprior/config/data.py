@@ -9,7 +9,6 @@ from typing import Literal
 from latentprior.config.base import SIDES, Side, bytes_of, one_of, positive, size_of, unit_interval
 from latentprior.errors import InputError
 
-
 SMOLLM2 = "smollm2-135m"
 
 

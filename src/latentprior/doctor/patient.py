@@ -8,7 +8,7 @@ is one however the texts come out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -24,7 +24,7 @@ from latentprior.errors import InputError
 from latentprior.hooks import Hookpoint, find_blocks, run_cut
 from latentprior.prior import GLP
 from latentprior.random import normal
-from latentprior.repair import Projector, attach, hookpoints_on
+from latentprior.repair import hookpoints_on
 from latentprior.rewrite import Site, rewrite
 from latentprior.text import Document
 from latentprior.tokens import TokenBatch, encode, pad, padding_id, tokenize
@@ -37,7 +37,7 @@ TEXTS = (
     "wet, which no one in the village remembered ever having seen before.",
     "def mean(values):\n    total = sum(values)\n    return total / len(values)\n",
     "Paris is the capital of France, Ottawa that of Canada, and Canberra, to the surprise of many, that of Australia.",
-    "Dear Dr. Okafor, thank you for your letter of 3 March; we are glad to accept your offer and will write again soon.",
+    "Dear Dr. Okafor, thank you for your letter of 3 March; we are glad to accept your offer and shall be there.",
     "La mer était calme ce matin-là, et le bateau rentrait au port sans que personne ne parle.",
     "In 1905 he published four papers, each of which would have been enough for a career.",
 )
@@ -113,32 +113,30 @@ class Patient:
     @cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
         """Norms at the layer of the texts' positions, those that are recorded [N] and the first ones [B]."""
-        hidden = run_cut(self.model, [self.layer], **model_inputs(self.model, self.batch))[self.layer]
+        inputs: dict[str, Any] = {**model_inputs(self.model, self.batch)}
+        hidden = run_cut(self.model, [self.layer], **inputs)[self.layer]
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
         if broken := int((self.batch.mask & ~norms.isfinite()).sum()):
             where = f"at layer {self.layer} in {named(self.model.dtype)}"
             raise InputError(f"{broken} of {int(self.batch.mask.sum())} activations {where} are infinite or NaN")
         return norms[self.batch.position > 0], norms[self.batch.position == 0]
 
-    def generate(
-        self, rows: Sequence[list[int]], context: AbstractContextManager[Any] | None = None, *, cache: bool = True
-    ) -> Generated:
-        """Greedy continuations of `rows`, padded on the left, inside `context`."""
+    def generate(self, rows: Sequence[list[int]], *, cache: bool = True) -> Generated:
+        """Greedy continuations of `rows`, padded on the left."""
         filler = padding_id(self.llm[1])
         ids, mask, _ = pad([*rows], filler, "left")
-        with context or nullcontext():
-            out = self.model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.long().to(self.device),
-                use_cache=cache,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                pad_token_id=filler,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
+        out = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.long().to(self.device),
+            use_cache=cache,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            pad_token_id=filler,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         logits = torch.stack(out.logits, dim=1).float().cpu()
         if not logits.isfinite().all():
             raise InputError("the logits of generated tokens are infinite or NaN")
@@ -155,40 +153,24 @@ class Patient:
             count += len(x)
             return x + directions.to(x)[site.position % NEW]
 
-        found = self.generate(rows, rewrite(self.model, {self.layer: push}), cache=cache)
-        _require_edits(count, rows, cache)
+        with rewrite(self.model, {self.layer: push}):
+            found = self.generate(rows, cache=cache)
+        require_edits(count, rows, cache=cache)
         return found
-
-    def repaired(self, prior: Projector, layer: int) -> tuple[Generated, int]:
-        """`generate` on the prompts with a prior attached, and how many positions it was given."""
-        counting = _Counting(prior)
-        found = self.generate(self.prompts, attach(counting, self.model, layer=layer))
-        _require_edits(counting.count, self.prompts, cache=True)
-        return found, counting.count
 
 
 class Identity:
-    """A prior that gives back what it gets."""
+    """A prior that gives back what it gets, and counts it."""
 
     def __init__(self, hookpoint: Hookpoint) -> None:
-        self.hookpoints = (hookpoint,)
+        self.hookpoints, self.count = (hookpoint,), 0
 
     def project(self, x: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        self.count += len(x)
         return x
 
 
-class _Counting:
-    """A prior that counts what it is given."""
-
-    def __init__(self, prior: Projector) -> None:
-        self.hookpoints, self._prior, self.count = prior.hookpoints, prior, 0
-
-    def project(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        self.count += len(x)
-        return self._prior.project(x, *args, **options)
-
-
-def _require_edits(count: int, rows: Sequence[list[int]], cache: bool) -> None:
+def require_edits(count: int, rows: Sequence[list[int]], *, cache: bool = True) -> None:
     """Raise `InputError` unless every position but the first was edited whenever `generate` computed it."""
     prompt = sum(len(row) - 1 for row in rows)
     passes = range(1, NEW)  # the last new token is no input any more
