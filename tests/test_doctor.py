@@ -17,11 +17,8 @@ from latentprior.config import DoctorConfig, LLMConfig
 from latentprior.doctor import checks, doctor, examine, patient
 from latentprior.rewrite import EditCounts
 
-CACHED, PADDING, RECORDING = (
-    "cached equals uncached",
-    "left padding equals single rows",
-    "recording equals hidden_states",
-)
+CACHED, PADDING = "cached equals uncached", "left padding equals single rows"
+RECORDING, IDENTITY = "recording equals hidden_states", "identity prior"
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +83,13 @@ def test_a_model_is_as_it_was_before(tiny_llm, tiny_tokenizer):
     assert {name: id(p) for name, p in model.named_parameters()} == places
     assert hooks() == hooked
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(4, 0), (4, 3), (1, 0)])
+def test_first_last_and_only_blocks(blocks, layer, tiny_llm, tiny_tokenizer):
+    lines = by_name(examine(tiny_llm(layers=blocks), tiny_tokenizer, layer=layer))
+    assert not failing(lines.values())
+    assert lines[RECORDING].detail.startswith(f"identical for {blocks - 1} of {blocks} blocks")
 
 
 def test_without_room_for_float32_the_models_own_precision_is_compared(tiny_llm, tiny_tokenizer, monkeypatch):

@@ -102,7 +102,8 @@ def _recording(patient: Patient) -> str:
     if error > (allowed := RECORDED[model.dtype]):
         kind = f"{named(model.dtype)}, tolerance {allowed:g}"
         raise InputError(f"activations recorded at layer {layer} are {error:.2g} norms from a whole pass's ({kind})")
-    return f"identical for blocks 0 to {depth - 2}; {len(recorded)} recorded at layer {layer}, {error:.1g} norms away"
+    identical = f"identical for {depth - 1} of {depth} blocks (the last entry has the final norm)"
+    return f"{identical}; {len(recorded)} recorded at layer {layer}, {error:.1g} norms away"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
