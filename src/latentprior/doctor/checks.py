@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentprior.activations import SINK_FACTOR, activations, model_inputs
 from latentprior.cost import device_memory
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.doctor.patient import (
     PUSH,
     TEXTS,
@@ -29,7 +30,6 @@ from latentprior.doctor.patient import (
 )
 from latentprior.errors import InputError
 from latentprior.hooks import capture, find_blocks
-from latentprior.llm import fast_dtype, resolve_device
 from latentprior.provenance import versions
 from latentprior.repair import attach, hookpoints_on
 from latentprior.tokens import TokenBatch, encode, pad, padding_id

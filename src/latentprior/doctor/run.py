@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from latentprior.config import DoctorConfig
+from latentprior.devices import fast_dtype, resolve_device
 from latentprior.doctor.checks import CHECKS
 from latentprior.doctor.patient import Patient, Skipped
 from latentprior.errors import InputError
-from latentprior.llm import fast_dtype, load_llm, resolve_device
+from latentprior.llm import load_llm
 from latentprior.prior import GLP
 from latentprior.progress import Report, silent
 
