@@ -60,9 +60,6 @@ def cache_folder(name: str) -> Path:
 def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None]) -> Path:
     """The folder that `build` fills from an embedded package, made on first use and read from the cache afterwards.
 
-    It appears under its final name only once whole and on disk, so a killed build leaves nothing that could be
-    mistaken for a result. Processes that start together wait for one of them to build.
-
     Args:
         name: name of the asset, see `cache_folder`.
         module: the package it is made from; another version of the package is built anew.
@@ -73,7 +70,19 @@ def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None
         InputError: the package is not installed, or the cache cannot be written.
     """
     _package(module)
-    version = f"{importlib.metadata.version(REQUIREMENTS[module].partition('==')[0])}-{recipe}"
+    version = importlib.metadata.version(REQUIREMENTS[module].partition("==")[0])
+    return build_version_once(name, f"{version}-{recipe}", build)
+
+
+def build_version_once(name: str, version: str, build: Callable[[Path], None]) -> Path:
+    """The folder of one version of `name` in the cache, which `build` fills on first use.
+
+    It appears under its final name only once whole and on disk, so a killed build leaves nothing that could be
+    mistaken for a result. Processes that start together wait for one of them to build.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
     try:
         parent = cache_folder(name)
         final = parent / version

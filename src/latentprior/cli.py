@@ -14,7 +14,18 @@ from rich.markup import escape
 
 from latentprior import config
 from latentprior.config.base import moved
-from latentprior.console import bars, err, figure, left_out, out, print_evaluation, print_frontiers, print_tables, table
+from latentprior.console import (
+    bars,
+    err,
+    figure,
+    left_out,
+    out,
+    print_checks,
+    print_evaluation,
+    print_frontiers,
+    print_tables,
+    table,
+)
 from latentprior.errors import InputError, Stopped
 from latentprior.usage import mended, option_kinds
 
@@ -36,6 +47,18 @@ class Command:
 
 
 # -- commands. Their imports are inside: torch takes seconds, --help should not ------------------------------------
+
+
+def doctor(options: config.DoctorConfig) -> int:
+    from latentprior.doctor import doctor
+
+    with bars() as phase:
+        checks = doctor(options, report=phase("doctor"))
+    print_checks((check.name, check.status, check.detail) for check in checks)
+    failed = [check for check in checks if check.status == "failed"]
+    for check in failed:
+        err.print(f"[bold red]failed:[/] {escape(f'{check.name}: {check.detail}')}", soft_wrap=True)
+    return FAILED if failed else 0
 
 
 def record(options: config.RecordConfig) -> None:
@@ -257,6 +280,7 @@ def demo(options: config.DemoConfig) -> None:
 
 
 COMMANDS = {
+    "doctor": Command(config.DoctorConfig, doctor),
     "record": Command(config.RecordConfig, record),
     "train": Command(config.TrainConfig, train),
     "sample": Command(config.SampleConfig, sample),

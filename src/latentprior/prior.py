@@ -41,13 +41,15 @@ CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay i
 def _where_the_prior_is(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable[Concatenate[GLP, P], Tensor]:
     """Compute on the prior's device whatever device the arguments are on; the result is back on the first one's."""
 
+    call: Callable[..., Tensor] = method
+
     @wraps(method)
     def moved(glp: GLP, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         def here(value: Any) -> Any:
             return value.to(glp.device) if isinstance(value, Tensor) else value
 
         given = args[0] if args else kwargs.get("x", kwargs.get("z_t"))
-        result = method(glp, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
+        result = call(glp, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
         return result.to(given.device) if isinstance(given, Tensor) else result
 
     return moved

@@ -1,8 +1,8 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, count_of, from_dict, to_dict
-from latentprior.config.data import DocumentKind, LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
-from latentprior.config.jobs import ConvertConfig, DemoConfig, EvaluateConfig, SAEConfig, SampleConfig
+from latentprior.config.data import SMOLLM2, DocumentKind, LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
+from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
 from latentprior.config.probing import SOURCES, ProbeConfig
@@ -16,11 +16,13 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "REPAIRS",
+    "SMOLLM2",
     "SOURCES",
     "SOLVERS",
     "ConvertConfig",
     "DemoConfig",
     "DenoiserConfig",
+    "DoctorConfig",
     "EvaluateConfig",
     "Grid",
     "JudgeConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
@@ -12,14 +13,19 @@ DocumentKind = Literal["auto", "file", "paragraph", "line"]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("auto", "file", "paragraph", "line")
 LongDocuments = Literal["auto", "chunk", "cut"]
 LONG_DOCUMENTS: tuple[LongDocuments, ...] = ("auto", "chunk", "cut")
+SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True)
 class LLMConfig:
     """Which language model, and how it is held."""
 
-    model: str = "smollm2-135m"
-    """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs."""
+    model: str = SMOLLM2
+    """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs. With `gguf`
+    the name that recordings and priors know the model by; the file's own name by default."""
+    gguf: str | None = None
+    """A GGUF file to take the weights from instead, and the tokenizer, unless the folder `model` has one. It is
+    dequantised once into the cache."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -33,6 +39,11 @@ class LLMConfig:
     def __post_init__(self) -> None:
         one_of(self, "dtype", ("auto", "float32", "bfloat16"))
         one_of(self, "device_map", ("none", "auto"))
+        if self.gguf is not None:
+            if self.revision is not None:
+                raise InputError(f"a GGUF file has no revision {self.revision!r}")
+            if self.model == SMOLLM2:  # left out
+                object.__setattr__(self, "model", Path(self.gguf).stem)
 
 
 @dataclass(frozen=True)

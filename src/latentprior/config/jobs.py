@@ -36,6 +36,20 @@ class SAEConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """Check that everything works with this language model, this prior and this machine: the first thing to paste into
+    a bug report."""
+
+    prior: str | None = None
+    """Folder or repository of a prior to check as well."""
+    layer: int | None = None
+    """Block whose output is recorded and edited; None is the prior's, or the middle one."""
+    device: str = "auto"
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Measure a prior against real activations and in the language model."""
 

@@ -44,7 +44,7 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
         hidden states [B, T, d] for each layer, in the order of `layers`.
 
     Raises:
-        InputError: no layer, a layer out of range, a compiled model, an unknown side.
+        InputError: no layer, a layer out of range, a compiled model, an unknown side; blocks that run past their hooks.
     """
     layers = list(dict.fromkeys(layers))
     if not layers:
@@ -66,6 +66,8 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
             model(**inputs)
         except _Reached:
             pass
+    if lost := [layer for layer in layers if layer not in hidden_states]:
+        raise InputError(f"the hooks of layers {lost} did not run: they cannot be read")
     return {layer: hidden_states[layer] for layer in layers}
 
 
