@@ -171,7 +171,7 @@ def test_another_model_layer_or_width_is_refused_before_anything_runs(tiny_llm, 
     point = Hookpoint.of(model, 1)
     trait = tiny_trait()
     for wrong, message in [
-        (replace(point, model="tiny-gpt2"), "belongs to model 'tiny-gpt2'"),
+        (replace(point, model="tiny-gpt2", weights=None), "belongs to model 'tiny-gpt2'"),
         (replace(point, layer=9), "layer 9 is out of range"),
         (replace(point, width=8), "width 8"),
     ]:
