@@ -168,8 +168,8 @@ class Denoiser(nn.Module):
     def forward(
         self,
         z_t: Float[Tensor, "n d"],
-        t: Float[Tensor, ...],
-        layer: Int[Tensor, ...] | None = None,
+        t: Float[Tensor, " ..."],
+        layer: Int[Tensor, " ..."] | None = None,
         *,
         time_index: Int[Tensor, " n"] | None = None,
         layer_index: Int[Tensor, " n"] | None = None,
@@ -187,8 +187,8 @@ class Denoiser(nn.Module):
 
     def condition(
         self,
-        t: Float[Tensor, ...],
-        layer: Int[Tensor, ...] | None,
+        t: Float[Tensor, " ..."],
+        layer: Int[Tensor, " ..."] | None,
         time_index: Int[Tensor, " n"] | None = None,
         layer_index: Int[Tensor, " n"] | None = None,
     ) -> Condition:
@@ -204,18 +204,18 @@ class Denoiser(nn.Module):
             layer, layer_index = self._distinct_layers(layer)
         return Condition(time, time_index, self.embedded_layer(layer), layer_index)
 
-    def gathered(self, t: Float[Tensor, ...], layer: Int[Tensor, ...] | None) -> list[Float[Tensor, "m d_mlp"]]:
+    def gathered(self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None) -> list[Float[Tensor, "m d_mlp"]]:
         """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
         condition = self.condition(t, layer)
         return [block.factor(condition) for block in self._blocks()]
 
-    def gathered_layers(self, layer: Int[Tensor, ...]) -> list[Float[Tensor, "m d_mlp"]]:
+    def gathered_layers(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:
         """What its layer adds to every row's factor (or to all, for a scalar)."""
         distinct, index = self._distinct_layers(layer)
         e = self.embedded_layer(distinct)
         return [_gather(F.linear(e, block.time_proj.weight), index) for block in self._blocks()]
 
-    def _distinct_layers(self, layer: Int[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    def _distinct_layers(self, layer: Int[Tensor, " ..."]) -> tuple[Tensor, Tensor | None]:
         distinct, index = _distinct(layer)
         n_layers = self.config.multi_layer_n_layers
         if n_layers is not None and distinct.numel() and not 0 <= int(distinct.min()) <= int(distinct.max()) < n_layers:

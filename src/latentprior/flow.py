@@ -23,7 +23,7 @@ TWO_STAGE: tuple[Solver, ...] = ("midpoint", "heun")
 
 
 def interpolate(
-    z_0: Float[Tensor, "*n d"], noise: Float[Tensor, "*n d"], t: Float[Tensor, ...] | float
+    z_0: Float[Tensor, "*n d"], noise: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float
 ) -> Float[Tensor, "*n d"]:
     """The point ``z_t`` of the straight path between data and noise; `t` is a scalar or has one entry a row."""
     if isinstance(t, Tensor) and t.ndim:

@@ -142,7 +142,7 @@ class Normalizer(nn.Module):
     def width(self) -> int:
         return self.mean.shape[1]
 
-    def normalize(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
+    def normalize(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """Raw to standardised activations, float32 or wider: ``[..., d] -> [..., d]``.
 
         Raises:
@@ -150,7 +150,7 @@ class Normalizer(nn.Module):
         """
         return self.standardised(x, self.rows(layer))
 
-    def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, ...] | int) -> Tensor:
+    def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, " ..."] | int) -> Tensor:
         """`normalize` by the statistics' rows, see `known_rows`. A GPU is not waited for, but by a basis for rows on
         it."""
         self.check_width(x)
@@ -161,7 +161,7 @@ class Normalizer(nn.Module):
         # The columns are as long as the deviations, so their products carry each twice.
         return _multiplied(centred, self.basis, row) / self.divisor[at].square()
 
-    def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
+    def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
         self.check_width(z)
         row = self.rows(layer)
@@ -170,19 +170,19 @@ class Normalizer(nn.Module):
         mean = self.mean[row]
         return _multiplied(_wide(z).expand(torch.broadcast_shapes(z.shape, mean.shape)), self.basis.mT, row) + mean
 
-    def covector(self, w: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
+    def covector(self, w: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """`g` such that ``g . z`` is ``w . x`` up to a constant: ``[..., d] -> [..., d]``. Raises as `normalize`."""
         self.check_width(w)
         row = self.rows(layer)
         return _wide(w) * self.scale[row] if self.basis is None else _multiplied(_wide(w), self.basis, row)
 
-    def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, ...] | int | None = None) -> Tensor:
+    def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """Which activations are attention sinks: ``[..., d] -> bool [...]``; none where the median is unknown."""
         self.check_width(x)
         limit = SINK_FACTOR * self.median_norm[self.rows(layer)]
         return _wide(x).norm(dim=-1) > limit  # false against nan
 
-    def rows(self, layer: Int[Tensor, ...] | int | None) -> Tensor | int:
+    def rows(self, layer: Int[Tensor, " ..."] | int | None) -> Tensor | int:
         """The statistics' row of each layer."""
         if layer is None:
             if len(self.layers) > 1:
@@ -197,7 +197,7 @@ class Normalizer(nn.Module):
         self._check_served(layer, row)
         return row.to(self.layers.device)
 
-    def known_rows(self, layer: Int[Tensor, ...]) -> Tensor:
+    def known_rows(self, layer: Int[Tensor, " ..."]) -> Tensor:
         """`rows` where the layers are, which are checked on the CPU only: a GPU would have to be waited for."""
         on_host = layer.device.type == "cpu"
         table = self._row_of_layer if on_host else self.row_of_layer

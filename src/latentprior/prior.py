@@ -108,7 +108,7 @@ class GLP(nn.Module):
 
     @_where_the_prior_is
     def velocity(
-        self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, ...] | float, layer: Layer = None
+        self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float, layer: Layer = None
     ) -> Float[Tensor, "*n d"]:
         """Velocity ``u_hat(z_t, t)`` at standardised `z_t` [..., d]; `t` is a scalar or [...]."""
         self.normalizer.check_width(z_t)
@@ -122,7 +122,7 @@ class GLP(nn.Module):
         self,
         x: Float[Tensor, "*n d"],
         *,
-        t: Float[Tensor, ...] | float | None = None,
+        t: Float[Tensor, " ..."] | float | None = None,
         noise: Float[Tensor, "*n d"] | None = None,
         layer: Layer = None,
         generator: Seed = None,
@@ -236,7 +236,7 @@ class GLP(nn.Module):
         self,
         x: Float[Tensor, "*n d"],
         *,
-        t: Float[Tensor, ...] | float = 0.1,
+        t: Float[Tensor, " ..."] | float = 0.1,
         noise: Float[Tensor, "*n d"] | None = None,
         layer: Layer = None,
         generator: Seed = None,
