@@ -16,6 +16,8 @@ from latentprior.prior import GLP
 from latentprior.repair import PositionNoise, attach, hookpoints_on
 from latentprior.rewrite import POSITIONS, Site
 
+pytestmark = pytest.mark.compat
+
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
 NEW = 4
 IDS = torch.tensor([[5, 8, 13, 21, 34, 55, 89], [2, 2, 2, 9, 19, 29, 39]])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from latentprior import cli
 from latentprior.cli import main, spelled_out
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> str:
@@ -327,6 +329,7 @@ def test_evaluate_writes_json_and_page(runs, tmp_path, texts, llm_folder, capsys
     assert "Delta LM loss" in capsys.readouterr().out
 
 
+@pytest.mark.assets
 def test_probe_and_neurons_make_their_pages(runs, tmp_path, texts, llm_folder, capsys):
     words = [("red green blue", "colour"), ("one two three", "number")]
     rows = [f"{words[i % 2][0]} {i},{words[i % 2][1]}" for i in range(140)]

@@ -23,6 +23,8 @@ from latentprior.hooks import (
 )
 from latentprior.hooks.hookpoint import _digest_of
 
+pytestmark = pytest.mark.compat
+
 FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "qwen3", "gemma3", "mistral", "phi", "falcon")
 IDS = torch.arange(3, 43).reshape(2, 20)  # longer than the tiny Gemma's window of 16
 

@@ -12,6 +12,8 @@ from latentprior.devices import fast_dtype
 from latentprior.errors import InputError
 from latentprior.llm import load_llm, load_tokenizer
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture
 def folder(tmp_path, tiny_llm, tiny_tokenizer):

@@ -479,6 +479,7 @@ def assert_equal(a: GLP, b: GLP) -> None:
         assert name == other and x.dtype == y.dtype and torch.equal(x.nan_to_num(-1), y.nan_to_num(-1)), name
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_priors_are_equal(tiny_glp, tmp_path, layers, dtype):
@@ -505,6 +506,7 @@ def whitened(glp: GLP) -> GLP:
     return GLP(glp.denoiser, normalizer, glp.hookpoints, glp.provenance)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_whitened_priors_are_saved_and_loaded(tiny_glp, tmp_path, layers):
     glp = whitened(tiny_glp(D, layers, "someone/model"))
@@ -573,12 +575,14 @@ def test_a_prior_that_cannot_be_written_leaves_the_old_one(saved, tiny_glp):
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 
+@pytest.mark.compat
 def test_dtype_and_device(saved):
     glp = GLP.from_pretrained(str(saved), device="cpu", dtype=torch.bfloat16)
     assert glp.denoiser.dtype == torch.bfloat16 and glp.normalizer.mean.dtype == torch.float32
     assert glp.device == torch.device("cpu") and glp.width == D
 
 
+@pytest.mark.compat
 def test_intermediate_checkpoints(saved, tiny_glp):
     early = tiny_glp(D, (0, 2), "someone/model", seed=1)
     early.save_pretrained(saved / "checkpoints" / "4096")
@@ -597,6 +601,7 @@ def test_checkpoint_names_cannot_lead_out(saved, tiny_glp, name):
             GLP.from_pretrained(saved, checkpoint=checkpoint)
 
 
+@pytest.mark.compat
 def test_official_folders_are_read():
     glp = GLP.from_pretrained(GOLDEN)
     assert glp.provenance["format"] == "official" and not glp.training
@@ -604,6 +609,7 @@ def test_official_folders_are_read():
         GLP.from_pretrained(GOLDEN, checkpoint="finall")
 
 
+@pytest.mark.compat
 def test_official_priors_become_ours(tmp_path):
     glp = GLP.from_pretrained(GOLDEN)
     assert_equal(GLP.from_pretrained(glp.save_pretrained(tmp_path)), glp)

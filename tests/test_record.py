@@ -89,6 +89,7 @@ def scaled(position: int, factor: float) -> Callable[[Tensor], Tensor]:
     return scale
 
 
+@pytest.mark.compat
 def test_rows_are_the_models(config, texts):
     seen: list[int] = []
     store = record(config, report=lambda done, total, _: seen.append(done))
@@ -103,6 +104,7 @@ def test_rows_are_the_models(config, texts):
     ActivationStore(config.output, verify="full")
 
 
+@pytest.mark.compat
 def test_manifest_says_what_was_recorded_from_what(config, llm_folder):
     store = record(config)
     source = store.manifest["source"]
@@ -115,6 +117,7 @@ def test_manifest_says_what_was_recorded_from_what(config, llm_folder):
     hookpoint.check(load_llm(config.llm)[0])
 
 
+@pytest.mark.compat
 def test_several_layers_in_one_pass(config, texts):
     model, tokenizer = load_llm(config.llm)
     passes = 0
@@ -135,6 +138,7 @@ def test_several_layers_in_one_pass(config, texts):
         torch.testing.assert_close(store.moments().mean[i], contents(store).at_layer(layer).x.double().mean(0))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("positions", "most"), [("last", 1), ("random", 3)])
 def test_chosen_positions(config, texts, positions, most):
     drawn = {"positions_per_document": 3} if positions == "random" else {}
@@ -144,6 +148,7 @@ def test_chosen_positions(config, texts, positions, most):
     assert len(store) == most * DOCUMENTS
 
 
+@pytest.mark.compat
 def test_sinks_are_left_out_and_counted(config):
     model, tokenizer = load_llm(config.llm)
     config = replace(config, layers=[1, 2])
@@ -164,6 +169,7 @@ def test_sinks_are_left_out_and_counted(config):
         assert dropped.moments().median_norm[i] == pytest.approx(float(medians[layer]))
 
 
+@pytest.mark.compat
 def test_rows_that_are_not_finite_are_left_out_and_counted(config, texts):
     model, tokenizer = load_llm(config.llm)
     with edit(model, {1: scaled(2, float("nan"))}):
@@ -249,6 +255,7 @@ def test_killed_at_random_times(config, run_killed):
     assert files(record(resuming).folder) == expected
 
 
+@pytest.mark.compat
 def test_a_complete_store_has_nothing_to_resume(config):
     before = files(record(config).folder)
     model, tokenizer = load_llm(config.llm)

@@ -15,6 +15,8 @@ from latentprior.errors import InputError
 from latentprior.hooks import cache_argument
 from latentprior.rewrite import POSITIONS, EditCounts, Positions, Site, for_batch, rewrite
 
+pytestmark = pytest.mark.compat
+
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
 LENGTHS = (7, 4)
 NEW = 4

@@ -13,6 +13,8 @@ from latentprior.steer.generate import Trace, continued
 from latentprior.steer.intervene import Edit, steering
 from latentprior.steer.prompts import prefilled, tokenized
 
+pytestmark = pytest.mark.compat
+
 TEXTS = ["The quick brown fox", "She", "A language model keeps what it has seen"]
 NEW = 5
 

@@ -19,6 +19,8 @@ from latentprior.steer.direction import Direction
 from latentprior.steer.intervene import EDIT_KINDS, Edit, EditKind, steering
 from latentprior.steer.methods import PriorRepair
 
+pytestmark = pytest.mark.compat
+
 FAMILIES = ("llama", "gpt2", "gpt_neox", "qwen3", "gemma3")
 WIDTH = 32
 NEW = 6
