@@ -1,6 +1,6 @@
 """From a language model to a repaired continuation, in Python: record, train for a minute, steer, repair.
 
-python examples/record_train_repair.py [--activations 100000] [--folder runs/example]
+python examples/record_train_repair.py [--activations 100000] [--heldout 2000] [--folder runs/example]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SAD = ["What a terrible day, everything went wrong.", "I hate this, it is the wo
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", type=int, default=100_000, help="how many to train on")
+    parser.add_argument("--heldout", type=int, default=2000, help="how many to hold out, and to sample")
     parser.add_argument("--folder", type=Path, default=Path("runs/example"))
     options = parser.parse_args(arguments)
     model, tokenizer = load_llm(LLMConfig("smollm2-135m"))
@@ -41,16 +42,17 @@ def main(arguments: list[str] | None = None) -> str:
     heldout = dataclasses.replace(
         store,
         output=str(options.folder / "heldout"),
-        max_activations=2000,
+        max_activations=options.heldout,
         text=TextConfig(part="heldout"),
     )
-    real = record_from(model, tokenizer, heldout).rows(torch.arange(2000)).float().to(model.device)
+    real = record_from(model, tokenizer, heldout).rows(torch.arange(options.heldout)).float().to(model.device)
 
     folder = str(options.folder / "prior")
     fit(TrainConfig(store=store.output, heldout=heldout.output, output=folder, activations=options.activations))
     glp = GLP.from_pretrained(folder, device=model.device)
-    samples = glp.normalizer.normalize(glp.sample(2000, steps=20, solver="ab2", generator=0))
-    print(f"Fréchet distance of 2,000 samples: {frechet_distance(glp.normalizer.normalize(real), samples):.1f}")
+    samples = glp.normalizer.normalize(glp.sample(options.heldout, steps=20, solver="ab2", generator=0))
+    distance = frechet_distance(glp.normalizer.normalize(real), samples)
+    print(f"Fréchet distance of {options.heldout:,} samples: {distance:.1f}")
 
     sides = [record_activations(model, tokenizer, texts, [LAYER], positions="last").x for texts in (GLAD, SAD)]
     push = 0.6 * float(glp.normalizer.mean_norm) * difference_of_means(*sides)

@@ -9,6 +9,7 @@ import jaxtyping
 import own_warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, and unknown names fail at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside one another, on a core each
 own_warnings.install()  # before anything takes `warnings.warn` for its own
 # Before the package's first import, so that every test checks types and shapes.
 jaxtyping.install_import_hook("latentprior", "beartype.beartype")

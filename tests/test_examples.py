@@ -14,6 +14,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.slow
 def test_record_train_repair(tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLES / "record_train_repair.py"))
-    text = example["main"](["--activations", "4096", "--folder", str(tmp_path)])
+    text = example["main"](["--activations", "4096", "--heldout", "500", "--folder", str(tmp_path)])
     assert text.startswith("The weather today") and len(text) > 20
     assert "Fréchet distance" in capsys.readouterr().out
