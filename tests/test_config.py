@@ -130,7 +130,7 @@ def test_shape_of_the_denoiser():
         (TextConfig, {"heldout": 1.5}, r"TextConfig.heldout must lie in \[0, 1\], got 1.5"),
         (TextConfig, {"documents": "lines"}, "unknown TextConfig.documents 'lines'; did you mean 'line'"),
         (RecordConfig, {"long_documents": "split"}, "unknown RecordConfig.long_documents 'split'"),
-        (TrainConfig, {"long_documents": "split"}, "unknown TrainConfig.long_documents 'split'"),
+        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown TrainConfig.long_documents 'split'"),
         (TextConfig, {"limit": 0}, "TextConfig.limit must be positive"),
         (RecordConfig, {"side": "outputs"}, "did you mean 'output'"),
         (RecordConfig, {"layers": []}, "RecordConfig.layers is empty"),

@@ -85,7 +85,8 @@ def test_sinks_are_told_by_the_median_of_all_rows_and_reported(tmp_path, monkeyp
     official.write_activations(tmp_path / "layer_03", x, dtype=torch.float32)
     result = convert(ConvertConfig(source=str(tmp_path / "layer_03"), output=str(tmp_path / "store")))
     store = ActivationStore(tmp_path / "store")
-    assert (len(store), store.manifest["left_out"]) == (496, {"sinks": 2, "nonfinite": 2})
+    left_out = {"sinks": 2, "nonfinite": 2, "cut_documents": 0, "cut_tokens": 0}
+    assert (len(store), store.manifest["left_out"]) == (496, left_out)
     assert (result["rows"], result["attention sinks left out"], result["not finite, left out"]) == (496, 2, 2)
     norms = x.norm(dim=1)
     assert float(store.moments().median_norm) == pytest.approx(float(norms.nanmedian()), rel=0.1)
