@@ -224,7 +224,7 @@ def test_unknown_names_show_before_anything_runs(runs, arguments, expected, caps
         "EVALUATE": stores,
     }
     spelled = [part for word in arguments for part in words.get(word, [word])]
-    if arguments[0] == "record":
+    if arguments[0] in ("record", "train"):
         spelled += ["--output", "new"]
     assert expected in failure(capsys, *spelled)
 
