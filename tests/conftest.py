@@ -14,6 +14,7 @@ own_warnings.install()  # before anything takes `warnings.warn` for its own
 # Before the package's first import, so that every test checks types and shapes.
 jaxtyping.install_import_hook("latentprior", "beartype.beartype")
 
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import importlib.metadata  # noqa: E402
 import importlib.util  # noqa: E402
@@ -313,6 +314,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_assets)
         if not cuda and item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+def on_store(config, **changes):
+    """A `TrainConfig` of a live run as one on a store, without what means nothing for a store."""
+    from latentprior.config import TrainConfig
+
+    of_a_stream = ("source", "llm", "text", "layers", "side", "batch_tokens", "buffer", "statistics")
+    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in of_a_stream}
+    return TrainConfig(**kept | changes)
 
 
 def build_glp(

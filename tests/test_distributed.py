@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import on_store
 from latentprior.checkpoint import complete_states, latest
 from latentprior.config import LLMConfig, RecordConfig, TextConfig, TrainConfig
 from latentprior.errors import InputError
@@ -90,7 +91,7 @@ def test_processes_train_as_one(config, whole, run_ranks, tmp_path, size, parall
 def test_processes_share_a_store(config, text, run_ranks, tmp_path, llm_folder):
     llm = config.llm
     store = record(RecordConfig(output=str(tmp_path / "store"), layers=[1], llm=llm, text=text))
-    config = replace(config, source="store", store=str(store.folder), heldout=str(store.folder), lanes=None)
+    config = on_store(config, store=str(store.folder), heldout=str(store.folder), lanes=None)
     fit(replace(config, output=str(tmp_path / "one")))
     assert run_ranks(2, fit, replace(config, output=str(tmp_path / "two"))) == [0, 0]
     assert_close(str(tmp_path / "two"), str(tmp_path / "one"))

@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import on_store
 from latentprior import feeds
 from latentprior.activations import ActivationBatch
 from latentprior.checkpoint import complete_states
@@ -29,8 +30,6 @@ from latentprior.record import record
 from latentprior.store import ActivationStore
 from latentprior.track import read_log
 from latentprior.writer import StoreWriter
-
-OF_A_STREAM = ("source", "llm", "text", "layers", "side", "batch_tokens", "buffer", "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -209,12 +208,6 @@ def test_trains_while_another_process_records(config, text, run_ranks, tmp_path)
     training = GLP.from_pretrained(trainer.output).provenance["training"]
     assert training["activations"] == len(store) + store.manifest["evicted"] and store.manifest["evicted"] > 0
     assert training["ended"].startswith("the activations ended")
-
-
-def on_store(config: TrainConfig, **changes) -> TrainConfig:
-    """The same training on a store, without what means nothing for one."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in OF_A_STREAM}
-    return TrainConfig(**kept | changes)
 
 
 def record_or_train(settings: RecordConfig, trainer: TrainConfig) -> None:
