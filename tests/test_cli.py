@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from latentprior import cli
 from latentprior.cli import main, spelled_out
+from latentprior.usage import option_kinds
 
 pytestmark = pytest.mark.compat
 
@@ -142,12 +143,15 @@ def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path)
         (["record", "--layer", "7"], "unknown option '--layer'; did you mean '--layers'? (valid: --help, --config"),
         (["record", "--out", "x"], "unknown option '--out'; did you mean '--output'?"),
         (["sample", "--prio", "x"], "unknown option '--prio'; did you mean '--prior'"),
-        (["record", "--llm.mode", "x"], "did you mean '--llm.model' or '--llm.dtype' or '--llm.device'? (valid: --llm"),
+        (
+            ["record", "--llm.mode", "x"],
+            "did you mean '--llm.model' or '--llm.dtype' or '--llm.device_map'? (valid: --llm",
+        ),
         (["record", "--llm.model.name", "x"], "unknown option '--llm.model.name'; did you mean '--llm.model'"),
         (["record", "--layers", "3", "5"], "unexpected argument '5': options begin with --, and lists have commas"),
         (["record", "-l", "3"], "unknown option '-l'"),
-        (["--layers"], "--layers has no command before it: name one of record, train"),
-        ([], "name a command: record, train"),
+        (["--layers"], "--layers has no command before it: name one of doctor, record, train"),
+        ([], "name a command: doctor, record, train"),
         (
             ["record", "--layers", "one"],
             "layers must be a whole number (on the command line also 1M or 2e6)",
@@ -158,7 +162,7 @@ def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path)
         ),
         (["record", "--chat", "maybe"], "chat must be true or false, got 'maybe'"),
         (["record", "--max-length"], "--max_length needs a value"),
-        (["record", "--llm", "gpt2"], "llm is a group of options, not 'gpt2': --llm.model, --llm.revision"),
+        (["record", "--llm", "gpt2"], "llm is a group of options, not 'gpt2': --llm.model, --llm.gguf, --llm.revision"),
         (["record", "--text.mix", '[{"datset": "x"}]'], "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
         (["train", "--recipe", '{"batch_size": "many"}'], "Recipe.batch_size must be int, got 'many'"),
         (["train", "--recipe", '{"betas": [0.9]}'], "Recipe.betas must be tuple[float, float], got [0.9]"),
@@ -242,7 +246,7 @@ def test_the_old_place_of_the_device_names_the_new_one(capsys, tmp_path):
 
 def test_every_command_that_computes_takes_its_device_from_one_place():
     for name, command in cli.COMMANDS.items():
-        devices = [option for option, _ in cli._kinds(command.config) if "device" in option.split(".")]
+        devices = [option for option, _ in option_kinds(command.config) if "device" in option.split(".")]
         assert devices == ([] if name == "convert" else ["device"])
 
 

@@ -217,7 +217,6 @@ def test_an_option_without_a_meaning_is_refused(make, option):
 
 def test_an_option_at_its_default_or_with_a_meaning_is_taken():
     assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
-    assert TrainConfig(device="cpu", llm=LLMConfig(device="cpu")).device == "cpu"
     assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
     assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
     assert RecordConfig(positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0)

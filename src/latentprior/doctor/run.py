@@ -42,7 +42,9 @@ def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
         device = resolve_device(config.device)
         return GLP.from_pretrained(config.prior, device=device, dtype=fast_dtype(device))
 
-    return _examine(Patient(config.device, lambda: load_llm(config.llm, config.device), load_prior, config.layer), report)
+    return _examine(
+        Patient(config.device, lambda: load_llm(config.llm, config.device), load_prior, config.layer), report
+    )
 
 
 def examine(
