@@ -145,9 +145,9 @@ def _cached(patient: Patient) -> str:
 
 
 def _effect(pushed: Generated, plain: Generated, dtype: torch.dtype) -> str:
-    """What a push does to the logits, which must be much more than rounding does."""
+    """What a push does to the logits, which must be more than is tolerated: else a push that is lost would pass."""
     effect = apart(pushed, plain)
-    if not effect > 2 * TOLERANCE[dtype]:
+    if not effect > TOLERANCE[dtype]:
         raise InputError(f"a push of {PUSH:g} median norms changes next to nothing: {measured(effect, dtype)}")
     return f"a push of {PUSH:g} median norms moves logits by {effect:.2g} sd"
 
