@@ -179,9 +179,7 @@ def _refuse_untouched(positions: Positions, counts: EditCounts, passes: int) -> 
     if sinks := counts.passed_over["sink"]:
         raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
     if isinstance(positions, Tensor):
-        raise InputError(
-            f"nothing was edited: the mask names first positions and padding at most ({counts})"
-        )
+        raise InputError(f"nothing was edited: the mask names first positions and padding at most ({counts})")
     if isinstance(positions, int) and positions > 1:
         raise InputError(f"nothing was edited: no sequence reached position {positions} ({counts})")
 
