@@ -41,7 +41,7 @@ def commands(
 
     Args:
         folder: of everything; a file of labelled texts is written into it.
-        samples: generated activations that are compared with real ones; held-out rows are 2.2 times as many.
+        samples: generated activations that are compared with real ones; held-out rows are three times as many.
     """
     store, heldout, prior, live, out, labelled = (
         shlex.quote(str(folder / name)) for name in ("store", "heldout", "prior", "live", "out", "labelled.csv")
@@ -54,7 +54,7 @@ def commands(
     lines = {
         "plan": f"plan {model} --chip measured --max-length 64",
         "record": f"{record} --max-activations {4 * samples} --output {store}",
-        "record held-out": f"{record} --max-activations {22 * samples // 10} --output {heldout} --text.part heldout",
+        "record held-out": f"{record} --max-activations {3 * samples} --output {heldout} --text.part heldout",
         "train": f"train --device {device} {small} --store {store} --heldout {heldout} --output {prior}",
         "train from the model": f"train --from llm {model} {documents} --layers {layer} {small} --statistics 1024 "
         f"--buffer 512 --lanes 2 --output {live}",

@@ -3,7 +3,9 @@ devices, the README's lines, and every command."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import latentprior.demo
@@ -277,6 +280,26 @@ def test_every_command_on_the_gpu(bench, llm_folder, write_texts, tmp_path, gpu)
     commands = bench.commands(tmp_path, llm_folder, text, layer=1, device="cuda", samples=60)
     assert {arguments[0] for arguments in commands.values()} == cli.COMMANDS.keys()
     run_all({name: arguments for name, arguments in commands.items() if name not in bench.OF_ASSETS}, gpu)
+
+    for name in ("train", "sample"):  # on the CPU the same prior, and the same samples of it
+        elsewhere = str(tmp_path / "cpu" / Path(commands[name][-1]).name)
+        arguments = [{"cuda": "cpu"}.get(argument, argument) for argument in commands[name][:-1]]
+        assert cli.main([*arguments, elsewhere]) == 0
+    results = [json.loads((tmp_path / place / "prior" / "train.json").read_text()) for place in (".", "cpu")]
+    losses = [result["summary"]["heldout_loss"] for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    samples = [load_file(tmp_path / place / "samples.safetensors")["activations"] for place in ("out", "cpu")]
+    assert torch.allclose(*samples, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_the_example_on_the_gpu(bench, tiny_llm, tiny_tokenizer, tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(latentprior.llm, "load_llm", lambda _: (tiny_llm("llama").to("cuda"), tiny_tokenizer))
+    example = runpy.run_path(str(ROOT / "examples" / "record_train_repair.py"))
+    monkeypatch.setitem(example["main"].__globals__, "LAYER", 1)
+    assert "The weather today" in example["main"](["--activations", "4096", "--folder", str(tmp_path)])
+    assert gpu["linear", "cuda"] and not gpu["linear", "cpu"]
 
 
 @pytest.mark.slow

@@ -33,14 +33,8 @@ from latentprior.progress import Phase, Report, unseen
 from latentprior.provenance import stamp
 
 Json = dict[str, Any]
-FREE = (
-    "output",
-    "recording",
-    "tasks",
-    "batch_tokens",
-    "device",
-    "llm",
-)  # may differ between runs that continue each other
+# May differ between runs that continue each other.
+FREE = ("output", "recording", "tasks", "batch_tokens", "device", "llm")
 
 
 def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Json:

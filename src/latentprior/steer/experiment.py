@@ -38,16 +38,8 @@ from latentprior.steer.judge.fluency import conditional_nll, repetition
 from latentprior.steer.methods import PriorRepair
 from latentprior.steer.prompts import Prompts
 
-ADDING = (
-    "output",
-    "priors",
-    "directions",
-    "methods",
-    "examples",
-    "judge",
-    "batch_rows",
-    "device",
-)  # settings that keep cells
+# Settings that keep cells.
+ADDING = ("output", "priors", "directions", "methods", "examples", "judge", "batch_rows", "device")
 SETTINGS = "settings.json"  # of the cells
 
 
