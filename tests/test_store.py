@@ -664,3 +664,10 @@ def test_a_folder_without_a_store_is_one_line(tmp_path):
         ActivationStore(tmp_path)
     with pytest.raises(InputError, match="holds no activation store"):
         ActivationStore(tmp_path / "nowhere")
+
+
+def test_a_store_of_before_hookpoints_knew_their_weights_is_continued():
+    here = Hookpoint("org/m", 2, 8, weights="ab").to_dict()
+    older = here | {"weights": None}
+    assert not [*files.differences({"hookpoints": [older]}, {"hookpoints": [here]})]
+    assert [*files.differences({"hookpoints": [here]}, {"hookpoints": [here | {"weights": "cd"}]})]

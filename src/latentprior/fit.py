@@ -83,7 +83,7 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
     if before is not None and config.source == "llm":  # before the language model is loaded
         return _finished(output, before, _settings(config, deal, _stream_settings(config, before)), device)
     feed = open_feed(config, deal, device, stop)
-    settings = _settings(config, deal, feed.identity | {"hookpoints": [h.to_dict() for h in feed.hookpoints]})
+    settings = _settings(config, deal, feed.identity | {"hookpoints": [h.place() for h in feed.hookpoints]})
     if before is not None:
         return _finished(output, before, settings, device)
     saved = latest(output / "steps", settings)  # refuses the state of another run

@@ -123,6 +123,10 @@ class Hookpoint:
         """The fields as plain, JSON-ready values."""
         return config.to_dict(self)
 
+    def place(self) -> dict[str, Any]:
+        """`to_dict` without the digest of the weights, which files of before there was one lack."""
+        return {key: value for key, value in self.to_dict().items() if key != "weights"}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Hookpoint:
         """The inverse of `to_dict`; an unknown key is an `InputError`."""
