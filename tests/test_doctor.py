@@ -15,6 +15,8 @@ from conftest import FAMILIES
 from latentprior.cli import FAILED, main
 from latentprior.config import DoctorConfig, LLMConfig
 from latentprior.doctor import checks, doctor, examine, patient
+from latentprior.errors import InputError
+from latentprior.prior import GLP
 from latentprior.rewrite import EditCounts
 
 CACHED, PADDING = "cached equals uncached", "left padding equals single rows"
@@ -349,6 +351,18 @@ def test_the_command_prints_the_table_and_fails_with_the_line(llm_folder, tmp_pa
     printed = capsys.readouterr()
     assert "failed: prior fits the model: this hookpoint has width 16, but the model's hidden size is 32" in printed.err
     assert "Traceback" not in printed.err and "versions" in printed.out
+
+
+def test_a_prior_that_cannot_be_loaded_is_asked_for_once(llm_folder, monkeypatch):
+    asked = []
+
+    def load(*args, **options):
+        asked.append(args)
+        raise InputError("the Hub does not answer")
+
+    monkeypatch.setattr(GLP, "from_pretrained", load)
+    found = doctor(DoctorConfig("someone/prior", llm=LLMConfig(llm_folder)))
+    assert failing(found) == {"prior loads": "the Hub does not answer"} and len(asked) == 1
 
 
 def test_what_cannot_be_loaded_is_a_line(tmp_path):

@@ -75,8 +75,18 @@ class Patient:
         return next(self.model.parameters()).device
 
     @cached_property
+    def prior_or_error(self) -> GLP | Exception:
+        """Loaded once, also if that fails: a Hub that does not answer is slow to say so."""
+        try:
+            return self.load_prior()
+        except Exception as error:
+            return error
+
+    @property
     def prior(self) -> GLP:
-        return self.load_prior()
+        if isinstance(self.prior_or_error, Exception):
+            raise self.prior_or_error
+        return self.prior_or_error
 
     @cached_property
     def layer(self) -> int:
@@ -84,10 +94,8 @@ class Patient:
         if self.wanted_layer is not None:
             return self.wanted_layer
         depth = len(find_blocks(self.model))
-        try:
-            known = [h.layer for h in self.prior.hookpoints if h.layer < depth]
-        except Exception:  # a check of its own says why
-            known = []
+        prior = self.prior_or_error
+        known = [] if isinstance(prior, Exception) else [h.layer for h in prior.hookpoints if h.layer < depth]
         return known[0] if known else depth // 2
 
     @cached_property
