@@ -315,7 +315,7 @@ def simulated_gpu(memory: int = 2**34) -> Iterator[Counter[tuple[str, str]]]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "is_bf16_supported": lambda *a, **k: False,
+        "is_bf16_supported": lambda including_emulation=True: including_emulation,
         "get_device_name": lambda *a: "a simulated GPU",
         "get_device_capability": lambda *a: (8, 0),
         "get_device_properties": lambda *a: SimpleNamespace(total_memory=memory, major=8, minor=0),

@@ -10,6 +10,7 @@ import torch
 
 from latentprior.devices import resolve_device
 from latentprior.errors import InputError
+from simulated_device import GPU, simulated_gpu
 
 
 def test_devices():
@@ -18,6 +19,14 @@ def test_devices():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(InputError, match=f"the device '{name}' is not available"):
             resolve_device(name)
+
+
+def test_a_gpu_without_a_number_is_this_process_s():
+    with simulated_gpu():
+        for name in ("auto", "cuda", "cuda:0", torch.device("cuda")):
+            assert resolve_device(name) == GPU
+        with pytest.raises(InputError, match="the device 'cuda:1' is not available: CUDA error: invalid device ordinal"):
+            resolve_device("cuda:1")
 
 
 def test_sampling_does_not_import_transformers(tmp_path, tiny_glp):

@@ -234,6 +234,11 @@ def test_bars_are_logarithmic_only_if_all_are_positive() -> None:
     assert "log scale" not in figures.delta_bars(rows, ["a", "b"], ["x", "y"])
 
 
+def test_bars_of_which_no_interval_is_above_zero_are_drawn() -> None:
+    rows = [{"method": "prior", "delta": 0.1, "interval": (-0.1, 0.3)}]
+    assert "log scale" in figures.delta_bars(rows, ["a"], ["0.100"])
+
+
 def test_crowded_labels_are_left_out_rather_than_written_over() -> None:
     line = [(2 + 1e-3 * i, 0.5 + 1e-4 * i * i) for i in range(30)] + [(9.0, 0.9)]
 
