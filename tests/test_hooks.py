@@ -498,6 +498,18 @@ def test_two_folders_called_final_are_one_model_if_their_weights_are(tiny_llm, t
         here.check(second)
 
 
+def test_one_id_is_one_model_quantised_or_with_adapters(tiny_llm):
+    model = tiny_llm()
+    model.config._name_or_path = "org/m"
+    here = Hookpoint.of(model, 2)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] *= 1.5
+    assert here.check(model) is model.model.layers[2] and here.same_place(Hookpoint.of(model, 2))
+    model.config._name_or_path = "org/n"
+    with pytest.raises(InputError, match="belongs to model 'org/m', not 'org/n'"):
+        here.check(model)
+
+
 def test_the_order_of_weights_and_their_split_do_not_tell_models_apart():
     class Parts(torch.nn.Module):
         def __init__(self, *parts: Tensor) -> None:

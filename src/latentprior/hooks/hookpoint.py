@@ -26,10 +26,11 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
 class Hookpoint:
     """Where activations come from: one side of one block of one model.
 
-    Two models are the same if the weights of the block are (`weights`): a copy in another folder, of another name or in
-    another precision, is, and another fine-tuning in a folder of the same name is not. Where one of the two does not
-    say, names decide: they are equal, or an id of the Hub (`org/name`) and a folder that ends in its name; two folders
-    are never one model because they end alike. An empty name is unknown and matches every model.
+    Two models are the same if they have one id of the Hub (`org/name`), whether quantised or with adapters, or if the
+    weights of the block are the same (`weights`): a copy in another folder, of another name or in another precision is,
+    and another fine-tuning in the same folder is not. Where one of the two does not tell its weights, names decide: they
+    are equal, or an id and a folder that ends in its name; two folders are never one model because they end alike. An
+    empty name is unknown and matches every model.
     """
 
     model: str
@@ -90,7 +91,8 @@ class Hookpoint:
         if not self.model or not other.model:
             return True
         if self.layer == other.layer and self.weights and other.weights:
-            return self.weights == other.weights
+            named_alike = self.model == other.model and _kind(self.model) != "folder"
+            return self.weights == other.weights or named_alike
         return _same_name(self.model, other.model)
 
     def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
