@@ -28,9 +28,9 @@ class Hookpoint:
 
     Two models are the same if they have one id of the Hub (`org/name`), quantised or with adapters, or if the weights
     of the block are the same (`weights`): a copy in another folder, of another name or in another precision is, and
-    another fine-tuning in the same folder is not. Where one of the two does not tell its weights, names decide: they are
-    equal, or an id and a folder that ends in its name; two folders are never one model because they end alike. An empty
-    name is unknown and matches every model.
+    another fine-tuning in the same folder is not. Where one of the two does not tell its weights, names decide: they
+    are equal, or an id and a folder that ends in its name; two folders are never one model because they end alike. An
+    empty name is unknown and matches every model.
     """
 
     model: str
