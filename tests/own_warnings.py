@@ -21,7 +21,7 @@ def raising(warn: Callable) -> Callable:
 
     @functools.wraps(warn)
     def warn_or_raise(message, category=UserWarning, stacklevel=1, *arguments, **options):
-        kind = type(message) if isinstance(message, Warning) else category
+        kind = type(message) if isinstance(message, Warning) else category or UserWarning  # None is allowed
         if issubclass(kind, (FutureWarning, DeprecationWarning)) and _is_ours(inspect.currentframe(), stacklevel):
             raise message if isinstance(message, Warning) else kind(message)
         return warn(message, category, stacklevel + 1, *arguments, **options)

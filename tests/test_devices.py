@@ -25,7 +25,7 @@ def test_a_gpu_without_a_number_is_this_process_s():
     with simulated_gpu():
         for name in ("auto", "cuda", "cuda:0", torch.device("cuda")):
             assert resolve_device(name) == GPU
-        with pytest.raises(InputError, match="the device 'cuda:1' is not available: CUDA error: invalid"):
+        with pytest.raises(InputError, match="'cuda:1' is not available: CUDA error: invalid device ordinal"):
             resolve_device("cuda:1")
 
 
