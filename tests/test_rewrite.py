@@ -511,7 +511,7 @@ def test_sinks_are_passed_over_and_counted(tiny_llm):
     ("options", "message"),
     [
         ({"positions": 50}, "no sequence reached position 50"),
-        ({"positions": torch.eye(2, 7).bool()[:, [0, 1, 1, 1, 1, 1, 1]] & False}, "first positions, padding or no"),
+        ({"positions": torch.eye(2, 7).bool()[:, [0, 1, 1, 1, 1, 1, 1]] & False}, "first positions and padding at"),
         (
             {"sinks": lambda hidden, layer: torch.ones(hidden.shape[:2]).bool()},
             "all 9 positions .* are attention sinks",
