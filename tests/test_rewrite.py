@@ -533,8 +533,18 @@ def test_a_layer_that_the_model_does_not_run_through_is_an_error(tiny_llm):
     model.model.layers[2].__class__ = type(
         "Skipped", (type(model.model.layers[2]),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
     )
-    with pytest.raises(InputError, match="never through the edited layers"), rewrite(model, {2: Recorder()}):
+    with pytest.raises(InputError, match=r"ran 1 times, but never through layers \[2\]"):
+        with rewrite(model, {1: Recorder(), 2: Recorder()}):
+            model(IDS)
+
+
+def test_counts_in_and_out_of_inference_mode(tiny_llm):
+    model = tiny_llm()
+    with rewrite(model, {1: Recorder()}) as counts:
+        with torch.inference_mode():
+            model(IDS)
         model(IDS)
+    assert counts.edited == 2 * 2 * 6
 
 
 def test_an_error_inside_is_not_covered_by_that_of_nothing_edited(tiny_llm):

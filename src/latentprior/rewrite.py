@@ -60,19 +60,18 @@ class EditCounts:
 
     def __init__(self, parts: Sequence[EditCounts] = ()) -> None:
         self._parts = parts  # what contexts of their own count
-        self._totals: list[Tensor] = []  # on the device of each layer, so that counting does not make the host wait
+        self._totals: dict[torch.device, Tensor] = {}  # where the layers are, so that counting makes no host wait
 
     def add(self, edited: Tensor, first: Tensor, padding: Tensor, sink: Tensor, not_asked_for: Tensor) -> None:
         """Count the positions of one layer in one pass; masks [B, T] that exclude one another."""
         counts = torch.stack([edited, first, padding, sink, not_asked_for]).sum(dim=(1, 2))
-        for total in self._totals:
-            if total.device == counts.device:
-                total += counts
-                return
-        self._totals.append(counts)
+        before = self._totals.get(counts.device)
+        # A new tensor, as those of inference mode cannot be changed later.
+        self._totals[counts.device] = counts if before is None else before + counts
 
     def _count(self, index: int) -> int:
-        return sum(int(total[index]) for total in self._totals) + sum(part._count(index) for part in self._parts)
+        own = sum(int(total[index]) for total in self._totals.values())
+        return own + sum(part._count(index) for part in self._parts)
 
     @property
     def edited(self) -> int:
@@ -129,13 +128,14 @@ def rewrite(
             from ``generate()``, paged caches, and options that hide where the prompt ends (assisted decoding,
             classifier-free guidance, chunked prompts) unless positions are "all" or a number. On leaving the context
             if the model ran and nothing was edited although something was asked for: all of it were sinks, a mask
-            named first positions and padding only, no sequence reached the number to start from, or the layers never
-            ran. Where nothing was asked for, as with prompts of one token under "all" or one new token under
+            named first positions and padding only, or no sequence reached the number to start from; and if a layer
+            never ran. Where nothing was asked for, as with prompts of one token under "all" or one new token under
             "generated", nothing is raised.
     """
     check_positions(positions)
     counts = EditCounts()
     decoding = Decoding()
+    reached: set[int] = set()
 
     with hooks.forward_inputs(model) as inputs:
 
@@ -154,6 +154,7 @@ def rewrite(
 
         def editor(layer: int, rewriter: Rewriter) -> Callable[[Tensor], Tensor]:
             def edit(hidden: Tensor) -> Tensor:
+                reached.add(layer)
                 mask, position = chosen(hidden, layer)
                 row, column = mask.nonzero(as_tuple=True)
                 if not len(row):
@@ -168,14 +169,14 @@ def rewrite(
         named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
         with hooks.edit(model, edits, side=side), decoding.generations(model, needs_prompt=named_by_prompt):
             yield counts
-        if rewriters and inputs.completed and not counts.edited:
-            _refuse_untouched(positions, counts, inputs.completed)
+        if inputs.completed and (missed := [layer for layer in rewriters if layer not in reached]):
+            raise InputError(f"the model ran {inputs.completed} times, but never through layers {missed}")
+        if inputs.completed and rewriters and not counts.edited:
+            _refuse_untouched(positions, counts)
 
 
-def _refuse_untouched(positions: Positions, counts: EditCounts, passes: int) -> None:
+def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
     """Raise `InputError` if something that was not edited had been asked for."""
-    if not counts.seen:
-        raise InputError(f"the model ran {passes} times, but never through the edited layers: nothing was edited")
     if sinks := counts.passed_over["sink"]:
         raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
     if isinstance(positions, Tensor):
