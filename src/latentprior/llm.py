@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -44,11 +45,9 @@ def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[Pr
     with _loading(config):
         model = AutoModelForCausalLM.from_pretrained(
             _source(config),
-            revision=config.revision or "main",
-            local_files_only=_only_cached(config),
+            **_options(config),
             dtype=dtype,
             device_map=device if config.device_map == "none" else config.device_map,
-            trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
     model.config._name_or_path = config.model  # not the cache folder: what is recorded must name the model anywhere
@@ -62,12 +61,7 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
         InputError: no such model, or a tokenizer with code of its own that is not trusted.
     """
     with _loading(config):
-        tokenizer = AutoTokenizer.from_pretrained(
-            _tokenizer_source(config),
-            revision=config.revision or "main",
-            local_files_only=_only_cached(config),
-            trust_remote_code=config.trust_remote_code,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config), **_options(config))
     tokenizer.name_or_path = config.model
     return tokenizer
 
@@ -79,12 +73,7 @@ def count_blocks(config: LLMConfig) -> int:
         InputError: no such model, or one with code of its own that is not trusted.
     """
     with _loading(config):
-        loaded = AutoConfig.from_pretrained(
-            _source(config),
-            revision=config.revision or "main",
-            local_files_only=_only_cached(config),
-            trust_remote_code=config.trust_remote_code,
-        )
+        loaded = AutoConfig.from_pretrained(_source(config), **_options(config))
     return loaded.get_text_config(decoder=True).num_hidden_layers
 
 
@@ -106,6 +95,15 @@ def _tokenizer_source(config: LLMConfig) -> str:
     if any(Path(config.model, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return config.model
     return str(copied_tokenizer(config.gguf))
+
+
+def _options(config: LLMConfig) -> dict[str, Any]:
+    """How weights, tokenizer and config are read alike."""
+    return {
+        "revision": config.revision or "main",
+        "local_files_only": _only_cached(config),
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def _only_cached(config: LLMConfig) -> bool:
