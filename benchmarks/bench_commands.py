@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latentprior import cli
+from latentprior.cli import commands as cli
 from latentprior.config import LLMConfig, TextConfig
-from latentprior.devices import resolve_device
+from latentprior.utils.devices import resolve_device
 
 OF_ASSETS = ("steer", "demo")
 WORDS = {  # of two classes to probe

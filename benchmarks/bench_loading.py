@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from latentprior.activations import ActivationBatch
-from latentprior.hooks import Hookpoint
-from latentprior.store import ActivationStore
-from latentprior.writer import StoreWriter
+from latentprior.data.activations import ActivationBatch
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.writer import StoreWriter
+from latentprior.lm.hooks import Hookpoint
 
 WIDTH = 576
 BATCH = 4096

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from bench_recording import whole_batches
 
-from latentprior.activations import activations
 from latentprior.config import DenoiserConfig, LLMConfig, PlanConfig, Recipe
-from latentprior.denoiser import Denoiser
-from latentprior.devices import fast_dtype, resolve_device
-from latentprior.llm import load_llm
-from latentprior.moments import Moments
-from latentprior.normalizer import Normalizer
-from latentprior.plan import plan
-from latentprior.store import ActivationStore
-from latentprior.train import State, train
+from latentprior.data.activations import activations
+from latentprior.data.moments import Moments
+from latentprior.data.store.reader import ActivationStore
+from latentprior.lm.loading import load_llm
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.normalizer import Normalizer
+from latentprior.scaling.plan import plan
+from latentprior.training.loop import State, train
+from latentprior.utils.devices import fast_dtype, resolve_device
 
 
 class Meter:

@@ -22,20 +22,20 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from latentprior import text as texts
 from latentprior.config import PRESETS, EvaluateConfig, LLMConfig, RecordConfig, TextConfig, TrainConfig
-from latentprior.devices import fast_dtype, resolve_device
-from latentprior.errors import InputError
-from latentprior.evaluate import GaussianMoments, GaussianPrior, frechet_distance
-from latentprior.evaluate.lm_loss import delta, lm_losses
-from latentprior.evaluate.run import document_halves, heldout_by_t, lm_replacements
-from latentprior.fit import fit
-from latentprior.llm import load_llm
-from latentprior.pretrained import WEIGHTS
-from latentprior.prior import GLP
-from latentprior.record import record
-from latentprior.store import ActivationStore
-from latentprior.tokens import tokenize
+from latentprior.data import text as texts
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.record import record
+from latentprior.data.tokens import tokenize
+from latentprior.evaluation import GaussianMoments, GaussianPrior, frechet_distance
+from latentprior.evaluation.evaluate import document_halves, heldout_by_t, lm_replacements
+from latentprior.evaluation.lm_loss import delta, lm_losses
+from latentprior.lm.loading import load_llm
+from latentprior.prior.files import WEIGHTS
+from latentprior.prior.glp import GLP
+from latentprior.training.fit import fit
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
 
 PART_BYTES = 2**24 - 2**16  # of weights in a file; the rest is for its header
 

@@ -18,17 +18,17 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from latentprior import corpus
 from latentprior.config import ProbeConfig
-from latentprior.errors import InputError
-from latentprior.priors import priors_of
-from latentprior.probe.auc import OneD, class_difference, probe_1d, stratified_folds
+from latentprior.data import corpus
+from latentprior.prior.loading import priors_of
 from latentprior.probe.benchmark import Split
-from latentprior.probe.logistic import logistic_1d
 from latentprior.probe.recording import Recording
 from latentprior.probe.sources import Source, layer_output, meta_neurons, mlp_neurons
 from latentprior.probe.tasks import Task, find_task
-from latentprior.random import keyed_generator
+from latentprior.stats.auc import OneD, class_difference, probe_1d, stratified_folds
+from latentprior.stats.logistic import logistic_1d
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import keyed_generator
 
 PARTS = ("equality", "ratio", "all")
 MAX_TEST = 500

@@ -17,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from latentprior.devices import resolve_device
-from latentprior.probe.auc import probe_1d
+from latentprior.stats.auc import probe_1d
+from latentprior.utils.devices import resolve_device
 
 FOLDS = 5
 

@@ -2,8 +2,8 @@
 
 python benchmarks/bench_recipes.py --store STORE --heldout HELDOUT --output DIR [--figure recipes.png]
 
-Every recipe is trained with `latentprior.fit` in ``DIR/<name>-<seed>`` (an interrupted comparison continues with the
-same command, finished runs are not repeated). ``DIR/recipes.json`` gets, for each run, the held-out loss against
+Every recipe is trained by `latentprior.training.fit` in ``DIR/<name>-<seed>``; the same command continues an
+interrupted comparison. ``DIR/recipes.json`` gets, for each run, the held-out loss against
 activations and FLOPs, the seconds of training, and the Fréchet distance of samples to the held-out activations. FLOPs
 are those of the matrix products as executed: forward, backward, the time path once for each distinct time of a step,
 and Muon's Newton-Schulz iterations.
@@ -28,15 +28,15 @@ import matplotlib
 import torch
 
 from latentprior.config import PRESETS, DenoiserConfig, Recipe, TrainConfig, to_dict
-from latentprior.cost import muon_flops_per_step, training_flops_per_activation
-from latentprior.errors import InputError
-from latentprior.evaluate.frechet import GaussianMoments, frechet_distance
-from latentprior.files import replace_text
-from latentprior.fit import fit
-from latentprior.provenance import stamp
-from latentprior.store import ActivationStore
-from latentprior.times import draw_times
-from latentprior.track import read_log
+from latentprior.data.store.reader import ActivationStore
+from latentprior.prior.cost import muon_flops_per_step, training_flops_per_activation
+from latentprior.stats.frechet import GaussianMoments, frechet_distance
+from latentprior.training.fit import fit
+from latentprior.training.times import draw_times
+from latentprior.training.tracking import read_log
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+from latentprior.utils.provenance import stamp
 
 BASELINE: dict[str, Any] = to_dict(PRESETS["quick"]) | {
     "batch_size": 512,

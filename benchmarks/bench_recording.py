@@ -15,12 +15,12 @@ import torch
 from bench_training import fastest, synchronizer
 from transformers import PreTrainedTokenizerBase
 
-from latentprior.activations import activations
 from latentprior.config import LLMConfig, TextConfig
-from latentprior.errors import InputError
-from latentprior.llm import load_llm
-from latentprior.text import documents
-from latentprior.tokens import TokenBatch, tokenize
+from latentprior.data.activations import activations
+from latentprior.data.text import documents
+from latentprior.data.tokens import TokenBatch, tokenize
+from latentprior.lm.loading import load_llm
+from latentprior.utils.errors import InputError
 
 
 def whole_batches(

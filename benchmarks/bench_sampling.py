@@ -17,10 +17,10 @@ from bench_training import PlainDenoiser, fastest, synchronizer
 from torch import Tensor
 
 from latentprior.config import DenoiserConfig
-from latentprior.denoiser import Denoiser
-from latentprior.devices import fast_dtype, resolve_device
-from latentprior.normalizer import Normalizer
-from latentprior.prior import GLP
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.glp import GLP
+from latentprior.prior.normalizer import Normalizer
+from latentprior.utils.devices import fast_dtype, resolve_device
 
 PROJECTED_ROWS, PROJECTION_STEPS = 32, 4
 

@@ -16,13 +16,13 @@ import torch
 from bench_training import fastest, synchronizer
 
 from latentprior.config import DenoiserConfig, LLMConfig, RepairConfig
-from latentprior.denoiser import Denoiser
-from latentprior.devices import fast_dtype
-from latentprior.hooks import Hookpoint
-from latentprior.llm import load_llm
-from latentprior.normalizer import Normalizer
-from latentprior.prior import GLP
+from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.loading import load_llm
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.glp import GLP
+from latentprior.prior.normalizer import Normalizer
 from latentprior.steer import Direction, Edit, PriorRepair, steering
+from latentprior.utils.devices import fast_dtype
 
 PROMPT_TOKENS = 20
 UNIT, STRENGTH = 1e6, 1e-6  # a unit under which no activation counts as an attention sink: those are not repaired

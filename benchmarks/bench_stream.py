@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from latentprior.config import LLMConfig, TextConfig, TrainConfig
-from latentprior.devices import resolve_device
-from latentprior.fit import fit
+from latentprior.training.fit import fit
+from latentprior.utils.devices import resolve_device
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""One training step: the paper's recipe written plainly in float32 against `latentprior.train`.
+"""One training step: the paper's recipe written plainly in float32 against `latentprior.training.loop`.
 
 The plain one computes the time path for every row, all in float32 (not TF32), the whole batch in one pass, uncompiled,
 with torch's default AdamW, and reads every loss. It also runs under bfloat16 autocast, where the device is fast at it.
@@ -32,17 +32,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprior import flow
 from latentprior.config import PRESETS, DenoiserConfig, Recipe
-from latentprior.cost import matrix_peak, parameters, training_flops_per_activation
-from latentprior.denoiser import Denoiser
-from latentprior.devices import fast_dtype, resolve_device
-from latentprior.distributed import Deal, World
-from latentprior.draws import Draws
-from latentprior.fit import CPU_MICRO_BATCH
-from latentprior.normalizer import Normalizer
-from latentprior.placement import placed
-from latentprior.train import Batch, State, backward, train
+from latentprior.data.partition import Batch, Deal
+from latentprior.prior import flow
+from latentprior.prior.cost import parameters, training_flops_per_activation
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.normalizer import Normalizer
+from latentprior.training.fit import CPU_MICRO_BATCH
+from latentprior.training.loop import State, backward, train
+from latentprior.training.noise import Draws
+from latentprior.training.parallel import placed
+from latentprior.utils.chips import matrix_peak
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.distributed import World
 
 Call = Callable[[], object]
 
@@ -196,7 +198,7 @@ def plain_contender(task: Task, precision: torch.dtype, rows: int) -> Contender:
 def our_contender(
     task: Task, recipe: Recipe, *, steps: int, micro_batch: int | None, compiled: bool, float8: bool
 ) -> Contender:
-    """`steps` steps of `latentprior.train`."""
+    """`steps` steps of `latentprior.training.loop`."""
     deal, denoiser = Deal(len(task.x)), task.denoiser()
     model = placed(denoiser, World(), precision=task.precision, compiled=compiled, float8=float8)
     state, options = State.start(denoiser, recipe, model), {"precision": task.precision, "micro_batch": micro_batch}

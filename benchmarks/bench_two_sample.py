@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentprior.evaluate import GaussianPrior, classifier_two_sample
-from latentprior.evaluate.run import document_halves
-from latentprior.store import ActivationStore
+from latentprior.data.store.reader import ActivationStore
+from latentprior.evaluation import GaussianPrior, classifier_two_sample
+from latentprior.evaluation.evaluate import document_halves
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

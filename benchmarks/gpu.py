@@ -46,11 +46,11 @@ import bench_training
 import torch
 
 from latentprior.config import PRESETS, LLMConfig, TextConfig
-from latentprior.devices import resolve_device
-from latentprior.errors import InputError, unknown
-from latentprior.files import replace_text
-from latentprior.placement import check_float8
-from latentprior.provenance import stamp
+from latentprior.training.parallel import check_float8
+from latentprior.utils.devices import resolve_device
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_text
+from latentprior.utils.provenance import stamp
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {  # width, width of the denoiser, blocks

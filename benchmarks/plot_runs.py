@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from latentprior.track import read_log
+from latentprior.training.tracking import read_log
 
 COLOURS = ("#8a8a8a", "#c44e00", "#0063a8", "#00824a", "#7a3fa0")
 

@@ -25,7 +25,7 @@ import bench_steering
 import bench_training
 import torch
 
-from latentprior.provenance import stamp
+from latentprior.utils.provenance import stamp
 
 RESULTS = Path(__file__).parent / "results"
 

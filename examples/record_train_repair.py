@@ -13,10 +13,10 @@ import torch
 
 from latentprior import GLP, frechet_distance, record_activations
 from latentprior.config import LLMConfig, RecordConfig, TextConfig, TrainConfig
-from latentprior.fit import fit
-from latentprior.llm import load_llm
-from latentprior.record import record_from
+from latentprior.data.store.record import record_from
+from latentprior.lm.loading import load_llm
 from latentprior.steer import difference_of_means
+from latentprior.training.fit import fit
 
 LAYER = 15
 GLAD = ["What a wonderful day, everything went well.", "I love this, it is the best film of the year."]

@@ -209,7 +209,7 @@ def llm_folder(tmp_path_factory) -> str:
 def run_killed() -> Callable[..., bool]:
     """A function that calls another in a process of its own and kills it (SIGKILL); see `_run_killed`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "latentprior.record", "latentprior.fit"])
+    context.set_forkserver_preload(["pytest", "latentprior.data.store.record", "latentprior.training.fit"])
     return functools.partial(_run_killed, context)
 
 
@@ -238,7 +238,7 @@ def run_ranks() -> Callable[..., list[int]]:
     """A function that calls another in several processes, which find one another as under torchrun; see
     `_run_ranks`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "latentprior.record", "latentprior.fit"])
+    context.set_forkserver_preload(["pytest", "latentprior.data.store.record", "latentprior.training.fit"])
     return functools.partial(_run_ranks, context)
 
 
@@ -334,10 +334,10 @@ def build_glp(
         llm_layers: blocks of the language model, which makes a multi-layer prior; `LAYERS` if there are several layers.
     """
     from latentprior.config import DenoiserConfig
-    from latentprior.denoiser import Denoiser
-    from latentprior.hooks import Hookpoint
-    from latentprior.normalizer import Normalizer
-    from latentprior.prior import GLP
+    from latentprior.lm.hooks import Hookpoint
+    from latentprior.prior.denoiser import Denoiser
+    from latentprior.prior.glp import GLP
+    from latentprior.prior.normalizer import Normalizer
 
     if len(layers) > 1 and llm_layers is None:
         llm_layers = LAYERS

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from latentprior.cli import USAGE, main
+from latentprior.cli.commands import USAGE, main
 from latentprior.config import LLMConfig, SteerConfig
-from latentprior.llm import load_tokenizer
-from latentprior.steer.cases import neutral_beginnings
+from latentprior.lm.loading import load_tokenizer
+from latentprior.steer.tasks import neutral_beginnings
 
 
 @pytest.mark.assets

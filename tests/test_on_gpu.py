@@ -18,17 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import latentprior.demo
-import latentprior.llm
-from latentprior import GLP, InputError, cli, record_activations
+import latentprior.lm.loading
+from latentprior import GLP, InputError, record_activations
+from latentprior.cli import commands as cli
 from latentprior.config import LLMConfig, RepairConfig
-from latentprior.evaluate.lm_loss import lm_losses
-from latentprior.hooks import Hookpoint
+from latentprior.data.prompts import tokenized
+from latentprior.data.text import Document
+from latentprior.data.tokens import tokenize
+from latentprior.evaluation.lm_loss import lm_losses
+from latentprior.judge.fluency import conditional_nll
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer import Direction, Edit, PriorRepair, steering
 from latentprior.steer.generate import continued
-from latentprior.steer.judge.fluency import conditional_nll
-from latentprior.steer.prompts import tokenized
-from latentprior.text import Document
-from latentprior.tokens import tokenize
 from simulated_device import CPU, GPU, MixUp, simulated_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -216,8 +217,8 @@ def test_a_spread_model_is_recorded_and_edited_where_its_layers_are(tiny_glp, ti
 
 def test_delta_lm_loss_of_a_spread_model(tiny_glp, tiny_llm, tiny_tokenizer, sentences, gpu):
     from latentprior.config import EvaluateConfig
-    from latentprior.evaluate.gaussian import GaussianPrior
-    from latentprior.evaluate.run import lm_replacements
+    from latentprior.evaluation.evaluate import lm_replacements
+    from latentprior.stats.gaussian import GaussianPrior
 
     glp, config = tiny_glp(32, (2,), "tiny-llama"), EvaluateConfig(steps=2)
     gaussian = GaussianPrior.fit(torch.randn(100, 32, generator=seeded()))
@@ -247,7 +248,7 @@ def test_the_lines_of_the_readme_run_on_both(
     def load_llm(config: LLMConfig) -> tuple[Any, Any]:
         return tiny_llm("llama").to(device), tiny_tokenizer
 
-    monkeypatch.setattr(latentprior.llm, "load_llm", load_llm)
+    monkeypatch.setattr(latentprior.lm.loading, "load_llm", load_llm)
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     exec(lines, {})
     assert capsys.readouterr().out.startswith("<|im_start|>The weather today")
@@ -258,7 +259,7 @@ def test_the_lines_of_the_readme_run_on_both(
 def bench(monkeypatch) -> ModuleType:
     """`bench_commands`, which knows every command's arguments; no peak is measured by large products."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for module in ("run", "plan"):
+    for module in ("training.run", "scaling.plan"):
         monkeypatch.setattr(f"latentprior.{module}.matrix_peak", lambda *_: 1e12)
     import bench_commands
 
@@ -295,7 +296,7 @@ def test_every_command_on_the_gpu(bench, llm_folder, write_texts, tmp_path, gpu)
 @pytest.mark.slow
 @pytest.mark.assets
 def test_the_example_on_the_gpu(bench, tiny_llm, tiny_tokenizer, tmp_path, monkeypatch, gpu):
-    monkeypatch.setattr(latentprior.llm, "load_llm", lambda _: (tiny_llm("llama").to("cuda"), tiny_tokenizer))
+    monkeypatch.setattr(latentprior.lm.loading, "load_llm", lambda _: (tiny_llm("llama").to("cuda"), tiny_tokenizer))
     example = runpy.run_path(str(ROOT / "examples" / "record_train_repair.py"))
     monkeypatch.setitem(example["main"].__globals__, "LAYER", 1)
     assert "The weather today" in example["main"](["--activations", "4096", "--folder", str(tmp_path)])

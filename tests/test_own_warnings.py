@@ -35,7 +35,7 @@ def called_from(module: str, function):
 @pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning])
 def test_a_deprecation_that_the_package_causes_is_an_error(category):
     with pytest.raises(category, match="deprecated"):
-        called_from("latentprior.steer.prompts", Old(category))
+        called_from("latentprior.data.prompts", Old(category))
 
 
 @pytest.mark.parametrize(("module", "category"), [("transformers.x", FutureWarning), ("latentprior.x", UserWarning)])

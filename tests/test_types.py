@@ -7,7 +7,8 @@ import typing
 
 import pytest
 
-from latentprior import denoiser, flow, normalizer, prior
+from latentprior.prior import denoiser, flow, normalizer
+from latentprior.prior import glp as prior
 
 
 def functions(module):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentprior import hooks
-    from latentprior.activations import ActivationBatch, record_activations
-    from latentprior.errors import InputError
-    from latentprior.evaluate.frechet import frechet_distance
-    from latentprior.hooks import Hookpoint
-    from latentprior.prior import GLP
-    from latentprior.store import ActivationStore
+    from latentprior.data.activations import ActivationBatch, record_activations
+    from latentprior.data.store.reader import ActivationStore
+    from latentprior.lm.hooks import Hookpoint
+    from latentprior.prior.glp import GLP
+    from latentprior.stats.frechet import frechet_distance
+    from latentprior.utils.errors import InputError
 
 __all__ = [
     "GLP",
@@ -26,20 +26,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GLP": "prior",
-    "ActivationBatch": "activations",
-    "ActivationStore": "store",
-    "Hookpoint": "hooks",
-    "InputError": "errors",
-    "frechet_distance": "evaluate.frechet",
-    "record_activations": "activations",
+    "GLP": "prior.glp",
+    "ActivationBatch": "data.activations",
+    "ActivationStore": "data.store.reader",
+    "Hookpoint": "lm.hooks",
+    "InputError": "utils.errors",
+    "frechet_distance": "stats.frechet",
+    "record_activations": "data.activations",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use: torch takes seconds, which `latentprior --help` need not."""
     if name == "hooks":
-        return import_module("latentprior.hooks")
+        return import_module("latentprior.lm.hooks")
     if name in _HOMES:
         return getattr(import_module(f"latentprior.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'latentprior' has no attribute {name!r}")

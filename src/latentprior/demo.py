@@ -14,18 +14,18 @@ from typing import Any
 import torch
 
 from latentprior.config import DemoConfig, EvaluateConfig, RecordConfig, SteerConfig, TextConfig, TrainConfig, to_dict
-from latentprior.errors import InputError
-from latentprior.evaluate.run import evaluate
-from latentprior.files import replace_text
-from latentprior.fit import fit
-from latentprior.llm import load_llm
-from latentprior.locks import locked
-from latentprior.progress import Phase, unseen
-from latentprior.provenance import stamp
-from latentprior.record import record_from
+from latentprior.data.store.record import record_from
+from latentprior.evaluation.evaluate import evaluate
+from latentprior.lm.loading import load_llm
 from latentprior.report import write_report
-from latentprior.steer.run import experiment
-from latentprior.track import read_log
+from latentprior.steer.experiment import experiment
+from latentprior.training.fit import fit
+from latentprior.training.tracking import read_log
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+from latentprior.utils.locks import locked
+from latentprior.utils.progress import Phase, unseen
+from latentprior.utils.provenance import stamp
 
 MAX_LENGTH = 128
 LABELLED = 2000  # SST-2 sentences for direction and classifier

@@ -11,14 +11,14 @@ import torch
 
 from conftest import build_glp, build_llm, build_tokenizer
 from latentprior.config import ProbeConfig
-from latentprior.errors import InputError
-from latentprior.evaluate.sae import SAE
-from latentprior.hooks import Hookpoint
-from latentprior.probe import run as module
+from latentprior.lm.hooks import Hookpoint
+from latentprior.probe import experiment as module
+from latentprior.probe.experiment import benchmark
 from latentprior.probe.recording import record_texts
-from latentprior.probe.run import benchmark
 from latentprior.probe.sources import meta_neurons, sources_of
 from latentprior.report import write_report
+from latentprior.sae.sae import SAE
+from latentprior.utils.errors import InputError
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from conftest import FAMILIES, build_llm, build_tokenizer
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint, capture
+from latentprior.data.store.reader import ActivationStore
+from latentprior.lm.hooks import Hookpoint, capture
 from latentprior.probe import recording as module
 from latentprior.probe.recording import Recording, record_texts, text_key
-from latentprior.store import ActivationStore
+from latentprior.utils.errors import InputError
 
 TOKENIZER = build_tokenizer()
 TEXTS = [" ".join(f"w{(i * j) % 17}" for j in range(1 + i % 9)) + f" {i}" for i in range(23)]

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latentprior import corpus
-from latentprior.errors import InputError
+from latentprior.data import corpus
 from latentprior.probe.families import family
 from latentprior.probe.tasks import Unfit, find_task, read_csv
+from latentprior.utils.errors import InputError
 
 COLUMNS = {"text": "prompt", "label": "target"}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from latentprior.errors import InputError
 from latentprior.scaling.law import correlation, envelope, fit_power_law
+from latentprior.utils.errors import InputError
 
 COMPUTE = np.geomspace(1e12, 1e16, 12)
 PAPER = (0.52, 435.1, 0.169)  # E, A, alpha of Llama-1B priors

@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentprior.activations import record_activations
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint, edit
-from latentprior.random import keyed_generator, seed_of
+from latentprior.data.activations import record_activations
+from latentprior.data.chat import prompt_ids, response_span
+from latentprior.lm.hooks import Hookpoint, edit
 from latentprior.steer import collect, estimate
-from latentprior.steer.chat import prompt_ids, response_span
 from latentprior.steer.collect import (
     labelled_direction,
     paired_direction,
@@ -26,6 +24,8 @@ from latentprior.steer.collect import (
 )
 from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.traits import TRAITS, Trait
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import keyed_generator, seed_of
 
 FAMILIES = ("llama", "gpt2", "gemma3", "opt")
 TEXTS = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import KINDS, Direction, read_direction, write_direction
+from latentprior.utils.errors import InputError
 
 POINT = Hookpoint("org/tiny", 1, 8, path="model.layers.1", revision="abc")
 KEY = "latentprior.direction"
@@ -81,7 +81,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("latentprior.files.os.fsync", full)
+    monkeypatch.setattr("latentprior.utils.files.os.fsync", full)
     with pytest.raises(InputError, match="cannot write .*No space left"):
         write_direction(Direction.of(a_vector(seed=1), POINT, "b", "pca"), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

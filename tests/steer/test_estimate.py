@@ -12,7 +12,6 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from latentprior.errors import InputError
 from latentprior.steer.estimate import (
     difference_of_means,
     mean_difference,
@@ -21,6 +20,7 @@ from latentprior.steer.estimate import (
     random_direction,
     shuffled_difference,
 )
+from latentprior.utils.errors import InputError
 
 SEEDS = st.integers(0, 2**31)
 SIZES = st.integers(2, 12)

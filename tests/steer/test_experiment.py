@@ -1,35 +1,28 @@
-"""Cells of a steering experiment on a tiny model: what they measure, and that each is made once."""
+"""A steering experiment from its configuration, on a tiny model: what it measures follows from what it does."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from latentprior.config import SteerConfig
-from latentprior.errors import InputError
-from latentprior.steer import experiment, intervene
-from latentprior.steer.cases import Case
-from latentprior.steer.direction import Direction
-from latentprior.steer.experiment import Bench, Cell, cells, run_cells
-from latentprior.steer.frontier import summarise
-from latentprior.steer.prompts import tokenized
+from latentprior.config import JudgeConfig, SteerConfig
+from latentprior.data.prompts import tokenized
+from latentprior.report import render
+from latentprior.steer import Direction, read_direction
+from latentprior.steer import experiment as run
+from latentprior.steer import tasks as cases
+from latentprior.steer.direction import write_direction
+from latentprior.steer.tasks import Case
+from latentprior.utils.errors import InputError
 
-TEXTS = ["The quick brown fox", "She", "A language model keeps what"]
-CONFIG = SteerConfig(
-    priors=["one", "two"],
-    methods=["paired", "random"],
-    strengths=[0.4, 1.0],
-    new_tokens=4,
-    prompts=3,
-    batch_rows=8,
-    positions="last",
-)
+PROMPTS = ["The quick brown", "A language model keeps what", "She"]
 
 
 def vowels(texts) -> np.ndarray:
@@ -37,147 +30,154 @@ def vowels(texts) -> np.ndarray:
     return np.array([sum(c in "aeiou" for c in text) / max(len(text), 1) for text in texts])
 
 
-@pytest.fixture
-def bench(tiny_llm, tiny_glp, tiny_tokenizer):
-    model = tiny_llm("llama")
-    priors = {n: tiny_glp(32, layers=(1,), model="tiny-llama", seed=i) for i, n in enumerate(CONFIG.priors)}
-    return Bench(CONFIG, model, tiny_tokenizer, priors, 5.0, None)
+def never() -> tuple[Any, Any]:
+    raise AssertionError("the language model is loaded too early")
 
 
 @pytest.fixture
-def case(bench, tiny_tokenizer):
-    hookpoint = bench.priors["one"].hookpoints[0]
-    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    direction = Direction.of(vector, hookpoint, "test", "random")
-    return Case(direction, tokenized(tiny_tokenizer, TEXTS), vowels, {"name": "vowels"}, "vowels")
+def glp(tiny_glp):
+    glp = tiny_glp(32, layers=(1,), model="tiny-llama")
+    glp.provenance["training"] = {"heldout_loss": 1.5}
+    glp.normalizer.mean_norm[:] = 5.0
+    return glp
 
 
-def rows(bench: Bench, case: Case, method: str, prior: str = "") -> list[dict]:
-    return bench.measured(Cell(case, method, prior))[0].to_pylist()
+@pytest.fixture
+def run_it(tiny_llm, tiny_tokenizer, glp, tmp_path, monkeypatch) -> Callable[..., dict[str, Any]]:
+    """Runs an experiment along one direction; the asset packages, which `cases_of` needs, are left out."""
+    vector = torch.randn(glp.width, generator=torch.Generator().manual_seed(0))
+    direction = Direction.of(vector, glp.hookpoints[0], "vowels, test", "random", seed=0)
+    case = Case(direction, tokenized(tiny_tokenizer, PROMPTS), vowels, {"name": "share of vowels"}, "vowels")
+    monkeypatch.setattr(run, "cases_of", lambda *_: [case])
+    monkeypatch.setattr(run, "check_named", lambda *_: [])
+    prior = str(glp.save_pretrained(tmp_path / "prior"))
+
+    def with_options(folder: str = "out", llm: Callable | None = None, **options: Any) -> dict[str, Any]:
+        settings = {"methods": ["plain", "repaired", "paired"], "both_signs": False, "prompts": 3, "new_tokens": 5}
+        config = SteerConfig(output=str(tmp_path / folder), priors=[prior], **settings | options)
+        return run.experiment(config, llm or (lambda: (tiny_llm("llama"), tiny_tokenizer)))
+
+    return with_options
 
 
-def test_methods_without_repair_have_one_cell_for_all_priors(case):
-    found = [(cell.method, cell.prior) for cell in cells(CONFIG, [case])]
-    assert found == [("none", ""), ("plain", ""), ("paired", "one"), ("paired", "two"), ("random", "")]
+def figures(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each method at its only strength."""
+    (direction,) = result["summary"]["directions"]
+    return {entry["method"]: entry["points"][0] for entry in direction["methods"]}
 
 
-def test_a_cell_has_every_prompt_at_every_strength(bench, case):
-    found = rows(bench, case, "plain")
-    assert [(row["prompt"], row["strength"]) for row in found] == [
-        (prompt, r) for prompt in range(3) for r in (0.4, 1.0, -0.4, -1.0)
-    ]
-    assert {row["prompt_text"] for row in found} == set(TEXTS)
-    assert all(row["tokens"] == 4 and row["retention"] == pytest.approx(1, abs=1e-4) for row in found)
-    assert all(row["off_before"] == row["off_after"] != row["off_clean"] for row in found)
-    assert [row["concept"] for row in found] == pytest.approx(vowels([row["text"] for row in found]).tolist())
+def texts(result: dict[str, Any], method: str) -> list[str]:
+    return [row["text"] for row in result["texts"] if row["method"] == method]
 
 
-def test_unsteered_texts_are_the_models_own(bench, case):
-    found = rows(bench, case, "none")
-    out = bench.model.generate(
-        **case.prompts.inputs(), do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=2
-    )
-    assert [row["text"] for row in found] == bench.tokenizer.batch_decode(out[:, -4:], skip_special_tokens=True)
-    assert all(row["retention"] is None and row["strength"] == 0 for row in found)
+def test_an_edit_too_small_to_matter_changes_nothing_unless_it_is_repaired(run_it):
+    result = run_it(strengths=[1e-12, 1.0], examples=4)
+    unsteered = texts(result, "none")
+    for method in figures(result):
+        small = [row["text"] for row in result["texts"] if row["method"] == method and row["strength"] == 1e-12]
+        assert (small == unsteered) == (method != "repaired"), method
 
 
-def test_repair_loses_some_of_the_edit_and_lands_elsewhere(bench, case):
-    plain, paired = rows(bench, case, "plain"), rows(bench, case, "paired", "one")
-    assert any(a["text"] != b["text"] for a, b in zip(plain, paired, strict=True))
-    assert all(row["retention"] != pytest.approx(1, abs=1e-3) and row["moved"] > 1e-3 for row in paired)
-    assert any(a["text"] != b["text"] for a, b in zip(paired, rows(bench, case, "paired", "two"), strict=True))
+def test_methods_that_do_nothing_at_all_are_refused(run_it):
+    with pytest.raises(InputError, match="changed none of 3 texts at any strength: nothing to report"):
+        run_it(strengths=[1e-12])
 
 
-def test_the_batch_of_prompts_does_not_matter(bench, case):
-    """Noise belongs to the prompt, not to its place in a batch."""
-    small = dataclasses.replace(bench, config=dataclasses.replace(CONFIG, batch_rows=1))
-    for method in ("paired", "plain"):
-        mine, theirs = (rows(b, case, method, "one" if method == "paired" else "") for b in (bench, small))
-        assert [row["text"] for row in mine] == [row["text"] for row in theirs]
-        assert [row["off_after"] for row in mine] != []
+def test_plain_steering_keeps_its_edit_and_repair_some_of_it(run_it):
+    result = run_it(strengths=[1.0])
+    retention = {method: point["retention"] for method, point in figures(result).items()}
+    assert retention["plain"] == pytest.approx(1.0, abs=1e-4)
+    assert retention["repaired"] != pytest.approx(1.0, abs=1e-3)
+    assert {method: repair["nfe"] for method, repair in result["repairs"].items()} == {"repaired": 4, "paired": 8}
+    assert result["mean_norm"] == 5.0 and [p["heldout_loss"] for p in result["priors"].values()] == [1.5]
 
 
-def test_a_random_direction_of_equal_norm_is_the_control(bench, case):
-    found = rows(bench, case, "random")
-    assert [row["text"] for row in found] != [row["text"] for row in rows(bench, case, "plain")]
-    assert all(row["direction"] == "test" for row in found)
+def test_an_experiment_repeats_itself_and_goes_on_from_what_is_there(run_it, tmp_path):
+    first, again = (run_it(folder, strengths=[0.5, 1.0]) for folder in ("out", "other"))
+    continued = run_it(strengths=[0.5, 1.0])
+    differing = ("wall_seconds", "config")
+    for other in (again, continued):
+        assert {k: v for k, v in other.items() if k not in differing} == {
+            k: v for k, v in first.items() if k not in differing
+        }
+    tables = [pq.read_table(tmp_path / folder / "results.parquet") for folder in ("out", "other")]
+    assert tables[0].equals(tables[1]) and len(tables[0]) == 3 * (1 + 3 * 2)
 
 
-def test_finished_cells_are_not_made_again(bench, case, tmp_path, monkeypatch):
-    table = run_cells(bench, [case], tmp_path)
-    made = []
-    measured = Bench.measured
-    monkeypatch.setattr(Bench, "measured", lambda self, cell: made.append(cell.method) or measured(self, cell))
-    assert run_cells(bench, [case], tmp_path).equals(table) and made == []
-    more = dataclasses.replace(bench, config=dataclasses.replace(CONFIG, methods=["plain", "paired", "repaired"]))
-    assert len(run_cells(more, [case], tmp_path)) > 0 and made == ["repaired", "repaired"]
+def test_a_finished_experiment_loads_no_model(run_it, tmp_path):
+    first = run_it(strengths=[0.5])
+    assert run_it(llm=never, strengths=[0.5]) == json.loads(json.dumps(first))
+    loaded = "loaded too early"
+    with pytest.raises(AssertionError, match=loaded):
+        run_it(llm=never, strengths=[0.5], examples=1)  # another page
+    with pytest.raises(AssertionError, match=loaded):
+        run_it(llm=never, strengths=[0.5], methods=["plain", "repaired", "paired", "guided"])
+    for file in ("results.parquet", next((tmp_path / "out" / "cells").glob("paired-*")).name):
+        (path,) = (tmp_path / "out").rglob(file)
+        kept = path.read_bytes()
+        path.unlink()
+        with pytest.raises(AssertionError, match=loaded):
+            run_it(llm=never, strengths=[0.5])
+        path.write_bytes(kept)
+    path = tmp_path / "out" / "steer.json"
+    changed = {"ratings": {"failed": 1}}, {"priors": {}}
+    for change in changed:
+        path.write_text(json.dumps(first | change))
+        with pytest.raises(AssertionError, match=loaded):
+            run_it(llm=never, strengths=[0.5])
 
 
-def test_a_killed_run_makes_only_what_is_missing(bench, case, tmp_path, monkeypatch):
-    whole = run_cells(bench, [case], tmp_path / "whole")
-    write = pq.write_table
-    written: list[str] = []
-
-    def dies(table, path, **options):
-        written.append(str(path))
-        if len(written) == 3:
-            path.write_bytes(b"half")  # what a kill in the middle leaves behind
-            raise KeyboardInterrupt
-        write(table, path, **options)
-
-    monkeypatch.setattr(experiment.pq, "write_table", dies)
-    with pytest.raises(KeyboardInterrupt):
-        run_cells(bench, [case], tmp_path / "cut")
-    assert run_cells(bench, [case], tmp_path / "cut").equals(whole)
-    assert len(written) == 3 + 3  # five cells, one of them twice
-
-
-def test_other_settings_are_refused(bench, case, tmp_path):
-    run_cells(bench, [case], tmp_path / "cells")
-    other = dataclasses.replace(bench, config=dataclasses.replace(CONFIG, new_tokens=5))
-    with pytest.raises(InputError, match=r"another new_tokens \(4, not 5\): choose another --output"):
-        run_cells(other, [case], tmp_path / "cells")
+def test_directions_that_are_not_there_are_found_before_the_model_is_loaded(glp, tmp_path, monkeypatch):
+    prior = glp.save_pretrained(tmp_path / "prior")
+    monkeypatch.setattr(cases, "binary_task", lambda name: ([], []))
+    out = str(tmp_path / "out")
+    files = {"experiment": "files", "output": out}
+    assert "no-such.safetensors" in refusal(prior, directions=[str(tmp_path / "no-such.safetensors")], **files)
+    vector = torch.randn(glp.width, generator=torch.Generator().manual_seed(0))
+    for name, layer in (("far", 3), ("near", 1)):
+        point = replace(glp.hookpoints[0], layer=layer)
+        write_direction(Direction.of(vector, point, name, "random", seed=0), tmp_path / f"{name}.safetensors")
+    near, far = (str(tmp_path / f"{name}.safetensors") for name in ("near", "far"))
+    assert "belongs to" in refusal(prior, directions=[far], **files)
+    assert "two directions have the same name" in refusal(prior, directions=[near, near], **files)
+    assert "unknown trait 'quiet'" in refusal(prior, experiment="persona", directions=["quiet"], output=out)
+    assert "no-sae" in refusal(prior, experiment="sae", sae=str(tmp_path / "no-sae"), output=out)
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_direction_that_changed_in_its_file_is_refused(bench, case, tmp_path):
-    files = dataclasses.replace(CONFIG, experiment="files", directions=["a.safetensors"])
-    run_cells(dataclasses.replace(bench, config=files), [case], tmp_path / "cells")
-    direction = Direction.of(-case.direction.vector, case.direction.hookpoint, "test", "random")
-    with pytest.raises(InputError, match="another directions"):
-        other = dataclasses.replace(case, direction=direction)
-        run_cells(dataclasses.replace(bench, config=files), [other], tmp_path / "cells")
+def test_what_is_written_is_what_is_returned_and_drawn(run_it, tmp_path):
+    result = run_it(strengths=[0.5, 1.0], examples=1)
+    assert json.loads((tmp_path / "out" / "steer.json").read_text()) == json.loads(json.dumps(result))
+    assert {row["prompt_text"] for row in result["texts"]} == set(PROMPTS[:1])
+    (file,) = (tmp_path / "out" / "directions").iterdir()
+    assert read_direction(file).name == result["directions"][0]["name"] == "vowels, test"
+    page = render(result)
+    for shown in ('id="steering"', 'id="texts"', "share of vowels", "Repairs", "mean activation norm, 5.00"):
+        assert shown in page
 
 
-def test_a_method_that_changes_no_text_is_refused(bench, case, tmp_path, monkeypatch):
-    """Whatever the reason: here each push is lost on the way."""
-    monkeypatch.setattr(intervene, "_APPLY", intervene._APPLY | {"add": lambda x, w, strength, unit: x})
-    with pytest.raises(InputError) as caught:
-        run_cells(bench, [case], tmp_path)
-    message = str(caught.value)
-    assert "'plain' along 'test' changed none of 12 texts at any strength" in message and "\n" not in message
-    assert "transformers" in message and "48 edited" in message  # 12 texts of 4 tokens
-    assert len(list(tmp_path.glob("plain-*.parquet"))) == 0
+def refusal(*priors: Any, **options: Any) -> str:
+    with pytest.raises(InputError) as error:
+        run.experiment(SteerConfig(priors=[str(prior) for prior in priors], **options), never)
+    return str(error.value)
 
 
-def test_texts_that_were_kept_are_refused_as_well(bench, case, tmp_path):
-    run_cells(bench, [case], tmp_path)
-    (plain,) = tmp_path.glob("plain-*.parquet")
-    (none,) = tmp_path.glob("none-*.parquet")
-    table, unsteered = pq.read_table(plain), pq.read_table(none)["text"].to_pylist()
-    texts = pa.array([unsteered[prompt] for prompt in table["prompt"].to_pylist()])
-    pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", texts), plain)
-    with pytest.raises(InputError, match="changed none of 12 texts"):
-        run_cells(bench, [case], tmp_path)
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(glp, tiny_glp, tmp_path, monkeypatch):
+    good = glp.save_pretrained(tmp_path / "good")
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    judge = JudgeConfig(url="http://127.0.0.1:9/v1", model="judge", key_variable="NO_SUCH_KEY")
+    assert "NO_SUCH_KEY" in refusal(good, judge=judge)
+    other = tiny_glp(32, layers=(2,), model="tiny-llama").save_pretrained(tmp_path / "other")
+    assert "layer 2" in refusal(good, other)
+    glp.normalizer.mean_norm[:] = float("nan")
+    assert "mean activation norm" in refusal(glp.save_pretrained(tmp_path / "without norm"))
+    glp.hookpoints = ()
+    assert "hookpoints" in refusal(glp.save_pretrained(tmp_path / "without hookpoints"))
 
 
-def test_the_frontiers_of_the_rows(bench, case, tmp_path):
-    summary = summarise(run_cells(bench, [case], tmp_path), resamples=50)
-    (direction,) = summary["directions"]
-    assert direction["prompts"] == 3
-    assert {(entry["method"], entry["prior"]) for entry in direction["methods"]} == {
-        ("plain", None),
-        ("paired", "one"),
-        ("paired", "two"),
-        ("random", None),
-    }
-    json.dumps(summary, allow_nan=False)
+def test_a_model_that_the_prior_does_not_know_is_refused(glp, tiny_llm, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "check_named", lambda *_: [])
+    config = SteerConfig(priors=[str(glp.save_pretrained(tmp_path / "prior"))], output=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="tiny-gpt2"):
+        run.experiment(config, lambda: (tiny_llm("gpt2"), tiny_tokenizer))
+    assert not (tmp_path / "out").exists()

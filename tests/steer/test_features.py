@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from latentprior.activations import ActivationBatch, record_activations
-from latentprior.errors import InputError
-from latentprior.evaluate.sae import SAE
-from latentprior.hooks import Hookpoint
+from latentprior.data.activations import ActivationBatch, record_activations
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.writer import StoreWriter
+from latentprior.lm.hooks import Hookpoint
+from latentprior.sae.sae import SAE
 from latentprior.steer.features import GAP, describe_latents, sae_direction
-from latentprior.store import ActivationStore
-from latentprior.writer import StoreWriter
+from latentprior.utils.errors import InputError
 
 WIDTH = 6
 POINT = Hookpoint("tiny", 1, WIDTH)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import Direction, write_direction
 from latentprior.steer.foreign import read_foreign, write_gguf
+from latentprior.utils.errors import InputError
 
 WIDTH, LAYERS = 8, 4
 

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprior.errors import InputError
-from latentprior.steer.folding import Key, fold
+from latentprior.steer.aggregate import Key, fold
 from latentprior.steer.frontier import (
     Curve,
     Frontier,
@@ -27,6 +26,7 @@ from latentprior.steer.frontier import (
     resampled,
     summarise,
 )
+from latentprior.utils.errors import InputError
 
 UNSTEERED = (0.5, 2.0)  # concept and NLL
 Figures = Callable[[int, float], tuple[float, float]]  # prompt and signed strength -> gain and NLL increase

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint
-from latentprior.rewrite import Site
+from latentprior.data.prompts import prefilled, tokenized
+from latentprior.lm.edits import Site
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import Direction
 from latentprior.steer.generate import Trace, continued
-from latentprior.steer.intervene import Edit, steering
-from latentprior.steer.prompts import prefilled, tokenized
+from latentprior.steer.intervention import Edit, steering
+from latentprior.utils.errors import InputError
 
 pytestmark = pytest.mark.compat
 

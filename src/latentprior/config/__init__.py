@@ -1,7 +1,15 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, count_of, from_dict, to_dict
-from latentprior.config.data import SMOLLM2, DocumentKind, LLMConfig, RecordConfig, StreamConfig, TextConfig, TextSource
+from latentprior.config.data import (
+    SMOLLM2,
+    DocumentKind,
+    LLMConfig,
+    RecordConfig,
+    StreamConfig,
+    TextConfig,
+    TextSource,
+)
 from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig

@@ -8,7 +8,7 @@ from fractions import Fraction
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from latentprior.errors import InputError, unknown
+from latentprior.utils.errors import InputError, unknown
 
 Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]

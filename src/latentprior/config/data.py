@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
-from latentprior.errors import InputError
+from latentprior.utils.errors import InputError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
 DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("auto", "file", "paragraph", "line")

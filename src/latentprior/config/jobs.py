@@ -7,7 +7,7 @@ from typing import Literal
 
 from latentprior.config.base import GRIDS, SOLVERS, Grid, Solver, meaningless, one_of, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.errors import InputError, unknown
+from latentprior.utils.errors import InputError, unknown
 
 BASELINES = ("sae",)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from latentprior.config.base import one_of, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
-from latentprior.errors import InputError
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)

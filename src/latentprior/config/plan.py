@@ -8,7 +8,7 @@ from typing import Any, Literal
 from latentprior.config.base import one_of, positive, size_of
 from latentprior.config.data import LLMConfig
 from latentprior.config.training import PRESETS, Recipe, TrainConfig
-from latentprior.errors import InputError
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)

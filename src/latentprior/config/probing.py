@@ -7,7 +7,7 @@ from typing import Literal
 
 from latentprior.config.base import one_of, positive
 from latentprior.config.data import LLMConfig
-from latentprior.errors import InputError, unknown
+from latentprior.utils.errors import InputError, unknown
 
 SOURCES = ("layer", "rotation", "mlp-neurons", "sae", "random-denoiser", "meta-neurons")
 

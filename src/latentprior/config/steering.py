@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from latentprior.config.base import SOLVERS, Solver, from_dict, one_of, positive, to_dict, unit_interval
 from latentprior.config.data import LLMConfig
-from latentprior.errors import InputError, unknown
+from latentprior.utils.errors import InputError, unknown
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from latentprior.config.base import from_dict, one_of, positive
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.training import PRESETS, TrainConfig
-from latentprior.errors import InputError
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)

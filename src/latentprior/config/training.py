@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from latentprior.config.base import meaningless, one_of, positive, typed, unit_interval
 from latentprior.config.data import StreamConfig
-from latentprior.errors import InputError, unknown
+from latentprior.utils.errors import InputError, unknown
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentprior.activations import SINK_FACTOR, activations, model_inputs
-from latentprior.cost import device_memory
-from latentprior.devices import fast_dtype, resolve_device
+from latentprior.data.activations import activations, model_inputs
+from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
 from latentprior.doctor.patient import (
     PUSH,
     TEXTS,
@@ -28,11 +28,12 @@ from latentprior.doctor.patient import (
     require_edits,
     require_equal,
 )
-from latentprior.errors import InputError
-from latentprior.hooks import capture, find_blocks
-from latentprior.provenance import versions
-from latentprior.repair import attach, hookpoints_on
-from latentprior.tokens import TokenBatch, encode, pad, padding_id
+from latentprior.lm.hooks import capture, find_blocks
+from latentprior.prior.repair import attach, hookpoints_on
+from latentprior.utils.chips import device_memory
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
+from latentprior.utils.provenance import versions
 
 SPEED = (4, 128)  # rows and tokens of a timed forward pass
 SECONDS = 0.3  # that are timed at least

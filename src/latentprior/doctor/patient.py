@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentprior.activations import model_inputs
-from latentprior.cost import device_memory
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint, find_blocks, run_cut
-from latentprior.prior import GLP
-from latentprior.random import normal
-from latentprior.repair import hookpoints_on
-from latentprior.rewrite import Site, rewrite
-from latentprior.text import Document
-from latentprior.tokens import TokenBatch, encode, pad, padding_id, tokenize
+from latentprior.data.activations import model_inputs
+from latentprior.data.text import Document
+from latentprior.data.tokens import TokenBatch, encode, pad, padding_id, tokenize
+from latentprior.lm.edits import Site, rewrite
+from latentprior.lm.hooks import Hookpoint, find_blocks, run_cut
+from latentprior.prior.glp import GLP
+from latentprior.prior.repair import hookpoints_on
+from latentprior.utils.chips import device_memory
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import normal
 
 Generated = tuple[Tensor, Tensor]
 """New tokens [B, NEW] and their logits [B, NEW, V] in float32."""

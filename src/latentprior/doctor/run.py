@@ -10,13 +10,13 @@ from typing import Any, Literal
 from torch import nn
 
 from latentprior.config import DoctorConfig
-from latentprior.devices import fast_dtype, resolve_device
 from latentprior.doctor.checks import CHECKS
 from latentprior.doctor.patient import Patient, Skipped
-from latentprior.errors import InputError
-from latentprior.llm import load_llm
-from latentprior.prior import GLP
-from latentprior.progress import Report, silent
+from latentprior.lm.loading import load_llm
+from latentprior.prior.glp import GLP
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
+from latentprior.utils.progress import Report, silent
 
 Status = Literal["ok", "failed", "skipped"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from latentprior.config import ProbeConfig
-from latentprior.probe.auc import OneD, probe_1d
-from latentprior.probe.logistic import logistic_1d, sparse_probe
 from latentprior.probe.sources import Source
 from latentprior.probe.tasks import Task
-from latentprior.random import keyed_generator
+from latentprior.stats.auc import OneD, probe_1d
+from latentprior.stats.logistic import logistic_1d, sparse_probe
+from latentprior.utils.random import keyed_generator
 
 WINNERS = 20  # best units of a task and source that are kept
 SCREENED, ALL, CHANCE = "screened", "all", "chance"

@@ -17,16 +17,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from latentprior import hooks, tokens
-from latentprior.activations import ActivationBatch, activations
-from latentprior.errors import InputError
-from latentprior.hooks import Hookpoint
-from latentprior.manifest import MANIFEST
-from latentprior.progress import Report, silent
-from latentprior.store import ActivationStore
-from latentprior.text import Document
-from latentprior.tokens import TokenBatch
-from latentprior.writer import StoreWriter
+from latentprior.data import tokens
+from latentprior.data.activations import ActivationBatch, activations
+from latentprior.data.store.manifest import MANIFEST
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.writer import StoreWriter
+from latentprior.data.text import Document
+from latentprior.data.tokens import TokenBatch
+from latentprior.lm import hooks
+from latentprior.lm.hooks import Hookpoint
+from latentprior.utils.errors import InputError
+from latentprior.utils.progress import Report, silent
 
 OUTPUT, MLP = "output", "mlp"
 SHARD_TEXTS = 4096  # texts in a shard: what a kill loses at most

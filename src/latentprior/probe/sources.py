@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentprior.config import ProbeConfig
-from latentprior.denoiser import Denoiser
-from latentprior.errors import InputError
-from latentprior.evaluate.sae import SAE
-from latentprior.prior import GLP
-from latentprior.priors import heldout_loss
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.glp import GLP
+from latentprior.prior.loading import heldout_loss
 from latentprior.probe.recording import Recording
 from latentprior.probe.tables import short_names
-from latentprior.random import keyed_generator, normal
+from latentprior.sae.sae import SAE
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import keyed_generator, normal
 
 ROWS = 1024  # activations that pass through a denoiser together
 LABELS = {

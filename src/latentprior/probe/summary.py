@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from latentprior.evaluate.bootstrap import bootstrap_interval
 from latentprior.probe.benchmark import ALL, CHANCE, SCREENED
 from latentprior.probe.sources import Source
+from latentprior.stats.bootstrap import bootstrap_interval
 
 Json = dict[str, Any]
 Table = Mapping[tuple[str, str], Mapping[str, np.ndarray]]

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from latentprior import corpus
-from latentprior.errors import InputError, nearest_path, unknown
+from latentprior.data import corpus
+from latentprior.data.text import DEFAULT_COLUMNS
 from latentprior.probe.families import OWN, family
-from latentprior.reprs import ShortRepr
-from latentprior.text import DEFAULT_COLUMNS
+from latentprior.utils.errors import InputError, nearest_path, unknown
+from latentprior.utils.reprs import ShortRepr
 
 LEAST = 120  # rows: the protocol keeps 100 of them from training
 LABELS = ("target", "label", "class")

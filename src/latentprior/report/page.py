@@ -13,10 +13,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from latentprior.errors import InputError, unknown
-from latentprior.files import replace_text
 from latentprior.report import figures, findings, probing, scaling, steering
 from latentprior.report.markup import MISSING, Number, duration, figure, interval, number, printable, table, text
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_text
 
 Json = Mapping[str, Any]
 

@@ -11,20 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from latentprior.report.figures import (
-    BLUE,
-    FONT,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    PURPLE,
-    SIZE,
-    Line,
-    legend,
-    place,
-    svg,
-)
+from latentprior.report.figures import BLUE, FONT, GREEN, INK, MUTED, ORANGE, PURPLE, SIZE, Line, legend, place, svg
 from latentprior.report.markup import Number
 
 Json = Mapping[str, Any]

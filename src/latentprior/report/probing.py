@@ -11,7 +11,18 @@ from typing import Any
 
 from latentprior.probe.tables import best_of, difference, labels, leading, scores, short_names, verdict
 from latentprior.report.findings import Headline
-from latentprior.report.markup import MISSING, Number, counted, details, duration, figure, interval, number, table, text
+from latentprior.report.markup import (
+    MISSING,
+    Number,
+    counted,
+    details,
+    duration,
+    figure,
+    interval,
+    number,
+    table,
+    text,
+)
 from latentprior.report.probe_figures import (
     Look,
     Prior,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import rankdata
 
-from latentprior.errors import InputError
+from latentprior.utils.errors import InputError
 
 Interval = tuple[float, float]
 Values = np.ndarray | Sequence[float | int]

@@ -6,8 +6,8 @@ from latentprior.steer.estimate import difference_of_means, paired_pca, probe_no
 from latentprior.steer.features import describe_latents, sae_direction
 from latentprior.steer.foreign import read_foreign
 from latentprior.steer.frontier import summarise
-from latentprior.steer.intervene import Edit, Repair, steering
-from latentprior.steer.methods import PriorRepair
+from latentprior.steer.intervention import Edit, Repair, steering
+from latentprior.steer.repairs import PriorRepair
 
 __all__ = [
     "Direction",

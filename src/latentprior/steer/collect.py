@@ -14,16 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentprior.activations import Positions, activations, sink_threshold
-from latentprior.errors import InputError, unknown
-from latentprior.hooks import Hookpoint
-from latentprior.random import keyed_generator, seed_of
+from latentprior.data.activations import Positions, activations
+from latentprior.data.chat import Conversation, Span, prompt_ids, response_span
+from latentprior.data.sinks import sink_threshold
+from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer import estimate
-from latentprior.steer.chat import Conversation, Span, prompt_ids, response_span
 from latentprior.steer.direction import Direction
 from latentprior.steer.estimate import Labels
 from latentprior.steer.traits import Trait
-from latentprior.tokens import TokenBatch, encode, pad, padding_id
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.random import keyed_generator, seed_of
 
 Read = Literal["last", "mean"]
 LabelledKind = Literal["difference_of_means", "probe", "random", "shuffled"]

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from latentprior.errors import InputError, unknown
-from latentprior.files import replace_bytes
-from latentprior.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_bytes
 
 Kind = Literal["difference_of_means", "pca", "probe", "sae", "persona", "random", "shuffled", "file"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from latentprior.errors import InputError
-from latentprior.random import keyed_generator
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import keyed_generator
 
 Labels = Sequence[int] | np.ndarray | Tensor
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentprior.activations import ActivationBatch
-from latentprior.errors import InputError
-from latentprior.evaluate.sae import SAE
-from latentprior.random import generator_of
+from latentprior.data.activations import ActivationBatch
+from latentprior.data.store.reader import ActivationStore
+from latentprior.sae.sae import SAE
 from latentprior.steer.direction import Direction
-from latentprior.store import ActivationStore
+from latentprior.utils.errors import InputError
+from latentprior.utils.random import generator_of
 
 LEAST = 5  # rows on which a latent must be active to be drawn: what is active once or twice cannot be described
 GAP = "\N{HORIZONTAL ELLIPSIS}"

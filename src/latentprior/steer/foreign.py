@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentprior.errors import InputError, unknown
-from latentprior.files import replaced
-from latentprior.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import Direction
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replaced
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from latentprior.errors import InputError, unknown
-from latentprior.steer.folding import DESCRIBED, Folded, Key, fold
+from latentprior.steer.aggregate import DESCRIBED, Folded, Key, fold
+from latentprior.utils.errors import InputError, unknown
 
 ENDS = (2.5, 97.5)  # percentiles of a 95% interval
 LARGEST_RANGE = 1.5  # nats: text this much less likely for each token is seldom of use to anyone

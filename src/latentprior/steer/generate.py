@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from latentprior import hooks
-from latentprior.prior import GLP
-from latentprior.rewrite import EditCounts, Site
-from latentprior.steer.intervene import Repair
-from latentprior.steer.prompts import Prompts, prefilled
+from latentprior.data.prompts import Prompts, prefilled
+from latentprior.lm import hooks
+from latentprior.lm.edits import EditCounts, Site
+from latentprior.prior.glp import GLP
+from latentprior.steer.intervention import Repair
 
 
 @torch.no_grad()

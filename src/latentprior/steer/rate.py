@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from latentprior.config import SteerConfig
-from latentprior.progress import Phase
-from latentprior.steer.cases import Case
-from latentprior.steer.judge.endpoint import endpoint_of
-from latentprior.steer.judge.ratings import SCALES, Kind, RatingRequest
+from latentprior.judge.endpoint import endpoint_of
+from latentprior.judge.ratings import SCALES, Kind, RatingRequest
+from latentprior.steer.tasks import Case
+from latentprior.utils.progress import Phase
 
 Rater = Callable[[pa.Table, Sequence[Case], Phase], tuple[pa.Table, dict[str, Any] | None]]
 

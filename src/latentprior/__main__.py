@@ -1,0 +1,8 @@
+"""`python -m latentprior`, for launchers such as torchrun."""
+
+import sys
+
+from latentprior.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What the command line shows: progress bars and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from latentprior.utils.progress import Phase, Report
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def bars() -> Iterator[Phase]:
+    """Progress bars with rate and time left; gives a function from a phase's name to its `Report`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[figures]}"),
+    )
+    progress = Progress(*columns, console=err)
+    try:
+
+        def phase(name: str) -> Report:
+            tasks: list[TaskID] = []
+            first: list[tuple[int, float]] = []  # a resumed phase starts in the middle: its rate counts from there
+
+            def report(done: int, total: int | None, figures: Mapping[str, Any]) -> None:
+                now = time.monotonic()
+                if not tasks:  # a phase that reuses what is there, or fails before it starts, shows no bar
+                    progress.start()
+                    tasks.append(progress.add_task(name, total=total, completed=done, amount="", figures=""))
+                    first.append((done, now))
+                rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
+                shown = [] if total is None else ["left"]  # belongs to the time before it
+                shown += [f"{rate:,.0f}/s"] if rate >= 1 else []
+                shown += [f"{k} {figure(v) if isinstance(v, float) else v}" for k, v in figures.items()]
+                amount = f"{done:,}" if total is None else f"{min(done, total):,}/{total:,}"
+                progress.update(tasks[0], completed=done, total=total, amount=amount, figures="  ".join(shown))
+
+            return report
+
+        yield phase
+    finally:
+        if progress.live.is_started:  # without a bar, stopping would print an empty line
+            progress.stop()
+
+
+def left_out(counts: Mapping[str, int]) -> str:
+    """What a store's manifest or a training run's summary says was left out, in words."""
+    parts = [f"{counts[reason]:,} {reason}" for reason in ("sinks", "nonfinite") if counts[reason]]
+    if counts["cut_tokens"]:
+        parts.append(f"{counts['cut_tokens']:,} tokens of {counts['cut_documents']:,} documents beyond max_length")
+    return ", ".join(parts) or "none"
+
+
+def table(title: str, values: Mapping[str, Any]) -> None:
+    """A two-column table."""
+    shown = Table(title=title, show_header=False, title_justify="left")
+    for key, value in values.items():
+        shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(str(value)))
+    out.print(shown)
+
+
+STATUS_STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def print_checks(checks: Iterable[tuple[str, str, str]]) -> None:
+    """The doctor's table: name, status ("ok", "failed", "skipped") and detail of each check."""
+    shown = Table("check", "", Column("detail", overflow="fold"), title="latentprior doctor", title_justify="left")
+    for name, status, detail in checks:
+        shown.add_row(name, f"[{STATUS_STYLES[status]}]{status}[/]", escape(detail))
+    out.print(shown)
+
+
+def print_tables(tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """Tables of plain text, each a title, a header and rows; all columns but the first align right."""
+    for title, header, rows in tables:
+        shown = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=title)
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        out.print(shown)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Distances and delta LM loss as tables."""
+    shown = Table(title="Real against generated activations (held-out, standardised)", title_justify="left")
+    for column in ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC"):
+        left = column in ("source", "solver")
+        shown.add_column(column, justify="left" if left else "right", no_wrap=left)
+    bound = result["distribution"][0]["frechet"]["total"]
+    for row in result["distribution"]:
+        total = row["frechet"]["total"]
+        shown.add_row(
+            row["source"],
+            row.get("solver", ""),
+            str(row.get("nfe", "")),
+            figure(total),
+            figure(total / bound),
+            figure(row["sliced_wasserstein"]),
+            figure(row["two_sample_auc"]),
+        )
+    out.print(shown)
+    if "delta_lm" in result:
+        lm = result["delta_lm"]
+        shown = Table(
+            title=f"Delta LM loss (nats, by {lm['weighted_by']}; clean {figure(lm['clean_loss'])})",
+            title_justify="left",
+        )
+        for column in ("replacement", "t_start", "delta", "95% interval"):
+            shown.add_column(column, justify="left" if column == "replacement" else "right")
+        for row in lm["rows"]:
+            low, high = row["interval"]
+            shown.add_row(
+                row["method"],
+                "" if row["t_start"] is None else str(row["t_start"]),
+                figure(row["delta"]),
+                f"{figure(low)} to {figure(high)}",
+            )
+        out.print(shown)
+
+
+def print_frontiers(result: dict[str, Any]) -> None:
+    """Area under each method's concept-fluency frontier, and its distance from the baseline's."""
+    summary = result["summary"]
+    for direction in summary["directions"]:
+        shown = Table(title=f"{escape(direction['direction'])} ({direction['prompts']} prompts)", title_justify="left")
+        for column in ("method", "prior", "mean gain", f"less {summary['baseline']}", "95% interval"):
+            shown.add_column(column, justify="left" if column in ("method", "prior") else "right")
+        for entry in direction["methods"]:
+            difference = entry.get("area_difference", {"value": None, "interval": None})
+            low, high = difference["interval"] or (None, None)
+            shown.add_row(
+                entry["method"],
+                escape(entry["prior"] or ""),
+                figure(entry["area"]),
+                figure(difference["value"]),
+                "" if low is None else f"{figure(low)} to {figure(high)}",
+            )
+        out.print(shown)
+
+
+def figure(value: float | None) -> str:
+    """Three significant digits."""
+    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

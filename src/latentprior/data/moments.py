@@ -1,0 +1,241 @@
+"""Streamed moments of raw activations, per layer and in float64: added batch by batch, merged across ranks.
+
+Batches are combined by the pairwise update of Chan, Golub and LeVeque (1979), each batch summarised in two passes, so
+that neither a large mean nor many batches cost precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from latentprior.utils.errors import InputError, unknown
+
+_TENSORS = ("count", "mean", "m2", "norm_sum", "median_norm")
+_CHUNK_ROWS = 8192  # bounds the float64 copy of what is added
+
+
+class Moments:
+    """Count, mean, sum of squared deviations and norms of the activations of each layer, all float64 on the CPU.
+
+    Attributes:
+        layers: numbers of the LLM's blocks, in the order of the leading dimension below.
+        count: [L], rows seen.
+        mean: [L, d].
+        m2: [L, d], sum of squared deviations from the mean.
+        norm_sum: [L], sum of the rows' Euclidean norms.
+        median_norm: [L], median of the rows' norms, nan until somebody who has seen all of them sets it.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        """No rows yet.
+
+        Args:
+            layers: numbers of the LLM's blocks, each once.
+            width: d, dimensions of an activation.
+
+        Raises:
+            InputError: no layer, or one named twice.
+        """
+        self.layers = _distinct(layers)
+        n = len(self.layers)
+        self.count = torch.zeros(n, dtype=torch.float64)
+        self.mean = torch.zeros(n, width, dtype=torch.float64)
+        self.m2 = torch.zeros(n, width, dtype=torch.float64)
+        self.norm_sum = torch.zeros(n, dtype=torch.float64)
+        self.median_norm = torch.full((n,), torch.nan, dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """d, dimensions of an activation."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            x: [N, d], any floating dtype and device.
+            layer: [N], each row's layer number; None if there is one layer only.
+
+        Raises:
+            InputError: wrong shapes, a layer that is not among `layers`, or None where there are several.
+        """
+        for slot, rows in _by_layer(x, layer, self.layers, self.width):
+            self._add(slot, rows)
+
+    def _add(self, slot: int, rows: Tensor) -> None:
+        mean = rows.mean(0)
+        deviation = rows - mean
+        # The second term takes out the rounding error of the mean, which a large offset would blow up.
+        m2 = deviation.square().sum(0) - deviation.sum(0).square() / len(rows)
+        norm_sum = torch.linalg.vector_norm(rows, dim=1).sum()
+        one = slice(slot, slot + 1)
+        self._combine(one, self.count.new_tensor([len(rows)]), mean[None], m2[None], norm_sum[None])
+
+    def _combine(self, slots: slice, count: Tensor, mean: Tensor, m2: Tensor, norm_sum: Tensor) -> None:
+        before = self.count[slots]
+        share = (count / (before + count).clamp(min=1))[:, None]
+        delta = mean - self.mean[slots]
+        self.mean[slots] += delta * share
+        self.m2[slots] += m2 + delta.square() * share * before[:, None]
+        self.norm_sum[slots] += norm_sum
+        self.count[slots] += count
+
+    def merge(self, other: Moments) -> Moments:
+        """Add everything `other` has seen to these moments, in place; returns self.
+
+        A median cannot be merged: where both are set, `median_norm` becomes their mean weighted by `count`.
+
+        Raises:
+            InputError: other layers or another width.
+        """
+        if (self.layers, self.width) != (other.layers, other.width):
+            raise InputError(
+                f"cannot merge moments of layers {list(other.layers)}, width {other.width} "
+                f"into layers {list(self.layers)}, width {self.width}"
+            )
+        share = other.count / (self.count + other.count).clamp(min=1)
+        both = torch.lerp(self.median_norm, other.median_norm, share)
+        either = torch.where(self.median_norm.isnan(), other.median_norm, self.median_norm)
+        self.median_norm = torch.where(both.isnan(), either, both)
+        self._combine(slice(None), other.count, other.mean, other.m2, other.norm_sum)
+        return self
+
+    def at(self, layers: Sequence[int]) -> Moments:
+        """The moments of some of the layers, in this order.
+
+        Raises:
+            InputError: a layer that is not among these, twice or none at all.
+        """
+        for layer in layers:
+            if layer not in self.layers:
+                raise unknown("layer", layer, self.layers)
+        chosen = Moments(layers, self.width)
+        slots = [self.layers.index(layer) for layer in layers]
+        for name in _TENSORS:
+            setattr(chosen, name, getattr(self, name)[slots])
+        return chosen
+
+    def variance(self) -> Tensor:
+        """Population variance of each dimension, [L, d]; nan for a layer without rows."""
+        return self.m2 / self.count[:, None]
+
+    def mean_norm(self) -> Tensor:
+        """Mean Euclidean norm of the rows, [L]: the unit of steering strength; nan for a layer without rows."""
+        return self.norm_sum / self.count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all tensors, "layers" (int64 [L]) among them: contents for a safetensors file."""
+        layers = torch.tensor(self.layers, dtype=torch.int64)
+        return {"layers": layers} | {name: getattr(self, name).clone() for name in _TENSORS}
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Moments:
+        """The moments that `state_dict` was called on.
+
+        Raises:
+            InputError: a tensor is missing or has the wrong shape or dtype.
+        """
+        for name in ("layers", *_TENSORS):
+            if name not in tensors:
+                raise InputError(f"moments lack the tensor {name!r}")
+        if tensors["mean"].ndim != 2:
+            raise InputError(f"moments need a mean of shape [L, d], got {list(tensors['mean'].shape)}")
+        moments = cls(tensors["layers"].tolist(), tensors["mean"].shape[1])
+        for name in _TENSORS:
+            value, expected = tensors[name], getattr(moments, name)
+            if value.shape != expected.shape or value.dtype != torch.float64:
+                raise InputError(
+                    f"moments need {name!r} as float64 {list(expected.shape)}, got {value.dtype} {list(value.shape)}"
+                )
+            setattr(moments, name, value.clone())
+        return moments
+
+
+class Covariance:
+    """Covariance of the activations of each layer, float64 on the CPU: `Moments` for pairs of dimensions.
+
+    Attributes:
+        layers: numbers of the LLM's blocks, in the order of the leading dimension below.
+        count: [L], rows seen.
+        mean: [L, d].
+        comoment: [L, d, d], sum of products of deviations from the mean.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        """No rows yet; arguments and errors are those of `Moments`."""
+        self.layers = _distinct(layers)
+        n = len(self.layers)
+        self.count = torch.zeros(n, dtype=torch.float64)
+        self.mean = torch.zeros(n, width, dtype=torch.float64)
+        self.comoment = torch.zeros(n, width, width, dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """d, dimensions of an activation."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
+        """Add rows: x [N, d], their layers [N], or None if there is one only. Raises as `Moments.update`."""
+        for slot, rows in _by_layer(x, layer, self.layers, self.width):
+            mean = rows.mean(0)
+            deviation = rows - mean
+            self._combine(slot, float(len(rows)), mean, deviation.T @ deviation)
+
+    def _combine(self, slot: int, count: float, mean: Tensor, comoment: Tensor) -> None:
+        before = float(self.count[slot])
+        share = count / max(before + count, 1.0)
+        delta = mean - self.mean[slot]
+        self.mean[slot] += delta * share
+        self.comoment[slot] += comoment + torch.outer(delta, delta) * (share * before)
+        self.count[slot] += count
+
+    def merge(self, other: Covariance) -> Covariance:
+        """Add everything `other` has seen, in place; returns self.
+
+        Raises:
+            InputError: other layers or another width.
+        """
+        if (self.layers, self.width) != (other.layers, other.width):
+            raise InputError(
+                f"cannot merge a covariance of layers {list(other.layers)}, width {other.width} "
+                f"into one of layers {list(self.layers)}, width {self.width}"
+            )
+        for slot in range(len(self.layers)):
+            self._combine(slot, float(other.count[slot]), other.mean[slot], other.comoment[slot])
+        return self
+
+    def covariance(self) -> Tensor:
+        """Population covariance [L, d, d]; nan for a layer without rows."""
+        return self.comoment / self.count[:, None, None]
+
+
+def _distinct(layers: Sequence[int]) -> tuple[int, ...]:
+    distinct = tuple(int(layer) for layer in layers)
+    if not distinct or len(set(distinct)) < len(distinct):
+        raise InputError(f"moments need distinct layers, got {list(distinct)}")
+    return distinct
+
+
+def _by_layer(x: Tensor, layer: Tensor | None, layers: tuple[int, ...], width: int) -> Iterator[tuple[int, Tensor]]:
+    """Chunks of rows [n, d] of one layer each, n > 0, float64 on the CPU, with that layer's place among `layers`.
+
+    Everything is checked before the first chunk comes.
+    """
+    if x.ndim != 2 or x.shape[1] != width:
+        raise InputError(f"moments expect rows of width {width}, got shape {list(x.shape)}")
+    if layer is None and len(layers) > 1:
+        raise InputError(f"moments of layers {list(layers)} need the layer of each row")
+    if layer is not None and layer.shape != x.shape[:1]:
+        raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
+    present = layers if layer is None else layer.unique().tolist()
+    for number in present:
+        if number not in layers:
+            raise unknown("layer", number, layers)
+    for number in present:
+        rows = x if layer is None else x[(layer == number).to(x.device)]
+        for chunk in rows.split(_CHUNK_ROWS):
+            if len(chunk):
+                yield layers.index(number), chunk.cpu().double()

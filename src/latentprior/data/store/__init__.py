@@ -1,0 +1,1 @@
+"""Activations on disk: a folder of shards and a manifest."""

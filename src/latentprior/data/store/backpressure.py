@@ -1,0 +1,85 @@
+"""How a recorder and the trainer that follows it wait for each other, through two small files beside the shards."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+
+CONSUMED = "consumed.json"
+"""Written by the trainer: shards before a number are no longer needed."""
+WAITING = "waiting"
+"""There while the recorder has no room for its next shard."""
+
+LONGEST_PAUSE = 1.0  # seconds
+
+
+def read_consumed(folder: Path) -> int:
+    """The number of the first shard that is still needed; 0 if no trainer has said so.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / CONSUMED
+    try:
+        return int(json.loads(path.read_bytes())["shard"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged: remove it once no trainer needs the store") from error
+
+
+def write_consumed(folder: Path, shard: int) -> None:
+    """Say that the shards before number `shard` are no longer needed.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    path = folder / CONSUMED
+    try:
+        replace_text(path, json.dumps({"shard": shard}) + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+@contextmanager
+def waiting(folder: Path) -> Iterator[None]:
+    """Show in `folder` that the recorder waits for room; a kill can leave the sign behind.
+
+    Raises:
+        InputError: the sign cannot be written.
+    """
+    path = folder / WAITING
+    try:
+        path.touch()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def is_waiting(folder: Path) -> bool:
+    """Whether the recorder waits for room."""
+    return (folder / WAITING).exists()
+
+
+def looks(seconds: float, poll: float) -> Iterator[None]:
+    """Moments at which to look whether something has come: now, after pauses that double from `poll` to a second, and
+    last when `seconds` are over."""
+    deadline = time.monotonic() + seconds
+    yield
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(poll, left))
+        poll = min(2 * poll, LONGEST_PAUSE)
+        yield
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"cannot write {path}: {error.strerror or error}")

@@ -1,0 +1,293 @@
+"""The files of an activation store: the manifest that lists them, and how each is written, named and checked."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentprior.lm.hooks import Hookpoint
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import sync_folder
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+LEFT_OUT = ("sinks", "nonfinite", "cut_documents", "cut_tokens")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+COLUMNS = {"doc": np.int64, "position": np.int32, "token": np.int32, "layer": np.int32}
+"""The metadata of each row."""
+SETTINGS = ("hookpoints", "dtype", "width", "shard_rows", "source")
+"""What a resumed recording must share with the stored one."""
+
+_SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
+_MANIFEST_FIELDS = {
+    "hookpoints": list,
+    "dtype": str,
+    "width": int,
+    "rows": int,
+    "evicted": int,
+    "first_shard": int,
+    "shard_rows": int,
+    "left_out": dict,
+    "sink_thresholds": dict,
+    "source": dict,
+    "next_batch": int,
+    "complete": bool,
+    "shards": list,
+    "statistics": dict,
+}
+_SHARD_FIELDS = {"rows": int, "activations": dict, "metadata": dict}
+_FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
+# Manifests come from other people, too: a name that could lead out of the folder is not opened.
+_FILE_NAME = re.compile(r"(shard-\d{5,}\.(safetensors|parquet)|statistics(-\d{5,})?\.safetensors)")
+
+
+def settings(hookpoints: Sequence[Hookpoint], dtype: str, shard_rows: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that is fixed before the first row, checked, as JSON gives it back.
+
+    Raises:
+        InputError: hookpoints of several widths, a layer twice or none, float16, or a source that JSON cannot hold.
+    """
+    if dtype == "float16":
+        raise InputError("float16 is refused: activations go beyond its largest value, 65504; take bfloat16 or float32")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if shard_rows < 1:
+        raise InputError(f"shard_rows must be positive, got {shard_rows}")
+    widths = {hookpoint.width for hookpoint in hookpoints}
+    layers = [hookpoint.layer for hookpoint in hookpoints]
+    if len(widths) != 1 or len(set(layers)) < len(layers):
+        raise InputError(
+            f"a store needs hookpoints of one width and distinct layers, got {sorted(widths)} and {layers}"
+        )
+    values = {
+        "hookpoints": [hookpoint.to_dict() for hookpoint in hookpoints],
+        "dtype": dtype,
+        "width": widths.pop(),
+        "shard_rows": shard_rows,
+        "source": dict(source),
+    }
+    try:
+        return json.loads(json.dumps(values))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the source of a store must be JSON values: {error}") from error
+
+
+def empty_manifest(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a store without rows; it becomes valid once "statistics" names a file."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **fixed,
+        "rows": 0,
+        "evicted": 0,
+        "first_shard": 0,
+        "left_out": dict.fromkeys(LEFT_OUT, 0),
+        "sink_thresholds": {},
+        "next_batch": 0,
+        "complete": False,
+        "shards": [],
+        "statistics": {},
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the store in `folder`, its structure and every file name checked.
+
+    Raises:
+        InputError: there is none, or it is damaged, newer than this version, or names a file it must not.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no activation store: {MANIFEST} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    _require(path, "the manifest", manifest, {"format_version": int})
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format {manifest['format_version']}, this version reads up to {FORMAT_VERSION}: "
+            "update latentprior"
+        )
+    for key in ("evicted", "first_shard"):  # older stores lack them
+        manifest.setdefault(key, 0)
+    _require(path, "the manifest", manifest, _MANIFEST_FIELDS)
+    for key in ("cut_documents", "cut_tokens"):  # so here
+        manifest["left_out"].setdefault(key, 0)
+    _require(path, "left_out", manifest["left_out"], dict.fromkeys(LEFT_OUT, int))
+    thresholds = manifest["sink_thresholds"]
+    if not all(layer.isdecimal() and isinstance(norm, int | float) for layer, norm in thresholds.items()):
+        raise damaged(path, "sink_thresholds are not one number for each layer")
+    for shard in manifest["shards"]:
+        _require(path, "a shard", shard, _SHARD_FIELDS)
+    for file in _files(manifest):
+        _require(path, "a file", file, _FILE_FIELDS)
+        if not _FILE_NAME.fullmatch(file["file"]):
+            raise damaged(path, f"{file['file']!r} is no name of a store's file")
+    if manifest["dtype"] not in DTYPES:
+        raise damaged(path, unknown("dtype", manifest["dtype"], DTYPES))
+    if any(shard["rows"] < 1 for shard in manifest["shards"]) or manifest["rows"] != _total_rows(manifest):
+        raise damaged(path, "the rows of the shards do not add up")
+    return manifest
+
+
+def read_hookpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Hookpoint]:
+    """The hookpoints that a manifest lists.
+
+    Raises:
+        InputError: one lacks a field, has another width than the store, or names a layer again.
+    """
+    for values in manifest["hookpoints"]:
+        _require(folder / MANIFEST, "a hookpoint", values, {"model": str, "layer": int, "width": int, "side": str})
+    try:
+        hookpoints = [Hookpoint.from_dict(values) for values in manifest["hookpoints"]]
+    except InputError as error:
+        raise damaged(folder / MANIFEST, error) from error
+    layers = {hookpoint.layer for hookpoint in hookpoints}
+    widths = {hookpoint.width for hookpoint in hookpoints}
+    if len(layers) != len(manifest["hookpoints"]) or widths != {manifest["width"]}:
+        raise damaged(folder / MANIFEST, "its hookpoints contradict each other or the width")
+    return hookpoints
+
+
+def most_bytes(fixed: Mapping[str, Any], rows: int) -> int:
+    """An upper bound of the bytes of a shard of `rows` rows: parquet may need a little more than the plain columns."""
+    row = fixed["width"] * DTYPES[fixed["dtype"]].itemsize + 2 * sum(
+        np.dtype(kind).itemsize for kind in COLUMNS.values()
+    )
+    return rows * row + 8192
+
+
+def shard_bytes(shard: Mapping[str, Any]) -> int:
+    """Bytes of the files of a shard that a manifest lists."""
+    return shard["activations"]["bytes"] + shard["metadata"]["bytes"]
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest. Raises as `write_file`."""
+    write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file that is there whole or not at all, whenever the process dies.
+
+    Returns:
+        its entry for a manifest: file, bytes, sha256.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += memoryview(chunk).nbytes
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def check_file(folder: Path, entry: Mapping[str, Any], *, checksum: bool) -> Path:
+    """The path of a file that a manifest lists.
+
+    Raises:
+        InputError: it is missing, has another size or, if `checksum`, another SHA-256.
+    """
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise damaged(path, f"it has {size} bytes instead of {entry['bytes']}")
+    if checksum:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise damaged(path, "its SHA-256 is not the manifest's")
+    return path
+
+
+def safetensors_header(name: str, dtype: str, shape: Sequence[int], size: int) -> bytes:
+    """What precedes the `size` bytes of the only tensor of a safetensors file, so that they can be streamed."""
+    entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+    header = json.dumps({name: entry}, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % 64)  # rows begin at a cache line
+    return struct.pack("<Q", len(header)) + header
+
+
+def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
+    """Where two JSON values differ, in words."""
+    if isinstance(stored, list) and isinstance(given, list):
+        stored, given = dict(enumerate(stored)), dict(enumerate(given))
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in stored | given:
+            yield from differences(stored.get(key), given.get(key), f"{name}.{key}".lstrip("."))
+    elif stored != given and not (stored is None and name.endswith(".weights")):  # older stores hold no digest
+        yield f"{name} is {stored!r} in the store and {given!r} now"
+
+
+def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:
+    """Refuse to mix what `folder` holds with what other settings would give.
+
+    Args:
+        what: is in the folder.
+        stored, given: the settings of then and of now, JSON-ready.
+
+    Raises:
+        InputError: they differ; the first difference is named.
+    """
+    if difference := next(differences(stored, json.loads(json.dumps(given))), None):
+        raise InputError(f"{folder} holds {what} with other settings: {difference}; choose another --output")
+
+
+def damaged(path: Path, reason: object) -> InputError:
+    """The error for a file that is not what was written; a reason of several lines is cut to its first."""
+    return InputError(f"{path} is damaged: {(str(reason).splitlines() or [''])[0]}")
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """The error for a file or folder that cannot be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    reason = "the disk is full" if full else error.strerror or str(error)
+    return InputError(f"cannot write {path}: {reason}; earlier shards are whole, continue with --resume")
+
+
+def listed_files(manifest: Mapping[str, Any]) -> set[str]:
+    """The names of all files that a manifest lists."""
+    return {file["file"] for file in _files(manifest) if file}
+
+
+def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shards = manifest["shards"]
+    return [manifest["statistics"], *(shard[kind] for shard in shards for kind in ("activations", "metadata"))]
+
+
+def _total_rows(manifest: Mapping[str, Any]) -> int:
+    return sum(shard["rows"] for shard in manifest["shards"])
+
+
+def _require(path: Path, what: str, values: Any, fields: Mapping[str, type]) -> None:
+    if not isinstance(values, dict):
+        raise damaged(path, f"{what} is not an object")
+    for key, kind in fields.items():
+        if key not in values:
+            raise damaged(path, f"{what} lacks {key!r}")
+        if not isinstance(values[key], kind):
+            raise damaged(path, f"{what} has a {key!r} that is no {kind.__name__}")

@@ -1,0 +1,306 @@
+"""Reading activations from disk: a folder of shards and the manifest that lists them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from latentprior.data.activations import ActivationBatch
+from latentprior.data.moments import Moments
+from latentprior.data.store import manifest as files
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.random import keyed_generator
+
+_READ_ERRORS = (SafetensorError, pa.ArrowException, OSError, ValueError)
+
+
+class Shard:
+    """One shard: its activations mapped into memory, its metadata read when they are asked for."""
+
+    def __init__(
+        self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
+    ) -> None:
+        """Open and check the shard that a manifest lists as `entry`.
+
+        Raises:
+            InputError: a file is missing or is not what was written.
+        """
+        self._rows, self._width, self._dtype = entry["rows"], width, dtype
+        self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
+        self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
+        self._check_metadata()
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._rows
+
+    def _open_activations(self, path: Path) -> np.ndarray:
+        """The bytes of each row, [rows, bytes], mapped into memory and not read yet."""
+        try:
+            with safe_open(path, "pt") as file:
+                activations = file.get_tensor("activations")
+        except _READ_ERRORS as error:
+            raise files.damaged(path, error) from error
+        expected = (self._rows, self._width)
+        if activations.shape != expected or activations.dtype != self._dtype:
+            found = f"{activations.dtype} {list(activations.shape)}"
+            raise files.damaged(path, f"it holds {found}, not {self._dtype} {list(expected)}")
+        return activations.view(torch.uint8).numpy()
+
+    def _check_metadata(self) -> None:
+        try:
+            footer = pq.read_metadata(self._metadata)
+            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
+        except _READ_ERRORS as error:
+            raise files.damaged(self._metadata, error) from error
+        if rows != self._rows or not columns >= files.COLUMNS.keys():
+            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
+
+    def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Copy the bytes of rows, [n] int64 and within the shard, to `out` [n, bytes]."""
+        # The mode "raise" would copy once more.
+        self._activations.take(indices, axis=0, out=out, mode="clip")
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Activations [n, d], in the stored dtype, of rows [n] int64 that are within the shard."""
+        rows = torch.empty(len(indices), self._width, dtype=self._dtype)
+        self.gather(indices.numpy(), rows.view(torch.uint8).numpy())
+        return rows
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the metadata, [rows].
+
+        Raises:
+            InputError: a damaged file.
+        """
+        try:
+            # Not read_table: that would take a folder called "layer=15" for a column.
+            column = pq.ParquetFile(self._metadata).read(columns=[name])[name].to_numpy()
+        except _READ_ERRORS as error:
+            raise files.damaged(self._metadata, error) from error
+        if len(column) != len(self):
+            raise files.damaged(self._metadata, f"its column {name!r} holds {len(column)} rows")
+        return column
+
+
+class ActivationStore:
+    """A recorded store, also one that is still being written: it holds what the manifest listed when it was opened.
+
+    Shards are memory-mapped, so opening costs no memory and rows are read as they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        manifest: the parsed manifest.
+        hookpoints: where each layer was recorded.
+        layers: their layer numbers.
+        width: d, dimensions of an activation.
+        dtype: storage precision.
+    """
+
+    def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
+        """Open and check a store.
+
+        Args:
+            folder: the store.
+            verify: "size" checks that all files are there, their sizes and headers; "full" their SHA-256 too,
+                which reads everything.
+
+        Raises:
+            InputError: no store, a newer format, or a missing or damaged file, which is named.
+        """
+        if verify not in ("size", "full"):
+            raise unknown("verify", verify, ("size", "full"))
+        self.folder = Path(folder)
+        self.manifest = files.read_manifest(self.folder)
+        self.hookpoints = files.read_hookpoints(self.folder, self.manifest)
+        self.layers = tuple(hookpoint.layer for hookpoint in self.hookpoints)
+        self.width: int = self.manifest["width"]
+        self.dtype = files.DTYPES[self.manifest["dtype"]]
+        shards, checksum = self.manifest["shards"], verify == "full"
+        files.check_file(self.folder, self.manifest["statistics"], checksum=checksum)
+        self._shards = [Shard(self.folder, shard, self.width, self.dtype, checksum=checksum) for shard in shards]
+        self._starts = np.array([0, *itertools.accumulate(shard["rows"] for shard in shards)])
+        self._columns: dict[str, Tensor] = {}
+        self._statistics: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.manifest["rows"]
+
+    def __repr__(self) -> str:
+        place = f"{self.hookpoints[0].model or 'some model'} layers {list(self.layers)}"
+        return f"ActivationStore({str(self.folder)!r}: {place}, {self.manifest['dtype']} [{len(self)}, {self.width}])"
+
+    def moments(self) -> Moments:
+        """Moments of all rows for each layer, also of those that a disk budget has removed since.
+
+        They are read once: a recorder that goes on replaces the file.
+
+        Raises:
+            InputError: the statistics are damaged or belong to other rows.
+        """
+        if self._statistics is None:
+            path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
+            try:
+                moments = Moments.from_state_dict(load_file(path))
+            except _READ_ERRORS as error:
+                raise files.damaged(path, error) from error
+            rows = len(self) + self.manifest["evicted"]
+            if moments.layers != self.layers or moments.width != self.width or moments.count.sum() != rows:
+                raise files.damaged(path, "it does not belong to these shards")
+            self._statistics = moments.state_dict()
+        return Moments.from_state_dict(self._statistics)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Activations by row number: one gather from each shard concerned, then one to restore the order.
+
+        Args:
+            indices: [n] int64, in any order.
+
+        Returns:
+            [n, d] in the stored dtype.
+
+        Raises:
+            IndexError: an index outside the store.
+        """
+        self._check_indices(indices)
+        wanted = indices.numpy()
+        order = wanted.argsort()
+        ordered = wanted[order]
+        gathered = np.empty((len(wanted), self.width * self.dtype.itemsize), np.uint8)
+        # NumPy, not torch: as fast on one thread, and no pool of threads to wait for where cores are shared.
+        cuts = itertools.pairwise(ordered.searchsorted(self._starts).tolist())
+        for shard, start, (a, b) in zip(self._shards, self._starts[:-1].tolist(), cuts, strict=True):
+            if a < b:
+                shard.gather(ordered[a:b] - start, out=gathered[a:b])
+        rows = torch.empty(len(wanted), self.width, dtype=self.dtype)
+        rows.view(torch.uint8).numpy()[order] = gathered
+        return rows
+
+    def metadata(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Layer, document, position and token of rows.
+
+        Args:
+            indices: [n] int64.
+
+        Returns:
+            four [n] int64 tensors: layer, doc, position, token.
+
+        Raises:
+            IndexError: an index outside the store.
+            InputError: a damaged file.
+        """
+        self._check_indices(indices)
+        layer, doc, position, token = (
+            self._column(name)[indices].long() for name in ("layer", "doc", "position", "token")
+        )
+        return layer, doc, position, token
+
+    def batch(self, indices: Tensor) -> ActivationBatch:
+        """Rows and their metadata, as recorded.
+
+        Args:
+            indices: [n] int64.
+
+        Raises:
+            IndexError: an index outside the store.
+            InputError: a damaged file.
+        """
+        layer, doc, position, token = self.metadata(indices)
+        return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
+
+    def rows_at(self, layers: Sequence[int]) -> Tensor:
+        """Numbers [n] int64 of the rows of `layers`, in the store's order.
+
+        Raises:
+            InputError: a layer that the store does not have, or a damaged file.
+        """
+        for layer in layers:
+            if layer not in self.layers:
+                raise unknown("layer", layer, self.layers)
+        if set(layers) == set(self.layers):
+            return torch.arange(len(self))
+        return torch.isin(self._column("layer"), torch.tensor(list(layers))).nonzero().squeeze(1)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        drop_last: bool = True,
+        own: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Shuffled batches without end, one permutation of all rows for each epoch.
+
+        The stream is a function of `seed` alone: `start=k` continues exactly where an iterator stopped after `k`
+        batches, and nothing that is skipped is read. A permutation takes 8 bytes for each row of the store.
+
+        Args:
+            batch_size: rows in a batch, B.
+            seed: of the permutations.
+            start: batches to skip.
+            drop_last: leave out the short batch at the end of an epoch.
+            own: places [b] within each batch; only these rows are read, as by one of several processes.
+            layers: take only rows of these; of all by default.
+
+        Yields:
+            x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer.
+
+        Raises:
+            InputError: fewer rows than one batch, a negative `start`, or a layer that the store does not have.
+        """
+        if batch_size < 1 or start < 0:
+            raise InputError(f"batches need batch_size >= 1 and start >= 0, got {batch_size} and {start}")
+        layers = self.layers if layers is None else layers
+        rows = None if set(layers) == set(self.layers) else self.rows_at(layers)
+        count = len(self) if rows is None else len(rows)
+        per_epoch = count // batch_size if drop_last else -(-count // batch_size)
+        if not per_epoch:
+            of = "" if rows is None else f" of layers {list(layers)}"
+            raise InputError(f"{self.folder} holds {count} rows{of}, less than one batch of {batch_size}")
+        layer = self._column("layer") if len(layers) > 1 else None
+        return self._batches(rows, layer, batch_size, seed, start, per_epoch, own)
+
+    def _batches(
+        self,
+        rows: Tensor | None,
+        layer: Tensor | None,
+        batch_size: int,
+        seed: int,
+        start: int,
+        per_epoch: int,
+        own: Tensor | None,
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        count = len(self) if rows is None else len(rows)
+        first_epoch, first = divmod(start, per_epoch)
+        for epoch in itertools.count(first_epoch):
+            order = torch.randperm(count, generator=keyed_generator(seed, epoch))
+            order = order if rows is None else rows[order]
+            for indices in order.split(batch_size)[first:per_epoch]:
+                indices = indices if own is None else indices[own]
+                yield self.rows(indices), None if layer is None else layer[indices].long()
+            first = 0
+
+    def _check_indices(self, indices: Tensor) -> None:
+        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self)):
+            raise IndexError(f"row {int(indices.max())} or {int(indices.min())} is not in a store of {len(self)} rows")
+
+    def _column(self, name: str) -> Tensor:
+        if name not in self._columns:
+            column = np.empty(len(self), files.COLUMNS[name])
+            for shard, (a, b) in zip(self._shards, itertools.pairwise(self._starts.tolist()), strict=True):
+                column[a:b] = shard.column(name)
+            self._columns[name] = torch.from_numpy(column)
+        return self._columns[name]

@@ -1,0 +1,202 @@
+"""Recording a language model's activations into a store: text -> tokens -> activations -> shards."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentprior.config import RecordConfig, to_dict
+from latentprior.data import text, tokens
+from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
+from latentprior.data.sinks import sink_threshold
+from latentprior.data.store.manifest import MANIFEST, differences
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.writer import StoreWriter, holds_a_store, remove_leftovers
+from latentprior.data.text_files import text_settings
+from latentprior.data.tokens import TokenBatch
+from latentprior.lm.hooks import Hookpoint, find_blocks
+from latentprior.lm.loading import load_llm
+from latentprior.utils.errors import InputError
+from latentprior.utils.locks import locked
+from latentprior.utils.progress import Report, silent
+
+CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
+
+Numbered = tuple[int, ActivationBatch, dict[str, int]]  # next batch, its finite rows, what is left out
+
+
+def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
+    """Record activations as `config` says and open the finished store.
+
+    A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
+    counted: rows that are not finite; unless kept, attention sinks, whose norm is over 10 times the median of the first
+    `CALIBRATION_ROWS` rows; where long documents are cut, what lies beyond `config.max_length`. Of a store with a disk
+    budget, the oldest shards go first, or, with ``wait=True``, once the trainer that follows it has released them. The
+    model is not loaded if nothing is left to be done.
+
+    Args:
+        config: what to record from what.
+        report: gets the number of rows recorded so far, and how many there will be if ``max_activations`` says so.
+
+    Raises:
+        InputError: unusable model, text, layer, folder or budget, or a folder that another process records into; raised
+            before anything is written. Later: the disk is full, or no trainer released a shard for
+            `config.wait_seconds`.
+    """
+
+    def llm() -> tuple[Any, Any]:
+        text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
+        return load_llm(config.llm, config.device)
+
+    return _record(config, llm, report)
+
+
+def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, report: Report = silent) -> ActivationStore:
+    """`record` with a model that is loaded already."""
+    return _record(config, lambda: (model, tokenizer), report)
+
+
+def _record(config: RecordConfig, llm: Callable[[], tuple[Any, Any]], report: Report) -> ActivationStore:
+    with locked(config.output) as folder:
+        if (folder / MANIFEST).exists() and (store := _kept(config)).manifest["complete"]:
+            remove_leftovers(folder, store.manifest)
+            return store
+        model, tokenizer = llm()
+        _fill(model, tokenizer, config, report)
+        return ActivationStore(folder)
+
+
+def _kept(config: RecordConfig) -> ActivationStore:
+    """The store that is to be continued, refused as far as that takes no model."""
+    if not config.resume:
+        raise holds_a_store(config.output)
+    store = ActivationStore(config.output)
+    known = {
+        "layers": list(store.layers),
+        "side": store.hookpoints[0].side,
+        **{name: store.manifest[name] for name in ("dtype", "shard_rows")},
+        "source": {name: value for name, value in store.manifest["source"].items() if name != "blocks"},
+    }
+    wanted = {"layers": _layers(config), "side": config.side, "dtype": config.dtype, "shard_rows": config.shard_rows}
+    wanted["source"] = json.loads(json.dumps(source(config)))
+    if difference := next(differences(known, wanted), None):
+        raise InputError(f"cannot resume {config.output}: {difference}")
+    return store
+
+
+def _layers(config: RecordConfig) -> list[int]:
+    return sorted(dict.fromkeys(config.layers))
+
+
+def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report) -> None:
+    """Record what the store does not hold yet."""
+    layers = _layers(config)
+    hookpoints = [Hookpoint.of(model, layer, config.side) for layer in layers]
+    token_batches = tokens.tokenize(
+        text.documents(config.text),
+        tokenizer,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        chat=config.chat,
+        chunk=config.chunks,
+    )
+    writer = StoreWriter(
+        config.output,
+        hookpoints,
+        dtype=config.dtype,
+        shard_rows=config.shard_rows,
+        source=source(config) | {"blocks": len(find_blocks(model))},
+        resume=config.resume,
+        budget=config.budget_bytes,
+        wait_seconds=config.wait_seconds if config.wait else None,
+        batch_rows=max(config.batch_tokens, config.max_length) * len(layers),
+    )
+    first = writer.next_batch
+    numbered = _recorded(model, (batch for batch in token_batches if batch.index >= first), layers, config)
+    most, counted = config.max_activations, writer.moments.count
+    calibrated = _calibrated(writer, numbered)
+    with writer:
+        while (most is None or (counted < most).any()) and (item := next(calibrated, None)):
+            next_batch, rows, left_out = item
+            if config.sinks == "drop" and len(rows):
+                rows, dropped = split_sinks(rows, dict(zip(layers, writer.moments.median_norm.tolist(), strict=True)))
+                left_out |= {"sinks": len(dropped)}
+            if most is not None:
+                rows = _first_of_each_layer(rows, dict(zip(layers, (most - counted).tolist(), strict=True)))
+            writer.append(rows, next_batch=next_batch, left_out=left_out)
+            report(writer.rows, None if most is None else most * len(layers), {})
+
+
+def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> ActivationBatch:
+    """The first rows of each layer, in their order: as many as there is room for."""
+    kept = torch.zeros(len(rows), dtype=torch.bool)
+    for layer, count in room.items():
+        kept[(rows.layer == layer).nonzero().squeeze(1)[: max(int(count), 0)]] = True
+    return rows if kept.all() else rows.select(kept)
+
+
+def source(config: RecordConfig) -> dict[str, Any]:
+    """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
+    values = to_dict(config)
+    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
+        del values[key]
+    values["text"] = text_settings(config.text)
+    # As before there were mixtures and chunks, so that older recordings can be resumed.
+    if not config.text.mix:
+        del values["text"]["mix"]
+    del values["long_documents"]
+    if config.chunks:
+        values["long_documents"] = "chunk"
+    del values["llm"]["device_map"]
+    return values
+
+
+def _recorded(
+    model: nn.Module, batches: Iterable[TokenBatch], layers: list[int], config: RecordConfig
+) -> Iterator[Numbered]:
+    """The rows of each token batch, attention sinks included."""
+    for batch in batches:
+        recorded = activations(
+            model,
+            [batch],
+            layers,
+            side=config.side,
+            positions=config.positions,
+            positions_per_document=config.positions_per_document,
+            seed=config.seed,
+        )
+        rows, nonfinite = finite_rows(next(recorded))
+        yield batch.index + 1, rows, {"nonfinite": nonfinite} | batch.left_out
+
+
+def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:
+    """`recorded`, unchanged, once the first rows have set each layer's median norm (unless a resumed store knows it).
+
+    Raises:
+        InputError: a layer without a row to calibrate on.
+    """
+    medians = writer.moments.median_norm
+    if writer.sink_thresholds:
+        yield from recorded
+        return
+    held: deque[Numbered] = deque()
+    wanted = CALIBRATION_ROWS * len(medians)
+    while sum(len(rows) for _, rows, _ in held) < wanted and (item := next(recorded, None)) is not None:
+        held.append(item)
+    for layer in writer.moments.layers:
+        if not any((rows.layer == layer).any() for _, rows, _ in held):
+            where = f"of layer {layer} after its first position"
+            raise InputError(f"nothing to record: no document has a finite activation {where}")
+    rows = ActivationBatch.cat([rows for _, rows, _ in held])
+    for i, layer in enumerate(writer.moments.layers):
+        norms = rows.at_layer(layer).norms()
+        medians[i] = norms.median()
+        writer.sink_thresholds[layer] = sink_threshold(norms)
+    while held:
+        yield held.popleft()
+    yield from recorded

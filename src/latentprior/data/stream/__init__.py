@@ -1,0 +1,1 @@
+"""Live activations: sharded documents through a language model into a mixing buffer."""

@@ -1,0 +1,173 @@
+"""Lanes: independent streams of documents whose activations come in a fixed order, from any position on.
+
+Of every `lanes` documents in a row each lane gets one, in a random order: text with a period, such as questions with
+their answers, would else give some lanes the short documents and others the long ones. A lane tokenises its documents
+a window at a time and runs the language model on them, so its rows depend on nothing but the text and the options,
+whoever else computes what.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from latentprior.config import TextConfig
+from latentprior.data.activations import ActivationBatch
+from latentprior.data.text import Document, Reader
+from latentprior.data.tokens import TokenBatch
+
+WINDOW = 1024  # documents of a lane that are tokenised and sorted by length together: less would leave more padding
+SNAPSHOT = 4096  # documents between two remembered positions of the reader
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A lane's position: the next row is number `row` of token batch number `skip` of the window."""
+
+    documents: int = 0
+    """Documents of the lane before the window."""
+    batches: int = 0
+    """Token batches of the lane before the window."""
+    skip: int = 0
+    row: int = 0
+    sinks: int = 0
+    """Attention sinks left out so far."""
+    nonfinite: int = 0
+    """Rows left out so far because they are not finite."""
+    cut_documents: int = 0
+    """Documents cut so far."""
+    cut_tokens: int = 0
+    """Tokens that they were cut by."""
+
+
+class Dealer:
+    """Reads the text once and deals it over lanes, keeping what the lanes of this process have not yet taken."""
+
+    def __init__(
+        self, text: TextConfig, lanes: int, cursors: dict[int, Cursor], snapshot: dict[str, Any] | None = None
+    ) -> None:
+        """Start where the lanes are.
+
+        Args:
+            text: which documents.
+            lanes: over how many lanes of all processes they are dealt.
+            cursors: this process's lanes and their positions.
+            snapshot: a position of the reader at or before all of them, as `snapshot` gave it.
+
+        Raises:
+            InputError: as `text.Reader`.
+        """
+        self._lanes = lanes
+        self._waiting: dict[int, deque[Document]] = {lane: deque() for lane in cursors}
+        self._first = {lane: cursor.documents for lane, cursor in cursors.items()}
+        self._reader = Reader(text, state=snapshot["reader"] if snapshot else None)
+        self._next = snapshot["document"] if snapshot else 0
+        self._turn: tuple[int, list[int]] = (-1, [])
+        self._snapshots: list[tuple[int, dict[str, Any]]] = [(self._next, self._reader.state())]
+
+    def take(self, lane: int, count: int, characters: int | None = None) -> list[Document]:
+        """The lane's next `count` documents, fewer once they hold `characters` characters or where the text ends."""
+        taken, size = [], 0
+        while len(taken) < count and (characters is None or size < characters):
+            if (document := self._next_of(lane)) is None:
+                break
+            taken.append(document)
+            size += len(document.text)
+        return taken
+
+    def _next_of(self, lane: int) -> Document | None:
+        waiting = self._waiting[lane]
+        while not waiting and (document := next(self._reader, None)) is not None:
+            turn, place = divmod(self._next, self._lanes)
+            owner = self._order(turn)[place]
+            if owner in self._waiting and turn >= self._first[owner]:
+                self._waiting[owner].append(document)
+            self._next += 1
+            if self._next % SNAPSHOT == 0:
+                self._snapshots.append((self._next, self._reader.state()))
+        return waiting.popleft() if waiting else None
+
+    def _order(self, turn: int) -> list[int]:
+        """Which lanes the documents of a turn go to."""
+        if turn != self._turn[0]:
+            self._turn = turn, np.random.default_rng(turn).permutation(self._lanes).tolist()
+        return self._turn[1]
+
+    def snapshot(self, cursors: Sequence[Cursor]) -> dict[str, Any]:
+        """The last remembered position of the reader that is not after any lane's; those before it are forgotten."""
+        needed = min(cursor.documents for cursor in cursors) * self._lanes
+        place = bisect_right([document for document, _ in self._snapshots], needed) - 1
+        del self._snapshots[:place]
+        document, reader = self._snapshots[0]
+        return {"document": document, "reader": reader}
+
+
+class Lane:
+    """One lane's rows in their order.
+
+    Args:
+        take: gives the next documents; from those of the cursor's window on.
+        tokenize: documents and the number of their first token batch -> their token batches.
+        record: token batch -> its rows, without those to be left out, and how many of these there were.
+        cursor: where to begin.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[int], list[Document]],
+        tokenize: Callable[[list[Document], int], list[TokenBatch]],
+        record: Callable[[TokenBatch], tuple[ActivationBatch, dict[str, int]]],
+        cursor: Cursor,
+    ) -> None:
+        self._take, self._tokenize, self._record = take, tokenize, record
+        self.cursor = cursor
+        self._batches = self._recorded()
+        self._held: tuple[ActivationBatch, dict[str, int]] | None = None
+
+    def read(self, count: int) -> Iterator[ActivationBatch]:
+        """The next `count` rows, in pieces; fewer only where the text ends."""
+        while count > 0 and (held := self._held or next(self._batches, None)) is not None:
+            self._held = held
+            rows, left_out = held
+            piece = rows.select(slice(self.cursor.row, self.cursor.row + count))
+            count -= len(piece)
+            if self.cursor.row + len(piece) == len(rows):
+                self._finish(left_out)
+            else:
+                self.cursor = replace(self.cursor, row=self.cursor.row + len(piece))
+            yield piece
+
+    def read_batches(self, count: int) -> Iterator[ActivationBatch]:
+        """The rows of the next `count` token batches, from the beginning of one."""
+        for rows, left_out in islice(self._batches, count):
+            self._finish(left_out)
+            yield rows
+
+    def _finish(self, left_out: dict[str, int]) -> None:
+        """The current token batch is given whole."""
+        self._held = None
+        counts = {reason: getattr(self.cursor, reason) + count for reason, count in left_out.items()}
+        self.cursor = replace(self.cursor, skip=self.cursor.skip + 1, row=0, **counts)
+
+    def _recorded(self) -> Iterator[tuple[ActivationBatch, dict[str, int]]]:
+        while window := self._take(WINDOW):
+            batches = self._tokenize(window, self.cursor.batches)
+            for batch in batches[self.cursor.skip :]:
+                yield self._record(batch)
+            self.cursor = replace(
+                self.cursor,
+                documents=self.cursor.documents + len(window),
+                batches=self.cursor.batches + len(batches),
+                skip=0,
+            )
+
+
+def to_json(cursor: Cursor) -> dict[str, int]:
+    """A cursor as JSON values."""
+    return asdict(cursor)

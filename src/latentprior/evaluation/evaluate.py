@@ -1,0 +1,342 @@
+"""Everything that `latentprior evaluate` measures, as one JSON-ready result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentprior.config import EvaluateConfig, Solver, to_dict
+from latentprior.data import text, tokens
+from latentprior.data.store.reader import ActivationStore
+from latentprior.evaluation.lm_loss import Replacement, delta, lm_losses
+from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.loading import load_llm
+from latentprior.prior.glp import GLP
+from latentprior.prior.repair import hookpoints_on
+from latentprior.sae.sae import SAE, described
+from latentprior.sae.training import prepare_sae
+from latentprior.stats.bootstrap import bootstrap_interval
+from latentprior.stats.distances import classifier_two_sample, least_rows, sliced_wasserstein
+from latentprior.stats.frechet import GaussianMoments, frechet_parts
+from latentprior.stats.gaussian import GaussianPrior
+from latentprior.training.loop import BINS, heldout_errors
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+from latentprior.utils.locks import locked
+from latentprior.utils.progress import Phase, Report, silent, unseen
+from latentprior.utils.provenance import stamp
+
+PLOTTED = 1000  # points of each kind in the PCA figure
+
+
+def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]:
+    """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
+
+    Raises:
+        InputError: too few held-out rows, stores, prior and language model that do not belong together, or a folder
+            that another process writes.
+    """
+    with locked(config.output) as folder:
+        return _evaluate(config, folder, phase)
+
+
+def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, Any]:
+    began = time.perf_counter()
+    glp = GLP.from_pretrained(config.prior, config.checkpoint, device=resolve_device(config.device))
+    dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
+    glp.cast(dtype)
+    layer = _layer(glp, config)
+    real, other, fitted, documents = _real_rows(config, glp, layer)
+    llm = _checked_llm(config, glp, layer) if config.delta_lm else None
+    z_fitted = glp.normalizer.normalize(fitted, layer)
+    gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
+    sae = _sae(config, glp, layer, report=phase("train the SAE")) if "sae" in config.baseline else None
+    hookpoint = _hookpoint(glp, layer)
+    result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
+    result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+    result["distribution"], generated = compare_distributions(
+        config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
+    )
+    if sae is not None:
+        result["sae"] = described(sae, other)
+    result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
+    if llm is not None:
+        result["delta_lm"] = measure_delta_lm(
+            config, glp, gaussians["full"], *llm, layer, sae, report=phase("delta LM loss")
+        )
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Any, Any]:
+    """The language model and its tokenizer; another model, layer or text shows before minutes of other measurements."""
+    text.documents(config.text)
+    model, tokenizer = load_llm(config.llm, glp.device)
+    hookpoints_on(glp.hookpoints, model, layer, check_model=True)
+    return model, tokenizer
+
+
+def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[str, Any]:
+    """Held-out loss, overall and by noise level, with 95% bootstrap intervals over activations."""
+    layers = None if layer is None else torch.full((len(x),), layer)
+    error, bins = heldout_errors(glp.denoiser, glp.normalizer, x, layers, seed=seed)
+    by_t = []
+    for i in range(BINS):
+        part = error[bins == i].double().numpy()
+        low_t, high_t = i / BINS, (i + 1) / BINS
+        by_t.append({"t": [low_t, high_t], "loss": float(part.mean()), "interval": bootstrap_interval(part, seed=seed)})
+    values = error.double().numpy()
+    return {"mean": float(values.mean()), "interval": bootstrap_interval(values, seed=seed), "by_t": by_t}
+
+
+def compare_distributions(
+    config: EvaluateConfig,
+    glp: GLP,
+    real: Tensor,
+    other: Tensor,
+    documents: tuple[Tensor, Tensor],
+    gaussians: dict[str, GaussianPrior],
+    layer: int | None,
+    sae: SAE | None = None,
+    *,
+    report: Report = silent,
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
+
+    `documents` says which one each row of `real` and of `other` is from. What is compared of an SAE are its
+    reconstructions of `other` (paper, SAE baseline).
+
+    Returns:
+        one row for each source, and the last prior's samples [N, d].
+    """
+    n = len(real)
+    runs: list[tuple[Solver, int]] = [(solver, nfe) for nfe in config.nfes for solver in config.solvers]
+    total = len(runs) + 3 + (sae is not None)
+    z_real = glp.normalizer.normalize(real, layer)
+    references = (GaussianMoments.of(real), GaussianMoments.of(z_real))
+    rows: list[dict[str, Any]] = []
+
+    def add(source: str, x: Tensor, of: Tensor | None = None, **labels: Any) -> None:
+        z = glp.normalizer.normalize(x, layer)
+        two_sample = classifier_two_sample(z_real, z, documents=(documents[0], of), seed=config.seed)
+        rows.append(
+            {
+                "source": source,
+                **labels,
+                "frechet_raw": asdict(frechet_parts(references[0], x)),
+                "frechet": asdict(frechet_parts(references[1], z)),
+                "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
+                "two_sample_auc": two_sample.auc,
+                "two_sample_interval": (two_sample.low, two_sample.high),
+            }
+        )
+        report(len(rows), total, {"now": source})
+
+    add("real", other, documents[1])
+    for kind, gaussian in gaussians.items():
+        z = gaussian.sample(n, generator=torch.Generator().manual_seed(config.seed))
+        add(f"gaussian-{kind}", glp.normalizer.denormalize(z, layer))
+    if sae is not None:
+        add("sae", sae.reconstruct(other), documents[1], latents=sae.latents, k=sae.k)
+    generated = real
+    for solver, nfe in runs:
+        generated = glp.sample(n, steps=nfe, solver=solver, layer=layer, generator=config.seed)
+        add("prior", generated, solver=solver, nfe=glp.nfe(nfe, solver=solver))
+    return rows, generated
+
+
+def measure_delta_lm(
+    config: EvaluateConfig,
+    glp: GLP,
+    gaussian: GaussianPrior,
+    model: nn.Module,
+    tokenizer: Any,
+    layer: int | None,
+    sae: SAE | None = None,
+    *,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Delta LM loss of the prior's repair and of its references, at every `t_starts`."""
+    hookpoint = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0]
+    documents = text.documents(config.text)
+    batches = list(
+        tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
+    )
+    replacements: dict[str, Replacement] = {}
+    labels: dict[str, dict[str, Any]] = {}
+    for t_start in config.t_starts:
+        for method, replacement in lm_replacements(glp, gaussian, t_start, config, layer).items():
+            name = f"{method} {t_start}"
+            replacements[name], labels[name] = replacement, {"method": method, "t_start": t_start}
+    replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: _mean_activation(glp, x, layer))
+    labels["mean"] = {"method": "mean", "t_start": None}
+    if sae is not None:
+        replacements["sae"] = _spare_sinks(glp, layer, lambda x, eps: sae.reconstruct(x))
+        labels["sae"] = {"method": "sae", "t_start": None}
+    losses = lm_losses(
+        model, batches, hookpoint.layer, replacements, side=hookpoint.side, seed=config.seed, report=report
+    )
+    clean = losses.pop("clean")
+    rows = []
+    for name, loss in losses.items():
+        by_token = delta(loss, clean, per_document=False, seed=config.seed)
+        by_document = delta(loss, clean, per_document=True, seed=config.seed)
+        headline = by_document if config.per_document else by_token
+        rows.append(
+            {
+                **labels[name],
+                **asdict(headline),
+                "per_token": asdict(by_token),
+                "per_document": asdict(by_document),
+            }
+        )
+    return {
+        "clean_loss": clean.mean(per_document=config.per_document),
+        "weighted_by": "document" if config.per_document else "token",
+        "tokens": int(clean.tokens.sum()),
+        "documents": len(clean.tokens),
+        "steps": config.steps,
+        "solver": config.solver,
+        "nfe": glp.nfe(config.steps, solver=config.solver),
+        "rows": rows,
+    }
+
+
+def lm_replacements(
+    glp: GLP, gaussian: GaussianPrior, t_start: float, config: EvaluateConfig, layer: int | None
+) -> dict[str, Replacement]:
+    """The prior's repair and its references at one noise level; sinks pass through all of them untouched."""
+    normalizer = glp.normalizer
+
+    def noised(x: Tensor, eps: Tensor) -> Tensor:
+        return torch.lerp(normalizer.normalize(x, layer), eps, t_start)
+
+    def prior(x: Tensor, eps: Tensor) -> Tensor:
+        return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
+
+    def posterior(x: Tensor, eps: Tensor) -> Tensor:
+        return normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer)
+
+    def noise(x: Tensor, eps: Tensor) -> Tensor:
+        return normalizer.denormalize(noised(x, eps), layer)
+
+    references = {"gaussian": posterior, "noise": noise}
+    return {"prior": prior} | {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
+
+
+def pca_points(z_real: Tensor, z_generated: Tensor) -> dict[str, Any]:
+    """Real and generated activations on the two leading principal components of the real ones."""
+    mean = z_real.mean(dim=0)
+    centred = (z_real - mean).double()
+    eigenvalues, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    axes = vectors[:, -2:].flip(1)
+    share = (eigenvalues[-2:].flip(0) / eigenvalues.sum()).tolist()
+
+    def points(z: Tensor) -> list[list[float]]:
+        return [[round(v, 3) for v in row] for row in ((z[:PLOTTED] - mean).double() @ axes).tolist()]
+
+    return {"real": points(z_real), "generated": points(z_generated), "variance_share": share}
+
+
+def _mean_activation(glp: GLP, x: Tensor, layer: int | None) -> Tensor:
+    return glp.normalizer.denormalize(torch.zeros(x.shape, device=glp.device), layer)
+
+
+def _spare_sinks(glp: GLP, layer: int | None, replacement: Replacement) -> Replacement:
+    """`replacement`, computed where the prior is, but for attention sinks."""
+
+    def spared(x: Tensor, eps: Tensor) -> Tensor:
+        here = x.to(glp.device)  # the blocks of a model that is spread are elsewhere
+        replaced = replacement(here, eps.to(glp.device)).to(x.dtype)
+        return torch.where(glp.normalizer.sinks(here, layer)[:, None], here, replaced).to(x.device)
+
+    return spared
+
+
+def _layer(glp: GLP, config: EvaluateConfig) -> int | None:
+    """The layer to evaluate; None for a single-layer prior."""
+    layers: Sequence[int] = glp.normalizer.layers.tolist()
+    if len(layers) == 1:
+        return None
+    if config.layer is None:
+        raise InputError(f"this prior serves layers {layers}: choose one with --layer")
+    glp.normalizer.rows(config.layer)
+    return config.layer
+
+
+def _hookpoint(glp: GLP, layer: int | None) -> Hookpoint | None:
+    return next((h for h in glp.hookpoints if layer is None or h.layer == layer), None)
+
+
+def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report) -> SAE:
+    """The SAE to compare the prior with, trained if need be."""
+    hookpoint = _hookpoint(glp, layer)
+    if hookpoint is None:
+        raise InputError("this prior does not say what it was trained on, so no SAE can be compared with it")
+    folder = Path(config.sae.path or Path(config.output) / "sae")
+    return prepare_sae(config.sae, folder, config.train, hookpoint, device=glp.device, report=report)
+
+
+def _real_rows(
+    config: EvaluateConfig, glp: GLP, layer: int | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Two sets of held-out activations from disjoint documents, the rows that the Gaussians are fitted to, and which
+    documents those of the two sets are from."""
+    heldout = _open(config.heldout, glp)
+    if config.samples < (least := least_rows(heldout.width)):
+        raise InputError(
+            f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
+            f"at least {least}"
+        )
+    halves = document_halves(heldout, layer, config.seed)
+    if (least := min(map(len, halves))) < config.samples:
+        raise InputError(
+            f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
+            "samples: record more held-out documents or lower --samples"
+        )
+    chosen = [half[: config.samples] for half in halves]
+    real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
+    documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
+    if config.train is None:
+        return real, other, other, documents
+    train = _open(config.train, glp)
+    fitted = train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows])
+    return real, other, fitted.float().to(glp.device), documents
+
+
+def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of a layer in random order, parted so that no document is on both sides.
+
+    Rows of one document are alike: sets that share documents are closer than two samples of the same distribution.
+    """
+    rows = _shuffled(store, layer, seed)
+    doc = store.metadata(rows)[1]
+    documents, which = torch.unique(doc, return_inverse=True)
+    rank = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    rows_before = torch.bincount(rank[which], minlength=len(documents)).cumsum(0)
+    first = (rows_before <= (len(rows) + 1) // 2)[rank[which]]
+    return rows[first], rows[~first]
+
+
+def _shuffled(store: ActivationStore, layer: int | None, seed: int) -> Tensor:
+    """Row numbers of a layer in random order."""
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))
+    return order if layer is None else order[store.metadata(order)[0] == layer]
+
+
+def _open(folder: str, glp: GLP) -> ActivationStore:
+    """A store of activations from where the prior was trained."""
+    store = ActivationStore(folder)
+    for h in store.hookpoints:
+        if glp.hookpoints and not any(h.same_place(known) for known in glp.hookpoints):
+            raise InputError(f"{folder} was recorded at {h}, not where this prior was: {glp.hookpoints[0]}")
+    return store

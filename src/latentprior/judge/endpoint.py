@@ -1,0 +1,299 @@
+"""Answers of a language model behind any endpoint that speaks the chat completions protocol of OpenAI."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from latentprior.config import JudgeConfig
+from latentprior.judge.answers import Answer, Answers, Malformed, Message, Request
+from latentprior.judge.ledger import Ledger, content_key, read_ledger, value_of
+from latentprior.judge.post import Refused, Rejected, Unavailable, opener, post_json
+from latentprior.judge.ratings import RatingRequest
+from latentprior.utils.errors import InputError
+from latentprior.utils.progress import Report, silent
+
+CHARACTERS_PER_TOKEN = 4
+OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+NOT_ASKED, MALFORMED = "not asked", "malformed"
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What asking will take, estimated beforehand."""
+
+    calls: int
+    """Requests to the endpoint, if none fails."""
+    known: int
+    """Answers that need no call: in the ledger already, or asked for twice."""
+    prompt_tokens: int
+    """Characters of the prompts / 4."""
+    answer_tokens: int
+    money: float | None
+    """In the currency of the prices; None if no price is known."""
+
+    def figures(self) -> dict[str, Any]:
+        """What progress shows of it: tokens, and money where prices are known."""
+        tokens = {"tokens": self.prompt_tokens + self.answer_tokens}
+        return tokens if self.money is None else tokens | {"cost": self.money}
+
+
+RatingResult = Answer[int]
+
+
+class Ratings(Answers[int]):
+    """Ratings in the order of their requests."""
+
+    def values(self) -> np.ndarray:
+        """[N] float64, NaN where there is no rating."""
+        return np.array([np.nan if result.value is None else result.value for result in self.results], np.float64)
+
+
+def endpoint_key(variable: str) -> str:
+    """The key in an environment variable; for the command line, nothing else here reads the environment.
+
+    Raises:
+        InputError: the variable is not set or empty.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(f"the judge's key is read from the environment variable {variable!r}, which is not set")
+    return key
+
+
+def endpoint_of(config: JudgeConfig, ledger: str | Path) -> EndpointJudge | None:
+    """The judge that `config` names, with its key from the environment; None if it names none.
+
+    Raises:
+        InputError: the environment variable of the key is not set; see `EndpointJudge`.
+    """
+    if config.url is None or config.model is None:
+        return None
+    return EndpointJudge(
+        config.url,
+        config.model,
+        endpoint_key(config.key_variable) if config.key_variable else None,
+        ledger=ledger,
+        concurrency=config.workers,
+        timeout=config.timeout,
+        attempts=config.attempts,
+    )
+
+
+class EndpointJudge:
+    """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a ledger on disk.
+
+    Calls run in threads. A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a
+    response that is not JSON) is repeated after `backoff` s, twice that, and so on, and never before the server's
+    Retry-After; an answer without a valid value is asked for again. A request that fails for good gets no value and a
+    reason; the next run asks for it again.
+
+    Args:
+        url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
+        model: name of the model there.
+        key: bearer token; None for endpoints that need none.
+        ledger: file of paid answers, made if missing. An answer is found by model, messages, options, kind and version
+            of the wording, whatever the endpoint.
+        concurrency: most calls at a time.
+        timeout: seconds for one call.
+        attempts: most failed calls for one request.
+        reasks: how often a malformed answer is asked for again.
+        backoff: seconds before the second try.
+        longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
+        patience: after this many requests in a row that got no answer at all, the others are not asked.
+        options: further fields of the body in place of `OPTIONS`, as some models want other ones.
+
+    Raises:
+        InputError: a URL that is not http or https, a key that cannot be sent, a number out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        *,
+        ledger: str | Path,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        attempts: int = 6,
+        reasks: int = 2,
+        backoff: float = 1.0,
+        longest_wait: float = 120.0,
+        patience: int = 20,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("concurrency", concurrency, 1),
+            ("attempts", attempts, 1),
+            ("patience", patience, 1),
+            ("reasks", reasks, 0),
+            ("backoff", backoff, 0),
+            ("longest_wait", longest_wait, 0),
+        ):
+            if not value >= least:
+                raise InputError(f"{name} of a judge must be at least {least}, got {value}")
+        if not timeout > 0:
+            raise InputError(f"timeout of a judge must be positive, got {timeout}")
+        if not model.strip():
+            raise InputError("name the judge's model")
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise InputError("the judge's key must be printable ASCII without spaces around it")
+        self.url, self.model, self._key = _completions_url(url), model, key
+        self.ledger = Path(ledger)
+        self.concurrency, self.timeout = concurrency, timeout
+        self.attempts, self.reasks, self.patience = attempts, reasks, patience
+        self.backoff, self.longest_wait = backoff, longest_wait
+        self.options = dict(OPTIONS if options is None else options)
+        self._client = opener()
+
+    def estimate(
+        self,
+        requests: Sequence[Request[Any]],
+        *,
+        prompt_price: float | None = None,
+        answer_price: float | None = None,
+    ) -> Cost:
+        """What asking `requests` will take, given what the ledger holds; calls nothing.
+
+        Args:
+            prompt_price, answer_price: of a million tokens.
+
+        Raises:
+            InputError: a damaged ledger.
+        """
+        known = read_ledger(self.ledger)
+        pending = {key: request for key, request in self._keyed(requests) if key not in known}
+        texts = (message["content"] for request in pending.values() for message in request.messages())
+        prompt_tokens = -(-sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
+        answer_tokens = sum(request.answer_tokens for request in pending.values())
+        money = None
+        if prompt_price is not None or answer_price is not None:
+            money = (prompt_tokens * (prompt_price or 0.0) + answer_tokens * (answer_price or 0.0)) / 1e6
+        return Cost(len(pending), len(requests) - len(pending), prompt_tokens, answer_tokens, money)
+
+    def __call__(self, requests: Sequence[RatingRequest], *, report: Report = silent) -> Ratings:
+        """The ratings of `requests`; see `ask`."""
+        return Ratings(self.ask(requests, report=report).results)
+
+    def ask(self, requests: Sequence[Request[Value]], *, report: Report = silent) -> Answers[Value]:
+        """The answers to `requests`, in their order.
+
+        If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
+
+        Args:
+            report: gets answers done that were not in the ledger, of how many, and how many failed.
+
+        Raises:
+            InputError: the endpoint refuses every request (wrong URL, key or account), or the ledger is damaged, in use
+                by another process or cannot be written.
+        """
+        keyed = self._keyed(requests)
+        with Ledger(self.ledger) as ledger:
+            known = {key: Answer(value_of(ledger.entries[key])) for key, _ in keyed if key in ledger.entries}
+            pending = {key: request for key, request in keyed if key not in known}
+            results = known | self._ask_all(pending, ledger, report)
+        return Answers([results[key] for key, _ in keyed])
+
+    def recall(self, requests: Sequence[Request[Value]]) -> list[Value | None]:
+        """What the ledger holds of the answers to `requests`, None where it has none; calls nothing.
+
+        Raises:
+            InputError: a damaged ledger.
+        """
+        known = read_ledger(self.ledger)
+        return [value_of(known[key]) if key in known else None for key, _ in self._keyed(requests)]
+
+    def _keyed(self, requests: Sequence[Request[Value]]) -> list[tuple[str, Request[Value]]]:
+        return [(content_key(self._body(r.messages()) | {"kind": r.kind, "version": r.version}), r) for r in requests]
+
+    def _body(self, messages: list[Message]) -> dict[str, Any]:
+        return {**self.options, "model": self.model, "messages": messages}
+
+    def _ask_all(
+        self, pending: Mapping[str, Request[Value]], ledger: Ledger, report: Report
+    ) -> dict[str, Answer[Value]]:
+        results: dict[str, Answer[Value]] = {}
+        failed = unanswered = 0
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = {pool.submit(self._ask_one, key, item, ledger, stop): key for key, item in pending.items()}
+            for future in as_completed(futures):
+                result = results[futures[future]] = future.result()
+                failed += result.value is None
+                answered = result.value is not None or MALFORMED in result.troubles
+                unanswered = 0 if answered else unanswered + 1
+                report(len(results), len(pending), {"failed": failed})
+                if unanswered >= self.patience:
+                    stop.set()
+        except Refused as error:
+            raise InputError(f"the judge {self.url} refuses every request: {error}") from error
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        return results
+
+    def _ask_one(self, key: str, request: Request[Value], ledger: Ledger, stop: threading.Event) -> Answer[Value]:
+        """Ask until there is a value or the request has failed; a value is in the ledger before this returns."""
+        messages, troubles, calls, malformed = request.messages(), [], 0, 0
+        answer, reason, pause = "", NOT_ASKED, 0.0
+        while not stop.wait(pause):
+            calls += 1
+            try:
+                answer, usage = self._post(messages)
+                value = request.parse(answer)
+            except Rejected as error:
+                return Answer(None, str(error), calls, (*troubles, error.trouble))
+            except Unavailable as error:
+                troubles.append(error.trouble)
+                reason, asked_to_wait = str(error), error.retry_after or 0.0
+                if len(troubles) - malformed >= self.attempts or asked_to_wait > self.longest_wait:
+                    break
+                pause = max(asked_to_wait, self._backoff(key, len(troubles)))
+            except Malformed as error:
+                troubles.append(MALFORMED)
+                malformed += 1
+                reason, pause = f"malformed answer: {error}", 0.0
+                if malformed > self.reasks:
+                    break
+                messages = request.messages() + request.again(answer)
+            else:
+                ledger.add(key, value, model=self.model, kind=request.kind, answer=answer, usage=usage)
+                return Answer(value, "", calls, tuple(troubles))
+        return Answer(None, reason, calls, tuple(troubles))
+
+    def _post(self, messages: list[Message]) -> tuple[str, Any]:
+        """The model's answer, and the tokens that the server counted."""
+        response = post_json(self._client, self.url, self._body(messages), key=self._key, timeout=self.timeout)
+        try:
+            answer = response["choices"][0]["message"]["content"]
+        except (LookupError, TypeError) as error:
+            raise Unavailable("not JSON", "the response is not that of a chat completion") from error
+        return answer if isinstance(answer, str) else "", response.get("usage")
+
+    def _backoff(self, key: str, tries: int) -> float:
+        """Seconds to wait after so many failures; spread by the key, so that threads do not return all at once."""
+        return min(self.backoff * 2.0 ** (tries - 1), self.longest_wait) * (0.5 + int(key[:8], 16) / 2**33)
+
+
+def _completions_url(url: str) -> str:
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError as error:
+        raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}")
+    path = parts.path.rstrip("/")
+    if not path.endswith("/chat/completions"):
+        path = (path or "/v1") + "/chat/completions"
+    return f"{parts.scheme}://{parts.netloc}{path}"

@@ -1,0 +1,148 @@
+"""How fluent generated text is, by the model that wrote it: likelihood without steering, and repetition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from latentprior.data.prompts import prefilled
+from latentprior.lm import hooks
+from latentprior.utils.errors import InputError
+
+LARGEST_LOGITS = 2**25
+"""Logits that are held at a time; 128 MiB in float32."""
+LARGEST_VOCABULARY = 2**18
+"""Of a model that does not tell its own."""
+
+
+@torch.no_grad()
+def conditional_nll(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    ids: Int[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"] | None = None,
+    *,
+    copies: int = 1,
+    largest_logits: int = LARGEST_LOGITS,
+) -> np.ndarray:
+    """Mean negative log-likelihood of continuations given their prompts, in nats a token (paper, fluency).
+
+    It is that of the model as it is now: call it outside of every steering context.
+
+    Args:
+        inputs: "input_ids" and "attention_mask" [B, P] of the prompts, padded on either side; "attention_mask" may be
+            missing where nothing is padded.
+        ids: the continuations.
+        mask: True at tokens of the continuation, False after its end; None if all are as long as T.
+        copies: continuations of each prompt, which come one after another; the prompts are then B / copies, and each
+            is run once.
+        largest_logits: rows are taken as many at a time as have at most so many logits, but one at least.
+
+    Returns:
+        [B] float64; NaN for a continuation without tokens.
+
+    Raises:
+        InputError: prompts, continuations and mask that do not fit together, or a prompt without tokens.
+    """
+    prompts = inputs["input_ids"]
+    prompt_mask = inputs.get("attention_mask", torch.ones_like(prompts)).bool()
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    if not copies * len(prompts) == copies * len(prompt_mask) == len(ids) or mask.shape != ids.shape:
+        shapes = f"{list(prompts.shape)}, {list(ids.shape)} and {list(mask.shape)}"
+        raise InputError(f"prompts, continuations and mask must have the same rows, got {shapes}")
+    if not prompt_mask.any(dim=1).all():
+        raise InputError("every prompt needs a token, if only the beginning of sequence: the first token follows it")
+    vocabulary = getattr(hooks.text_config(model), "vocab_size", LARGEST_VOCABULARY)
+    columns = ids.shape[1] if copies > 1 else _logit_columns(model, prompts, ids)
+    rows = max(1, largest_logits // (columns * vocabulary) // copies)
+    chunks = zip(
+        *(x.split(rows) for x in (prompts, prompt_mask)), *(x.split(rows * copies) for x in (ids, mask)), strict=True
+    )
+    nll = _nll if copies == 1 else partial(_nll_of_copies, copies=copies)
+    parts = [nll(model, *chunk) for chunk in chunks if len(chunk[0])]
+    return torch.cat(parts).numpy() if parts else np.empty(0)
+
+
+def _logit_columns(model: nn.Module, prompts: Tensor, ids: Tensor) -> int:
+    keeps = "logits_to_keep" in hooks.forward_parameters(model)
+    return ids.shape[1] + 1 if keeps else prompts.shape[1] + ids.shape[1]
+
+
+def _nll(model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean loss [B] float64 of one chunk."""
+    device = next(model.parameters()).device
+    # Prompts end, and continuations begin, at one column: only padding on the left keeps them together.
+    order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
+    tokens = torch.cat([prompts.gather(1, order), ids], dim=1).to(device)
+    attention = torch.cat([prompt_mask.gather(1, order), mask], dim=1).to(device)
+    arguments = {"input_ids": tokens, "attention_mask": attention.long(), "use_cache": False}
+    parameters = hooks.forward_parameters(model)
+    if "position_ids" in parameters:  # else a model with absolute positions would count the padding
+        arguments["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
+    if "logits_to_keep" in parameters:
+        arguments["logits_to_keep"] = ids.shape[1] + 1
+    logits = model(**arguments).logits[:, -ids.shape[1] - 1 : -1]
+    return _mean_loss(logits, ids, mask)
+
+
+def _nll_of_copies(
+    model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, copies: int
+) -> Tensor:
+    """`_nll` of several continuations of each prompt [P]: the prompts' keys and values are computed once."""
+    device = next(model.parameters()).device
+    order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
+    before, known = prompts.gather(1, order).to(device), prompt_mask.gather(1, order).to(device)
+    cache = prefilled(model, before, known, copies)
+    last, known = before[:, -1:].repeat_interleave(copies, 0), known.repeat_interleave(copies, 0)
+    scored = mask.to(device)
+    attention = torch.cat([known, scored[:, :-1]], dim=1).long()
+    arguments = {"input_ids": torch.cat([last, ids[:, :-1].to(device)], dim=1), "attention_mask": attention}
+    if "position_ids" in hooks.forward_parameters(model):
+        arguments["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    logits = model(**arguments, **{hooks.cache_argument(model): cache}, use_cache=True).logits
+    return _mean_loss(logits, ids, scored)
+
+
+def _mean_loss(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
+    """Mean loss [B] float64, on the CPU, of the tokens `ids` [B, T] where `scored`."""
+    ids, scored = ids.to(logits.device), scored.to(logits.device)
+    losses = torch.zeros(ids.shape, dtype=torch.float64, device=logits.device)
+    losses[scored] = F.cross_entropy(logits[scored].float(), ids[scored], reduction="none").double()
+    return (losses.sum(dim=1) / scored.sum(dim=1)).cpu()
+
+
+def distinct_ngrams(ids: Sequence[int], n: int) -> float:
+    """Share of the n-grams of a text that are distinct; 1 if it is shorter than n.
+
+    Raises:
+        InputError: n is not positive.
+    """
+    if n < 1:
+        raise InputError(f"n-grams have at least one token, got n = {n}")
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def longest_repeat(ids: Sequence[int]) -> int:
+    """Tokens in the longest n-gram that occurs at least twice, overlapping or not ("a a a" has 2); 0 if none does."""
+    low, high = 0, max(len(ids) - 1, 0)
+    while low < high:  # whatever repeats, its beginnings repeat: so bisect
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if distinct_ngrams(ids, middle) < 1 else (low, middle - 1)
+    return low
+
+
+def repetition(ids: Sequence[int]) -> dict[str, float | int]:
+    """The figures of one text that need no model: "distinct_2", "distinct_3", "longest_repeat" and "tokens"."""
+    return {
+        "distinct_2": distinct_ngrams(ids, 2),
+        "distinct_3": distinct_ngrams(ids, 3),
+        "longest_repeat": longest_repeat(ids),
+        "tokens": len(ids),
+    }

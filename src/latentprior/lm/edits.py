@@ -1,0 +1,231 @@
+"""Changing chosen positions of a running model: which columns of which forward pass belong to which position.
+
+Under ``generate()`` a forward pass sees a whole prompt, one new token, or (without a cache) the prompt and all
+tokens so far; rows may be padded on the left; beams are reordered. `rewrite` turns all that into one thing: rows of
+activations with their row and position, each position once for every time that the model computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentprior.config import Side
+from latentprior.lm import hooks
+from latentprior.lm.positions import Decoding, Prompt, columns
+from latentprior.utils.errors import InputError, unknown
+
+NamedPositions = Literal["all", "last", "prompt", "generated"]
+POSITIONS: tuple[NamedPositions, ...] = ("all", "last", "prompt", "generated")
+Positions = NamedPositions | int | Tensor
+"""Which positions are rewritten.
+
+- "all"; "prompt"; "generated", the positions after the prompt; "last", the prompt's last one and every one after it.
+- A number n: from the token with position n on. Padding does not count, and 0 is the first token.
+- A mask, bool [B, columns], over the columns of the prompt with its padding, as in `attention_mask`. It must cover
+  the whole prompt; columns after the mask are left alone, so a wider mask reaches generated tokens too.
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the activations of one call come from."""
+
+    layer: int
+    row: Tensor
+    """[N] int64, row in the batch."""
+    position: Tensor
+    """[N] int64, index of the token in its sequence; padding does not count, 0 is the first token."""
+    batch: int
+    """Rows in the batch."""
+    prompts: Sequence[int] | None = None
+    """[batch] a number for each row's prompt, the same for the same tokens; None where they are not known."""
+
+
+Rewriter = Callable[[Tensor, Site], Tensor]  # [N, d] -> [N, d]
+
+
+class EditCounts:
+    """What a context has done so far: one count for every position of every edited layer in every forward pass.
+
+    ``seen`` is the sum of ``edited`` and of what ``passed_over`` counts by reason.
+    """
+
+    REASONS = ("first", "padding", "sink", "not asked for")
+
+    def __init__(self, parts: Sequence[EditCounts] = ()) -> None:
+        self._parts = parts  # what contexts of their own count
+        self._totals: dict[torch.device, Tensor] = {}  # where the layers are, so that counting makes no host wait
+
+    def add(self, edited: Tensor, first: Tensor, padding: Tensor, sink: Tensor, not_asked_for: Tensor) -> None:
+        """Count the positions of one layer in one pass; masks [B, T] that exclude one another."""
+        counts = torch.stack([edited, first, padding, sink, not_asked_for]).sum(dim=(1, 2))
+        before = self._totals.get(counts.device)
+        # A new tensor, as those of inference mode cannot be changed later.
+        self._totals[counts.device] = counts if before is None else before + counts
+
+    def _count(self, index: int) -> int:
+        own = sum(int(total[index]) for total in self._totals.values())
+        return own + sum(part._count(index) for part in self._parts)
+
+    @property
+    def edited(self) -> int:
+        """Positions that were edited."""
+        return self._count(0)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Positions that were left alone: first positions, padding, attention sinks, and those not asked for."""
+        return {reason: self._count(i) for i, reason in enumerate(self.REASONS, 1)}
+
+    @property
+    def seen(self) -> int:
+        """All positions that passed through the edited layers."""
+        return self.edited + sum(self.passed_over.values())
+
+    def __str__(self) -> str:
+        left = ", ".join(f"{count:,} {reason}" for reason, count in self.passed_over.items())
+        return f"{self.seen:,} positions seen, {self.edited:,} edited; passed over: {left}"
+
+    def __repr__(self) -> str:
+        return f"EditCounts({self})"
+
+
+@contextmanager
+def rewrite(
+    model: nn.Module,
+    rewriters: Mapping[int, Rewriter],
+    *,
+    positions: Positions = "all",
+    side: Side = "output",
+    sinks: Callable[[Tensor, int], Tensor] | None = None,
+) -> Iterator[EditCounts]:
+    """Replace the activations of `model` at given layers and positions while the context is open.
+
+    The first position of a sequence and padding are never touched; see `Positions` for the rest.
+
+    Every call of ``generate()`` starts a new prompt. Between forward passes of the caller's own, a pass continues the
+    one before if it adds one token: to the key-value cache, or, without a cache, to the same beginning.
+
+    Args:
+        model: the language model.
+        rewriters: a function of activations [N, d] and their `Site` for each layer.
+        positions: which positions.
+        side: of the blocks.
+        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not rewritten.
+
+    Yields:
+        what was done so far.
+
+    Raises:
+        InputError: unknown positions, a layer out of range, a compiled model; in the forward pass, an attention mask
+            or a cache that does not tell where the tokens stand, or a mask of positions that does not fit the prompt;
+            from ``generate()``, paged caches, and options that hide where the prompt ends (assisted decoding,
+            classifier-free guidance, chunked prompts) unless positions are "all" or a number. On leaving the context
+            if the model ran and nothing was edited although something was asked for: all of it were sinks, a mask
+            named first positions and padding only, or no sequence reached the number to start from; and if a layer
+            never ran. Where nothing was asked for, as with prompts of one token under "all" or one new token under
+            "generated", nothing is raised.
+    """
+    check_positions(positions)
+    counts = EditCounts()
+    decoding = Decoding()
+    reached: set[int] = set()
+
+    with hooks.forward_inputs(model) as inputs:
+
+        def chosen(hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+            """Mask [B, T] of the columns to rewrite and position [B, T] of every column."""
+            real, position = columns(hidden, inputs)
+            prompt = decoding.prompt_of(inputs, hidden, real)
+            column = inputs.past_length + torch.arange(hidden.shape[1], device=hidden.device)
+            first = real & (position <= 0)
+            ordinary = real & ~first
+            asked = ordinary & _wanted(positions, prompt, column, position)
+            sink = torch.zeros_like(asked) if sinks is None else asked & sinks(hidden, layer)
+            edited = asked & ~sink
+            counts.add(edited, first, ~real, sink, ordinary & ~asked)
+            return edited, position
+
+        def editor(layer: int, rewriter: Rewriter) -> Callable[[Tensor], Tensor]:
+            def edit(hidden: Tensor) -> Tensor:
+                reached.add(layer)
+                mask, position = chosen(hidden, layer)
+                row, column = mask.nonzero(as_tuple=True)
+                if not len(row):
+                    return hidden
+                site = Site(layer, row, position[row, column], hidden.shape[0], decoding.keys(hidden.shape[0]))
+                hidden[row, column] = rewriter(hidden[row, column], site).to(hidden.dtype)  # `hidden` is a copy
+                return hidden
+
+            return edit
+
+        edits = {layer: editor(layer, rewriter) for layer, rewriter in rewriters.items()}
+        named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
+        with hooks.edit(model, edits, side=side), decoding.generations(model, needs_prompt=named_by_prompt):
+            yield counts
+        if inputs.completed and (missed := [layer for layer in rewriters if layer not in reached]):
+            raise InputError(f"the model ran {inputs.completed} times, but never through layers {missed}")
+        if inputs.completed and rewriters and not counts.edited:
+            _refuse_untouched(positions, counts)
+
+
+def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
+    """Raise `InputError` if something that was not edited had been asked for."""
+    if sinks := counts.passed_over["sink"]:
+        raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
+    if isinstance(positions, Tensor):
+        raise InputError(f"nothing was edited: the mask names first positions and padding at most ({counts})")
+    if isinstance(positions, int) and positions > 1:
+        raise InputError(f"nothing was edited: no sequence reached position {positions} ({counts})")
+
+
+def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
+    """`values` [b, ...], one for each row that the caller gave, for the `batch` rows that the model sees.
+
+    Under beam search and with several returned sequences ``generate()`` puts the copies of a row next to one another.
+
+    Raises:
+        InputError: the batch is no multiple of b.
+    """
+    if batch % len(values):
+        raise InputError(f"{name} has {len(values)} rows, which does not fit a batch of {batch}")
+    return values.repeat_interleave(batch // len(values), dim=0)
+
+
+def check_positions(positions: Positions) -> None:
+    """Raise `InputError` unless `positions` is one of `Positions`."""
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.ndim != 2 or not positions.numel():
+            found = f"{positions.dtype} {list(positions.shape)}"
+            raise InputError(f"a mask of positions must be bool [batch, columns of the prompt], got {found}")
+    elif isinstance(positions, int) and not isinstance(positions, bool):
+        if positions < 0:
+            raise InputError(f"the position to start from counts from 0, got {positions}")
+    elif positions not in POSITIONS:
+        raise unknown("positions", positions, (*POSITIONS, "a position to start from", "a boolean mask"))
+
+
+def _wanted(positions: Positions, prompt: Prompt, column: Tensor, position: Tensor) -> Tensor:
+    """Mask, of a shape that broadcasts to [B, T], of what `positions` names among `column` [T], `position` [B, T]."""
+    if isinstance(positions, Tensor):
+        if positions.shape[1] < prompt.begun:
+            raise InputError(f"the mask of positions has {positions.shape[1]} columns, the prompt {prompt.begun}")
+        mask = for_batch(positions, len(position), "the mask of positions").to(column.device)
+        width = mask.shape[1]
+        return mask[:, column.clamp(max=width - 1)] & (column < width)
+    if isinstance(positions, int):
+        return position >= positions
+    last = prompt.last.to(column.device)[:, None]
+    if positions == "prompt":
+        return column <= last
+    if positions == "last":
+        return column >= last
+    if positions == "generated":
+        return column > last
+    return torch.ones_like(position, dtype=torch.bool)

@@ -1,0 +1,30 @@
+"""Reading and changing the hidden states of a language model.
+
+A *layer* is the index of a decoder block; its "output" side is `hidden_states[layer + 1]` of transformers, its "input"
+side `hidden_states[layer]`, its "mlp" side the hidden units of its MLP, the input of the down projection. Blocks are
+found from the model itself, so any decoder-only architecture works.
+"""
+
+from latentprior.lm.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
+from latentprior.lm.hooks.hookpoint import Hookpoint, same_places
+from latentprior.lm.hooks.passes import ForwardInputs, cache_argument, capture, edit, forward_inputs, run_cut
+from latentprior.lm.hooks.replay import Outputs, blocks_before, keeping, replaying
+
+__all__ = [
+    "ForwardInputs",
+    "Hookpoint",
+    "Outputs",
+    "blocks_before",
+    "cache_argument",
+    "capture",
+    "drop_blocks_after",
+    "edit",
+    "find_blocks",
+    "forward_inputs",
+    "forward_parameters",
+    "keeping",
+    "replaying",
+    "run_cut",
+    "same_places",
+    "text_config",
+]

@@ -1,0 +1,178 @@
+"""Where activations come from."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from latentprior import config
+from latentprior.config import Side
+from latentprior.lm.hooks.blocks import check_side, find_blocks_at, language_model, select_blocks, width_of
+from latentprior.utils.errors import InputError
+
+CHUNK = 2**18  # weights counted at a time: their bits stay in the cache
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of the Hub, unless there is such a folder
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """Where activations come from: one side of one block of one model.
+
+    Two models are the same if they have one id of the Hub (`org/name`), quantised or with adapters, or if the weights
+    of the block are the same (`weights`): a copy in another folder, of another name or in another precision is, and
+    another fine-tuning in the same folder is not. Where one of the two does not tell its weights, names decide: they
+    are equal, or an id and a folder that ends in its name; two folders are never one model because they end alike. An
+    empty name is unknown and matches every model.
+    """
+
+    model: str
+    """Hugging Face id or folder; empty if unknown."""
+    layer: int
+    """Index of the block, from 0."""
+    width: int
+    """Size of the residual stream, or of the MLP's hidden units."""
+    side: Side = "output"
+    """The block's output (`hidden_states[layer + 1]` of transformers), its input, or the hidden units of its MLP."""
+    path: str = ""
+    """The block's name in the model, such as "model.layers.15"."""
+    revision: str | None = None
+    """Commit of the model on the Hub, where known."""
+    weights: str | None = field(default=None, compare=False)
+    """Digest of the block's weights in bfloat16, where they could be read."""
+
+    def __post_init__(self) -> None:
+        check_side(self.side)
+        if self.layer < 0:
+            raise InputError(f"layers are counted from 0, got {self.layer}")
+        if self.width < 1:
+            raise InputError(f"Hookpoint.width must be positive, got {self.width}")
+
+    @classmethod
+    def of(cls, model: nn.Module, layer: int, side: Side = "output") -> Hookpoint:
+        """The hookpoint of a loaded model.
+
+        Raises:
+            InputError: a layer that the model does not have, an unknown side, or no blocks found.
+        """
+        block = select_blocks(model, [layer])[layer]
+        source = getattr(language_model(model), "config", None)
+        return cls(
+            model=getattr(source, "_name_or_path", ""),
+            layer=layer,
+            width=width_of(model, block, side),
+            side=side,
+            path=f"{find_blocks_at(model)[0]}.{layer}".lstrip("."),
+            revision=getattr(source, "_commit_hash", None),
+            weights=_digest_of(block),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.model or 'some model'} layer {self.layer} {self.side} (width {self.width})"
+
+    def same_place(self, other: Hookpoint, *, check_model: bool = True) -> bool:
+        """Whether two hookpoints are the same side of the same block of the same model; see `Hookpoint`.
+
+        Args:
+            check_model: False leaves the model out.
+        """
+        if check_model and not self._same_model(other):
+            return False
+        return (self.layer, self.side, self.width) == (other.layer, other.side, other.width)
+
+    def _same_model(self, other: Hookpoint) -> bool:
+        if not self.model or not other.model:
+            return True
+        if self.layer == other.layer and self.weights and other.weights:
+            named_alike = self.model == other.model and _kind(self.model) != "folder"
+            return self.weights == other.weights or named_alike
+        return _same_name(self.model, other.model)
+
+    def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
+        """The block of `model` that this hookpoint names.
+
+        Args:
+            check_model: refuse another model; see `Hookpoint` for what is the same one.
+
+        Raises:
+            InputError: another model, a layer that it does not have, or another width.
+        """
+        name = getattr(getattr(language_model(model), "config", None), "_name_or_path", "")
+        if check_model and not _same_name(self.model, name) and not self.weights:
+            raise self._refusal(repr(name))  # before a layer or width that can only be wrong
+        block = select_blocks(model, [self.layer])[self.layer]
+        width = width_of(model, block, self.side)
+        if width != self.width:
+            what = "MLP" if self.side == "mlp" else "hidden size"
+            raise InputError(f"this hookpoint has width {self.width}, but the model's {what} is {width}")
+        if check_model and self.weights and not self._same_model(Hookpoint.of(model, self.layer, self.side)):
+            raise self._refusal("other weights of the same name" if name == self.model else repr(name))
+        return block
+
+    def _refusal(self, found: str) -> InputError:
+        return InputError(
+            f"this hookpoint belongs to model {self.model!r}, not {found} (check_model=False allows it on purpose)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain, JSON-ready values."""
+        return config.to_dict(self)
+
+    def place(self) -> dict[str, Any]:
+        """`to_dict` without the digest of the weights, which files of before there was one lack."""
+        return {key: value for key, value in self.to_dict().items() if key != "weights"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Hookpoint:
+        """The inverse of `to_dict`; an unknown key is an `InputError`."""
+        return config.from_dict(cls, values)
+
+
+def same_places(some: Sequence[Hookpoint], others: Sequence[Hookpoint]) -> bool:
+    """Whether two lists of hookpoints are the same places, in order."""
+    return len(some) == len(others) and all(map(Hookpoint.same_place, some, others))
+
+
+def _digest_of(block: nn.Module) -> str | None:
+    """SHA-256, shortened, of how often each bfloat16 value occurs in a block: whatever its precision, the order of its
+    weights and how they are split. None where they cannot be read: quantised, in float16, or not in one memory."""
+    counts = torch.zeros(2**16, dtype=torch.int64)
+    for p in block.parameters():
+        if (
+            p.dtype not in (torch.float64, torch.float32, torch.bfloat16) or p.is_meta or hasattr(p, "placements")
+        ):  # a `DTensor`'s
+            return None
+        for part in p.detach().flatten().split(CHUNK):
+            bits = part.bfloat16().view(torch.int16).int() + 2**15
+            counts += torch.bincount(bits, minlength=2**16).cpu()
+    return hashlib.sha256(counts.numpy().tobytes()).hexdigest()[:32]
+
+
+def _same_name(name: str, other: str) -> bool:
+    """Whether two names mean one model, as far as names tell: two folders, or two ids `org/name`, have to be equal; one
+    of the two, or a bare name such as `gpt2`, and another kind of name only have to end alike. An empty one is unknown.
+    """
+    name, other = _spelled_alike(name), _spelled_alike(other)
+    if not name or not other or name == other:
+        return True
+    return _kind(name) != _kind(other) and name.rpartition("/")[2] == other.rpartition("/")[2]
+
+
+def _kind(name: str) -> Literal["bare name", "id", "folder"]:
+    if not _ID.fullmatch(name) or Path(name).is_dir():
+        return "folder"
+    return "id" if "/" in name else "bare name"
+
+
+def _spelled_alike(name: str) -> str:
+    """Without what may differ in spelling; a snapshot in the Hub's cache is its id."""
+    name = name.replace("\\", "/").rstrip("/")
+    cached = _SNAPSHOT.search(name)
+    return f"{cached[1]}/{cached[2]}" if cached else name

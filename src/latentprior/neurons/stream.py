@@ -1,0 +1,149 @@
+"""Documents through language model and prior: the tokens that count, and each block's meta-neurons at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from latentprior.data.activations import activations
+from latentprior.data.sinks import SINK_FACTOR, sink_threshold
+from latentprior.data.tokens import TokenBatch
+from latentprior.lm.hooks import Hookpoint
+from latentprior.prior import flow
+from latentprior.prior.denoiser import Block
+from latentprior.prior.glp import GLP
+from latentprior.utils.random import keyed_generator, normal
+
+_NOISE = 1  # stream of random numbers
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """B documents of at most T tokens, n of which count: not a document's first one, no attention sink, finite."""
+
+    doc: Int64[Tensor, " B"]
+    """`Document.index`."""
+    ids: list[np.ndarray]
+    """Token ids of each document, int32, the beginning-of-sequence token included."""
+    x: Float[Tensor, "n d"]
+    """Raw activations of the tokens that count, document by document."""
+    row: Int64[Tensor, "B T"]
+    """Where in `x` a document's tokens are, by their position; -1 for those that do not count."""
+
+    def __len__(self) -> int:
+        """Tokens that count."""
+        return len(self.x)
+
+    def filled(self) -> Int64[Tensor, "B T"]:
+        """`row` with the places that do not count filled by another of the document, for extremes over documents."""
+        return torch.where(self.row < 0, self.row.amax(dim=1, keepdim=True), self.row)
+
+    @classmethod
+    def cat(cls, parts: list[DocumentBatch]) -> DocumentBatch:
+        """All documents of `parts`, in order; at least one."""
+        width = max(part.row.shape[1] for part in parts)
+        rows, before = [], 0
+        for part in parts:
+            shifted = torch.where(part.row < 0, -1, part.row + before)
+            rows.append(torch.nn.functional.pad(shifted, (0, width - shifted.shape[1]), value=-1))
+            before += len(part)
+        ids = [ids for part in parts for ids in part.ids]
+        return cls(torch.cat([p.doc for p in parts]), ids, torch.cat([p.x for p in parts]), torch.cat(rows))
+
+    def document(self, i: int) -> DocumentBatch:
+        """One of the documents, as a batch of its own that does not keep the others in memory."""
+        rows = self.row[i][self.row[i] >= 0]
+        row = self.row[i : i + 1] - rows[0]
+        return DocumentBatch(self.doc[i : i + 1], [self.ids[i]], self.x[rows].clone(), row.clamp(min=-1))
+
+
+def distinct(batches: Iterable[TokenBatch]) -> Iterator[TokenBatch]:
+    """The batches without documents whose tokens, as far as they are kept, came before; eight bytes of each are kept.
+
+    Web text repeats itself: a unit's top documents would be copies of one.
+    """
+    seen: set[bytes] = set()
+    for batch in batches:
+        keys = [_digest(ids[mask]) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+        new = torch.tensor([key not in seen and key not in keys[:i] for i, key in enumerate(keys)])
+        seen.update(keys)
+        if new.any():
+            yield TokenBatch.whole(batch.ids[new], batch.mask[new], batch.doc[new], batch.position[new], batch.index)
+
+
+def _digest(ids: Tensor) -> bytes:
+    return blake2b(ids.numpy().tobytes(), digest_size=8).digest()
+
+
+def document_batches(
+    model: nn.Module, batches: Iterable[TokenBatch], hookpoint: Hookpoint, glp: GLP, layer: int | None
+) -> Iterator[DocumentBatch]:
+    """The documents of each batch that have a token that counts, with its activations, on the prior's device.
+
+    Sinks are told by the prior's median norm; where it has none, by the first batch's.
+
+    Raises:
+        InputError: see `activations.activations`.
+    """
+    median = float(glp.normalizer.median_norm[glp.normalizer.rows(layer)])
+    limit = SINK_FACTOR * median if np.isfinite(median) else None
+    for batch in batches:
+        found = next(activations(model, [batch], [hookpoint.layer], side=hookpoint.side, device=glp.device))
+        norms, finite = found.norms(), found.x.isfinite().all(dim=1)
+        if limit is None and finite.any():
+            limit = sink_threshold(norms[finite])
+        yield _document_batch(batch, found.x, finite & (norms <= (limit or 0.0)))
+
+
+def _document_batch(batch: TokenBatch, x: Tensor, counts: Tensor) -> DocumentBatch:
+    # The rows of `activations`: all tokens but the first of each document, in this order.
+    which, column = (batch.mask & (batch.position > 0)).nonzero(as_tuple=True)
+    kept = counts.cpu()
+    row = torch.full(batch.ids.shape, -1)
+    row[which[kept], batch.position[which, column][kept]] = torch.arange(int(kept.sum()))
+    some = (row >= 0).any(dim=1)
+    ids, mask = batch.ids.numpy().astype(np.int32), batch.mask.numpy()
+    documents = [ids[i][mask[i]] for i in some.nonzero().squeeze(1).tolist()]
+    return DocumentBatch(batch.doc[some], documents, x[counts], row[some].to(x.device))
+
+
+class UnitReader:
+    """The meta-neurons of a prior at one noise level, block by block, so that one block's are held at a time.
+
+    The noises are the same for every token: a unit's value depends on the activation alone (paper, 1-D probing).
+
+    Args:
+        glp: the prior.
+        t: noise level.
+        noises: how many noises to average over.
+        layer: which layer of a multi-layer prior.
+        seed: of the noises.
+    """
+
+    def __init__(self, glp: GLP, *, t: float, noises: int = 1, layer: int | None = None, seed: int = 0) -> None:
+        self._normalizer, self._denoiser, self._layer, self._t = glp.normalizer, glp.denoiser, layer, t
+        self.blocks = [block for block in glp.denoiser.layers if isinstance(block, Block)]
+        self.d_mlp = self.blocks[0].up_proj.out_features
+        self.noises = normal(noises, 1, glp.width, seed=keyed_generator(seed, _NOISE), device=glp.device)
+        layers: Any = None  # as the denoiser wants them: none for a prior of one layer
+        if glp.denoiser.layer_embed is not None:
+            layers = glp.normalizer.layers[glp.normalizer.rows(layer)]
+        with torch.no_grad():
+            self._factors = glp.denoiser.gathered(torch.tensor(t, device=glp.device), layers)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "n d_mlp"]]:
+        """Each block's units at raw activations [N, d], the mean over the noises, in the denoiser's precision."""
+        z_0 = self._normalizer.normalize(x, self._layer)
+        noisy = (flow.interpolate(z_0, noise.expand_as(z_0), self._t) for noise in self.noises)
+        for units in zip(*(self._denoiser.units(z_t, self._factors) for z_t in noisy), strict=True):
+            total = reduce(torch.add, units)
+            yield total if len(units) == 1 else total / len(units)

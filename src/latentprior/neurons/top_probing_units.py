@@ -1,0 +1,85 @@
+"""The probing tasks that a unit is among the best at, from a run of `latentprior probe`."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latentprior.data.store.manifest import damaged
+from latentprior.lm.hooks import Hookpoint
+from latentprior.utils.errors import InputError
+
+WINNERS = "winners.parquet"
+SOURCE = "meta-neurons"
+_COLUMNS = ("task", "source", "t", "block", "index", "rank", "sign", "test_auc")
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError)
+
+
+class Win(NamedTuple):
+    """A task that a unit is among the best at."""
+
+    rank: int
+    """Its place among all units by validation AUC, the best first."""
+    task: str
+    auc: float
+    """Test AUC."""
+    sign: int
+    """+1 if the unit is larger in the class that sorts last, -1 if in the other."""
+
+
+def read_winners(
+    folder: str | Path, t: float, hookpoint: Hookpoint, *, blocks: int, d_mlp: int
+) -> dict[int, list[Win]]:
+    """The tasks of each unit (``block * d_mlp + index``) at the noise level nearest to `t`, its best ranks first.
+
+    Args:
+        folder: of the probing run.
+        t: noise level.
+        hookpoint: of the prior whose units are wanted.
+        blocks, d_mlp: its shape.
+
+    Raises:
+        InputError: no such run, a damaged one, one of another hookpoint, or of a prior of another shape.
+    """
+    folder = Path(folder)
+    _check_hookpoint(folder / "probe.json", hookpoint)
+    path = folder / WINNERS
+    try:
+        rows = pq.ParquetFile(path).read(columns=list(_COLUMNS)).to_pylist()
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no probing run: {WINNERS} is missing") from error
+    except _READ_ERRORS as error:
+        raise damaged(path, error) from error
+    if rows and set(_COLUMNS) - rows[0].keys():
+        raise damaged(path, f"it lacks the column {sorted(set(_COLUMNS) - rows[0].keys())[0]!r}")
+    rows = [row for row in rows if row["source"] == SOURCE and row["t"] is not None]
+    if not rows:
+        raise InputError(f"{path} names no {SOURCE}: probe a prior with the source {SOURCE!r}")
+    nearest = min({row["t"] for row in rows}, key=lambda found: (abs(found - t), found))
+    wins: dict[int, list[Win]] = defaultdict(list)
+    for row in rows:
+        if row["t"] != nearest:
+            continue
+        if not (0 <= row["block"] < blocks and 0 <= row["index"] < d_mlp):
+            raise InputError(
+                f"{folder} probed a prior of another shape: it has unit {row['index']} of block {row['block']}, "
+                f"this one {blocks} blocks of {d_mlp} units"
+            )
+        wins[row["block"] * d_mlp + row["index"]].append(Win(row["rank"], row["task"], row["test_auc"], row["sign"]))
+    return {unit: sorted(found, key=lambda win: (win.rank, -win.auc, win.task)) for unit, found in wins.items()}
+
+
+def _check_hookpoint(path: Path, hookpoint: Hookpoint) -> None:
+    try:
+        probed = Hookpoint.from_dict(json.loads(path.read_bytes())["hookpoint"])
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} holds no probing run: {path.name} is missing") from error
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not probed.same_place(hookpoint):
+        raise InputError(f"{path.parent} probed {probed}, this prior belongs to {hookpoint}")

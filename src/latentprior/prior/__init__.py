@@ -1,0 +1,1 @@
+"""The generative latent prior: denoiser, flow, normalizer, `GLP` and its files."""

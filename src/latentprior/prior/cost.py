@@ -1,0 +1,142 @@
+"""What things cost, counted exactly from shapes: parameters, FLOPs and bytes of prior and language model.
+
+A multiply-add is two FLOPs. Only matrix products are counted: all else is well under a hundredth of them. No name in
+here loads or runs a model but `matrix_peak`, which multiplies two matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from latentprior.config import DenoiserConfig
+
+FLOAT32 = 4  # bytes
+
+
+# -- the prior -----------------------------------------------------------------------------------------------------
+
+
+def parameters(config: DenoiserConfig) -> int:
+    """Parameters of `Denoiser(config)`.
+
+    With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; an embedding of two
+    square linears ``2 (m² + m)`` for time and one more for layers; last LayerNorm ``2 m``; each block three linears in
+    (up, gate, time) ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
+    """
+    d, m, h, n = _shape(config)
+    embeddings = 2 if config.multi_layer_n_layers else 1
+    block = 4 * m * h + 3 * h + 3 * m
+    return 2 * d * m + d + m + embeddings * 2 * (m * m + m) + 2 * m + n * block
+
+
+def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0, distinct_layers: float = 0.0) -> float:
+    """FLOPs of one forward pass for one activation, as executed.
+
+    Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
+    one linear of each block) runs once for each *distinct* time, and once for each distinct layer of a multi-layer
+    prior: ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
+
+    Args:
+        distinct_times: distinct times for each activation: 1 if every row has its own (as the official code executes
+            it), 0 if very many rows share one.
+        distinct_layers: distinct layers for each activation; 0 for a prior of one layer.
+    """
+    d, m, h, n = _shape(config)
+    return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
+
+
+def training_flops_per_activation(
+    config: DenoiserConfig, *, distinct_times: float = 0.0, distinct_layers: float = 0.0
+) -> float:
+    """FLOPs of one forward and backward pass for one activation, as executed.
+
+    A linear's backward is two products of the forward's size, for the gradients of weight and input, so all is three
+    times the forward. The first linear of each path has data as its input and needs no gradient there: less ``2 d m``
+    for each row and ``2 m²`` for each distinct time and layer.
+    """
+    forward = flops_per_activation(config, distinct_times=distinct_times, distinct_layers=distinct_layers)
+    d, m, _, _ = _shape(config)
+    return 3 * forward - 2 * d * m - (distinct_times + distinct_layers) * 2 * m * m
+
+
+def paper_flops_per_activation(config: DenoiserConfig) -> float:
+    """The paper's count of training, ``6 N`` with N all parameters (C = 6 N D of its scaling law)."""
+    return 6.0 * parameters(config)
+
+
+def muon_flops_per_step(config: DenoiserConfig) -> float:
+    """FLOPs of one update of the blocks' four matrices by Muon, whatever the batch; AdamW has no matrix products.
+
+    Each of five Newton-Schulz iterations on a matrix [a, b], a <= b, takes its Gram matrix (``2 a² b``), squares that
+    (``2 a³``) and multiplies back (``2 a² b``).
+    """
+    _, m, h, n = _shape(config)
+    a, b = min(m, h), max(m, h)
+    return 4 * n * 5 * 2.0 * (2 * a * a * b + a**3)
+
+
+def training_bytes(
+    config: DenoiserConfig,
+    *,
+    rows: int,
+    micro_batch: int,
+    world: int = 1,
+    parallel: Literal["ddp", "fsdp"] = "ddp",
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    average: bool = False,
+    item: int = 2,
+) -> dict[str, int]:
+    """Bytes that training takes in each process, by what they hold.
+
+    Weights, gradients, optimizer and average are float32: ``4 N``, ``4 N``, ``8 N`` (AdamW's two moments; Muon has one
+    of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes (gradients are views of its
+    buckets), FSDP2 one part in `world` of each. ``copies`` are of the weights in the precision of the matrix work: all
+    of them under DDP (autocast keeps them for the step). FSDP2 gathers block by block: all outside the blocks, the
+    running block and the one fetched ahead; and float32 gradients on their way to the others: of one block, or of
+    everything if there are several micro-batches, which are added up first. ``activations`` are those of one
+    micro-batch, see `activation_bytes`. ``batch`` is the process's part of it: raw bf16 and noise float32.
+
+    Args:
+        rows: activations of a step in this process.
+        micro_batch: rows of one forward and backward pass.
+        world: processes.
+        average: an exponential average of the weights is kept.
+        item: bytes of a number in the matrix work: 2 for bfloat16, 4 for float32.
+    """
+    whole = parameters(config)
+    share = -(-whole // world) if parallel == "fsdp" else whole
+    d, m, h, n = _shape(config)
+    block = 4 * m * h + 3 * h + 3 * m
+    if parallel == "fsdp" and world > 1:
+        copies = (whole - max(n - 2, 0) * block) * item + FLOAT32 * (block if rows <= micro_batch else whole)
+    else:
+        copies = 0 if item == FLOAT32 else whole * item
+    one_moment = 4 * n * m * h * share // whole if optimizer == "muon" else 0
+    return {
+        "weights": FLOAT32 * share,
+        "gradients": FLOAT32 * share,
+        "optimizer": FLOAT32 * (2 * share - one_moment),
+        "average": FLOAT32 * share if average else 0,
+        "copies": copies,
+        "activations": activation_bytes(config, min(micro_batch, rows), item=item),
+        "batch": rows * d * (2 + FLOAT32),
+    }
+
+
+def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int:
+    """Bytes that the backward pass of `rows` activations needs: what the forward pass saves, and working space.
+
+    Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
+    (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
+    hidden vectors (gate, time factor, their product, its SiLU, up, meta-neurons: ``6 s h``); the last LayerNorm keeps
+    ``4 m + 8``, out projection ``s m``, in projection ``s d``, and the loss the error ``4 d``. Working space:
+    gradients of three hidden vectors of one block, ``3 s h``. The time path of few distinct times is left out. This is
+    eager execution; compiled blocks save less.
+    """
+    d, m, h, n = _shape(config)
+    block = 8 * m + 8 + 6 * item * h
+    return rows * (n * block + (4 + item) * m + 8 + (item + 4) * d + 3 * item * h)
+
+
+def _shape(config: DenoiserConfig) -> tuple[int, int, int, int]:
+    return config.d_input, config.d_model, config.d_mlp, config.n_layers

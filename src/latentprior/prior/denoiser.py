@@ -1,0 +1,238 @@
+"""The network: a gated MLP that predicts the flow's velocity at one noisy activation (paper, architecture).
+
+The time factor ``W_time e`` of a block depends on ``t`` alone. With one row for each activation it is a quarter of
+the matrix work, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latentprior.config import DenoiserConfig
+from latentprior.utils.errors import InputError
+
+MOST_REMEMBERED = 64  # lists of times, such as those of the starts of an adaptive repair
+TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
+
+
+def sinusoid(value: Float[Tensor, " n"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "n {width}"]:
+    """Sinusoidal features of a scalar, cosines first, float32."""
+    half = width // 2
+    frequency = torch.exp(-math.log(max_period) / half * torch.arange(half, device=value.device, dtype=torch.float32))
+    angle = value.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Condition(NamedTuple):
+    """Embeddings of the distinct times and layers of a batch, and which of them each row has (None: all the one)."""
+
+    time: Float[Tensor, "u d_model"]
+    time_index: Int[Tensor, " n"] | None = None
+    layer: Float[Tensor, "v d_model"] | None = None
+    layer_index: Int[Tensor, " n"] | None = None
+
+
+class Block(nn.Module):
+    """``x + W_down( SiLU( (W_gate h) * (W_time e) ) * (W_up h) )`` with ``h = LN(x)``."""
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(d_model)
+        self.up_proj = nn.Linear(d_model, d_mlp)
+        self.gate_proj = nn.Linear(d_model, d_mlp)
+        self.time_proj = nn.Linear(d_model, d_mlp)
+        self.down_proj = nn.Linear(d_mlp, d_model)
+
+    def hidden(self, x: Float[Tensor, "n d_model"], factor: Float[Tensor, "m d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+        """The meta-neurons: post-gate hidden units, the input of ``W_down``. `factor` has n rows or one."""
+        h = self.ln(x).to(self.up_proj.weight.dtype)
+        return F.silu(self.gate_proj(h) * factor) * self.up_proj(h)
+
+    def factor(self, condition: Condition) -> Float[Tensor, "m d_mlp"]:
+        """``W_time e`` for every row, from the embeddings of the distinct times and layers."""
+        factor = _gather(self.time_proj(condition.time), condition.time_index)
+        if condition.layer is None:
+            return factor
+        # W_time is linear, so time and layer add up; the bias is in the first term.
+        return factor + _gather(F.linear(condition.layer, self.time_proj.weight), condition.layer_index)
+
+    def forward(self, x: Float[Tensor, "n d_model"], condition: Condition) -> Float[Tensor, "n d_model"]:
+        """One whole block, so that its weights may be sharded or compiled together."""
+        return x + self.down_proj(self.hidden(x, self.factor(condition)))
+
+
+def _embedding(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+
+class Denoiser(nn.Module):
+    """Velocity ``u_hat(z_t, t)`` of one standardised activation, optionally conditioned on its layer."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(config.d_input, config.d_model)
+        self.time_embed = _embedding(config.d_model)
+        self.layer_embed = _embedding(config.d_model) if config.multi_layer_n_layers else None
+        self.layers = nn.ModuleList(Block(config.d_model, config.d_mlp) for _ in range(config.n_layers))
+        self.ln = nn.LayerNorm(config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_input)
+        self._remembering = 0  # contexts open
+        self._remembered: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.in_proj.weight.dtype
+
+    def factors(self, t: Float[Tensor, " u"]) -> list[Float[Tensor, "u d_mlp"]]:
+        """The time factor ``W_time e`` of each block at `t`: all that depends on time."""
+        e = self.embedded_time(t)
+        return [block.time_proj(e) for block in self._blocks()]
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While it is open, `tables` computes the factors of the same times once: the weights must not be changed.
+
+        A decoding step repairs a few rows at the same few times as the one before, and the time path would be most of
+        its work. Contexts may be nested; when the last one closes, everything is forgotten.
+        """
+        self._remembering += 1
+        try:
+            yield
+        finally:
+            self._remembering -= 1
+            if not self._remembering:
+                self._remembered.clear()
+
+    def tables(self, times: Sequence[float]) -> list[Float[Tensor, "u d_mlp"]]:
+        """`factors` at `times`; remembered where `remembering` is open, but for a graph for gradients."""
+        weight = self.in_proj.weight
+        if not self._remembering or torch.is_grad_enabled():
+            return self.factors(torch.tensor(times, device=weight.device))
+        versions = (p._version for p in self.parameters() if not p.is_inference())  # of writes but those by `data`
+        key = (weight.device, weight.dtype, *versions, *times)  # `attach` may move the prior to the model's device
+        if key not in self._remembered:
+            if len(self._remembered) >= MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = self.factors(torch.tensor(times, device=weight.device))
+        return self._remembered[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy remembers nothing: the contexts are the original's."""
+        return {**self.__dict__, "_remembering": 0, "_remembered": {}}
+
+    def embedded_time(self, t: Float[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
+        return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
+
+    def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
+        """The embedding of layers, by their relative depth.
+
+        Raises:
+            InputError: the denoiser serves one layer only.
+        """
+        if self.config.multi_layer_n_layers is None or self.layer_embed is None:
+            raise InputError("this prior has one layer: call it without `layer`")
+        depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
+        return self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
+
+    def run(
+        self,
+        z_t: Float[Tensor, "n d"],
+        factors: list[Float[Tensor, "m d_mlp"]],
+    ) -> Float[Tensor, "n d"]:
+        """Velocity with given factors (n rows or one each)."""
+        x = self.in_proj(z_t.to(self.dtype))
+        for block, factor in zip(self._blocks(), factors, strict=True):
+            x = x + block.down_proj(block.hidden(x, factor))
+        return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def units(
+        self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]
+    ) -> Iterator[Float[Tensor, "n d_mlp"]]:
+        """Each block's meta-neurons with given factors, one block at a time; what follows the last is not computed."""
+        blocks, x = self._blocks(), self.in_proj(z_t.to(self.dtype))
+        for block, factor in zip(blocks, factors, strict=True):
+            hidden = block.hidden(x, factor)
+            yield hidden
+            if block is not blocks[-1]:
+                x = x + block.down_proj(hidden)
+
+    def forward(
+        self,
+        z_t: Float[Tensor, "n d"],
+        t: Float[Tensor, " ..."],
+        layer: Int[Tensor, " ..."] | None = None,
+        *,
+        time_index: Int[Tensor, " n"] | None = None,
+        layer_index: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "n d"]:
+        """Velocity at `z_t` [N, d] and time `t` (scalar or [N]); `layer` (scalar or [N]) for a multi-layer prior.
+
+        With `time_index`, `t` [U] holds the distinct times and the index says which one each row has; so with
+        `layer_index`. Then nothing has to be looked for in the data: on a GPU that would make the host wait.
+        """
+        condition = self.condition(t, layer, time_index, layer_index)
+        x = self.in_proj(z_t.to(self.dtype))
+        for block in self.layers:
+            x = block(x, condition)
+        return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def condition(
+        self,
+        t: Float[Tensor, " ..."],
+        layer: Int[Tensor, " ..."] | None,
+        time_index: Int[Tensor, " n"] | None = None,
+        layer_index: Int[Tensor, " n"] | None = None,
+    ) -> Condition:
+        """Embeddings of the distinct times and layers, once each."""
+        if layer is None and self.layer_embed is not None:
+            raise InputError("this prior serves several layers: say which with `layer`")
+        if time_index is None:
+            t, time_index = _distinct(t)
+        time = self.embedded_time(t)
+        if layer is None:
+            return Condition(time, time_index)
+        if layer_index is None:
+            layer, layer_index = self._distinct_layers(layer)
+        return Condition(time, time_index, self.embedded_layer(layer), layer_index)
+
+    def gathered(self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None) -> list[Float[Tensor, "m d_mlp"]]:
+        """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
+        condition = self.condition(t, layer)
+        return [block.factor(condition) for block in self._blocks()]
+
+    def gathered_layers(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:
+        """What its layer adds to every row's factor (or to all, for a scalar)."""
+        distinct, index = self._distinct_layers(layer)
+        e = self.embedded_layer(distinct)
+        return [_gather(F.linear(e, block.time_proj.weight), index) for block in self._blocks()]
+
+    def _distinct_layers(self, layer: Int[Tensor, " ..."]) -> tuple[Tensor, Tensor | None]:
+        distinct, index = _distinct(layer)
+        n_layers = self.config.multi_layer_n_layers
+        if n_layers is not None and distinct.numel() and not 0 <= int(distinct.min()) <= int(distinct.max()) < n_layers:
+            raise InputError(f"layer must lie in 0..{n_layers - 1}, got {distinct.tolist()}")
+        return distinct, index
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
+
+
+def _distinct(value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The distinct values, and each row's place among them; no index for a single one."""
+    if value.ndim == 0 or value.shape[0] == 1:
+        return value.reshape(1), None
+    distinct, index = torch.unique(value, return_inverse=True)
+    return distinct, index
+
+
+def _gather(table: Tensor, index: Tensor | None) -> Tensor:
+    return table if index is None else table.index_select(0, index)

@@ -1,0 +1,192 @@
+"""Priors on disk: reading and writing the folder of a prior, of this project's format or the official one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from latentprior.config import DenoiserConfig, from_dict, to_dict
+from latentprior.lm.hooks import Hookpoint
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.official import checkpoint as official
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_text, replaced
+
+FORMAT = 1
+WHITENED_FORMAT = 2  # has the normalizer's basis, which a reader of format 1 would leave out without a word
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a prior consists of, and all that its folder holds."""
+
+    denoiser: Denoiser
+    normalizer: Normalizer
+    hookpoints: tuple[Hookpoint, ...]
+    provenance: dict[str, Any]
+    """Corpus, training summary and versions, as JSON-ready values."""
+
+
+def read(folder: Path, checkpoint: str) -> Parts:
+    """The prior in `folder`, with its final weights or those of an intermediate checkpoint.
+
+    Raises:
+        InputError: an unknown checkpoint, or files that are missing, damaged or do not fit together.
+    """
+    return _read_own(folder, checkpoint) if _own_checkpoints(folder) else _read_official(folder, checkpoint)
+
+
+def write(folder: Path, parts: Parts) -> None:
+    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all.
+
+    Raises:
+        InputError: weights in float16.
+    """
+    if any(p.dtype == torch.float16 for p in parts.denoiser.parameters()):
+        raise InputError("float16 storage is refused: cast the prior to bfloat16 or float32 before saving it")
+    config = {
+        "format": FORMAT if parts.normalizer.basis is None else WHITENED_FORMAT,
+        "denoiser": to_dict(parts.denoiser.config),
+        "hookpoints": [h.to_dict() for h in parts.hookpoints],
+        "provenance": parts.provenance,
+    }
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", "README.md": model_card(parts)}  # may fail, so first
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _state(denoiser=parts.denoiser, normalizer=parts.normalizer)
+    with replaced(folder / WEIGHTS) as partial:
+        save_file(state, partial, metadata={"format": "pt"})
+    for name, text in texts.items():
+        replace_text(folder / name, text)
+
+
+def _state(**modules: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _read_own(folder: Path, checkpoint: str) -> Parts:
+    folder = _checkpoint_folder(folder, checkpoint)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no readable prior: {' '.join(str(error).split())[:300]}") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found not in (FORMAT, WHITENED_FORMAT):
+        raise InputError(f"{folder} has prior format {found}, this version reads {FORMAT} and {WHITENED_FORMAT}")
+    try:
+        shape = from_dict(DenoiserConfig, config["denoiser"])
+        hookpoints = tuple(Hookpoint.from_dict(h) for h in config["hookpoints"])
+        provenance = dict(config["provenance"])
+    except KeyError as error:
+        raise InputError(f"{folder / CONFIG} lacks the key {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
+    return Parts(
+        _denoiser(shape, _below("denoiser.", state), folder),
+        _normalizer(state, folder, whitened=found == WHITENED_FORMAT),
+        hookpoints,
+        provenance,
+    )
+
+
+def _own_checkpoints(folder: Path) -> dict[str, Path]:
+    """Folders of the weights that are there, by name; a run that goes on has no final ones yet."""
+    files = [folder / CONFIG, *folder.glob(f"checkpoints/*/{CONFIG}")]
+    return {"final" if f.parent == folder else f.parent.name: f.parent for f in files if f.is_file()}
+
+
+def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
+    """The folder of a checkpoint, found among those that exist: no name can lead out of the prior's folder."""
+    folders = _own_checkpoints(folder)
+    if checkpoint not in folders:
+        raise unknown("checkpoint", checkpoint, sorted(sorted(folders), key=len))
+    return folders[checkpoint]
+
+
+def _normalizer(state: dict[str, Tensor], folder: Path, *, whitened: bool) -> Normalizer:
+    statistics = _below("normalizer.", state)
+    try:
+        return Normalizer(
+            statistics["mean"],
+            statistics["var"],
+            statistics["layers"].tolist(),
+            mean_norm=statistics["mean_norm"],
+            median_norm=statistics["median_norm"],
+            basis=statistics["basis"] if whitened else None,
+        )
+    except KeyError as error:
+        raise InputError(f"{folder / WEIGHTS} lacks the statistic {error}") from error
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _read_official(folder: Path, checkpoint: str) -> Parts:
+    parts = official.read_checkpoint(folder, checkpoint)
+    normalizer = Normalizer(parts.mean, parts.var, parts.statistics_layers)
+    return Parts(_denoiser(parts.config, parts.weights, folder), normalizer, parts.hookpoints, parts.provenance)
+
+
+def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) -> Denoiser:
+    """A denoiser around `weights`, without drawing initial ones."""
+    with torch.device("meta"):
+        denoiser = Denoiser(config)
+    try:
+        denoiser.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"weights in {folder} do not fit its configuration: {detail[:300]}") from error
+    return denoiser
+
+
+def model_card(parts: Parts) -> str:
+    """The README of a saved prior: what it was trained on and how to use it."""
+    hookpoints = "\n".join(f"| {h.model} | {h.layer} | {h.side} | {h.width} |" for h in parts.hookpoints)
+    config = parts.denoiser.config
+    size = sum(p.numel() for p in parts.denoiser.parameters())
+    layers = parts.normalizer.layers.tolist()
+    of_layer = f", layer={layers[0]}" if len(layers) > 1 else ""
+    attach = """
+with glp.attach(model):  # the language model of the table, as transformers loads it
+    model.generate(**tokenizer("The weather today", return_tensors="pt"))"""
+    return f"""---
+library_name: latentprior
+tags: [interpretability, activations, flow-matching]
+---
+# Generative latent prior
+
+A flow-matching model of a language model's activations ([method](https://arxiv.org/abs/2602.06964)):
+{config.n_layers} blocks, d_model {config.d_model}, d_mlp {config.d_mlp}, {size / 1e6:.1f} M parameters.
+
+| language model | layer | side | width |
+|---|---|---|---|
+{hookpoints}
+
+```python
+from latentprior import GLP
+
+glp = GLP.from_pretrained("this folder or repository")
+activations = glp.sample(16{of_layer})  # [16, {config.d_input}]{attach if parts.hookpoints else ""}
+```
+
+```json
+{json.dumps(parts.provenance, indent=2)}
+```
+"""

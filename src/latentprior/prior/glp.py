@@ -1,0 +1,480 @@
+"""`GLP`, the generative latent prior: normalizer, denoiser and provenance in one object.
+
+Every public method takes and returns *raw* activations with free leading dimensions; standardised ones are called
+``z``. Noise is always standardised.
+
+Whatever draws takes `generator`: a seed repeats exactly, before and after any other call, a `torch.Generator` advances,
+and None (the default) draws fresh numbers at every call, which `torch.manual_seed` makes repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latentprior.config import Grid, Solver
+from latentprior.lm.edits import EditCounts, Positions
+from latentprior.lm.hooks import Hookpoint
+from latentprior.prior import files as pretrained
+from latentprior.prior import flow, repair
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.normalizer import Normalizer
+from latentprior.utils.errors import InputError
+from latentprior.utils.hub import fetch, upload
+from latentprior.utils.random import Seed, generator_of, normal
+
+SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+Layer = Int[Tensor, "..."] | int | None
+T = TypeVar("T")
+P = ParamSpec("P")
+CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
+
+
+def _where_the_prior_is(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable[Concatenate[GLP, P], Tensor]:
+    """Compute on the prior's device whatever device the arguments are on; the result is back on the first one's."""
+
+    call: Callable[..., Tensor] = method
+
+    @wraps(method)
+    def moved(glp: GLP, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        def here(value: Any) -> Any:
+            return value.to(glp.device) if isinstance(value, Tensor) else value
+
+        given = args[0] if args else kwargs.get("x", kwargs.get("z_t"))
+        result = call(glp, *map(here, args), **{name: here(value) for name, value in kwargs.items()})
+        return result.to(given.device) if isinstance(given, Tensor) else result
+
+    return moved
+
+
+class GLP(nn.Module):
+    """A generative latent prior over a language model's activations.
+
+    Activations may be on any device: methods compute where the prior is and give the result back where the activations
+    were.
+
+    Args:
+        denoiser: the network.
+        normalizer: standardisation of raw activations.
+        hookpoints: where in which model the training activations came from.
+        provenance: corpus, training summary and versions, as JSON-ready values.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        normalizer: Normalizer,
+        hookpoints: Sequence[Hookpoint] = (),
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if denoiser.config.d_input != normalizer.width:
+            raise InputError(f"denoiser of width {denoiser.config.d_input}, statistics of width {normalizer.width}")
+        self.denoiser = denoiser
+        self.normalizer = normalizer
+        self.hookpoints = tuple(hookpoints)
+        self.provenance = dict(provenance or {})
+
+    def __repr__(self) -> str:
+        shape, size = self.denoiser.config, sum(p.numel() for p in self.denoiser.parameters())
+        layers = self.normalizer.layers.tolist()
+        place = f"{self.hookpoints[0].model or 'some model'} layers {layers}" if self.hookpoints else "some model"
+        blocks = f"{shape.n_layers} blocks, d_model {shape.d_model}, {size / 1e6:.1f} M parameters"
+        return f"GLP({place}, width {self.width}: {blocks})"
+
+    @property
+    def width(self) -> int:
+        """Width d of the activations."""
+        return self.normalizer.width
+
+    @property
+    def device(self) -> torch.device:
+        return self.normalizer.mean.device
+
+    def cast(self, dtype: torch.dtype) -> GLP:
+        """The denoiser's weights in `dtype`, in place; statistics and the flow's state stay float32."""
+        self.denoiser.to(dtype)
+        return self
+
+    # -- the flow ------------------------------------------------------------------------------------------------
+
+    @_where_the_prior_is
+    def velocity(
+        self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float, layer: Layer = None
+    ) -> Float[Tensor, "*n d"]:
+        """Velocity ``u_hat(z_t, t)`` at standardised `z_t` [..., d]; `t` is a scalar or [...]."""
+        self.normalizer.check_width(z_t)
+        times = torch.as_tensor(t, dtype=torch.float32, device=z_t.device)
+        times = _rowwise("t", times, z_t.shape[:-1])
+        layers = self._layers(layer, z_t.shape[:-1])
+        return self.denoiser(z_t.reshape(-1, self.width), times, layers).reshape(z_t.shape)
+
+    @_where_the_prior_is
+    def loss(
+        self,
+        x: Float[Tensor, "*n d"],
+        *,
+        t: Float[Tensor, " ..."] | float | None = None,
+        noise: Float[Tensor, "*n d"] | None = None,
+        layer: Layer = None,
+        generator: Seed = None,
+    ) -> Float[Tensor, ""]:
+        """The training loss ``mean((u_hat(z_t, t) - (eps - z_0))^2)`` (paper, flow matching), differentiable.
+
+        Times left out are drawn from the official training grid, noise from `generator`. Losses that are to be compared
+        need the same seed, or the same `t` and `noise`.
+        """
+        z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
+        if t is None:
+            generator = generator_of(generator)  # goes on to draw the noise
+            t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
+        t = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
+        predicted = self.denoiser(flow.interpolate(z_0, eps, t), t, self._layers(layer, x.shape[:-1]))
+        return F.mse_loss(predicted, flow.target(z_0, eps))
+
+    @_where_the_prior_is
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int = 20,
+        solver: Solver = "euler",
+        grid: Grid = "uniform",
+        noise: Float[Tensor, "n d"] | None = None,
+        layer: Layer = None,
+        generator: Seed = None,
+    ) -> Float[Tensor, "n d"]:
+        """Draw `n` raw activations [n, d] by integrating the flow from noise (t = 1) to data (t = 0).
+
+        Args:
+            n: how many.
+            steps: denoiser evaluations; see `nfe`.
+            solver: euler, midpoint, heun or ab2.
+            grid: "uniform", or "official" for the official sampler's times bit for bit.
+            noise: standardised noise [n, d] to start from.
+            layer: which layer, for a multi-layer prior: a number, or [n].
+            generator: source of the noise, or a seed; None draws fresh noise at every call.
+        """
+        if n < 1:
+            raise InputError(f"n must be at least 1, got {n}")
+        start = self._noise((n, self.width), noise, generator)
+        schedule = flow.schedule(steps, solver=solver, grid=grid)
+        layers = self._layers(layer, (n,))
+        return self.normalizer.denormalize(self._integrate(start, schedule, layers), layers)
+
+    @_where_the_prior_is
+    @torch.no_grad()
+    def project(
+        self,
+        x: Float[Tensor, "*n d"],
+        *,
+        reference: Float[Tensor, "*n d"] | None = None,
+        t_start: float = 0.5,
+        steps: int = 4,
+        solver: Solver = "euler",
+        grid: Grid = "uniform",
+        noise: Float[Tensor, "*n d"] | None = None,
+        layer: Layer = None,
+        generator: Seed = None,
+        hold: Float[Tensor, "*m d"] | None = None,
+    ) -> Float[Tensor, "*n d"]:
+        """Bring activations back to where the language model's activations live (paper, on-manifold steering).
+
+        Standardise, noise to `t_start`, integrate back to 0, de-standardise. Larger `t_start` corrects more and keeps
+        less. Attention sinks (norm over 10 times the training median) come back untouched, and so does everything at
+        ``t_start=0``. The result has `x`'s dtype.
+
+        Args:
+            x: edited raw activations [..., d].
+            reference: the activations before they were edited. Then the answer is
+                ``reference + project(x) - project(reference)`` with the same noise: what the repair costs an unedited
+                activation cancels, and an edit of zero changes nothing.
+            t_start: noise level to start from, 0 (data) to 1 (noise).
+            steps: denoiser evaluations (as the official code counts them with ``grid="official"``); see `nfe`.
+            solver, grid, layer, generator: as in `sample`; `layer` may be [...].
+            noise: standardised noise of `x`'s shape.
+            hold: directions [d] or [..., d]; the repaired activation has the component along them that `x` has (and
+                the repaired reference that of the reference), while the flow adapts all others to it.
+        """
+        schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
+        self.normalizer.check_width(x)
+        shape, flat = x.shape, x.reshape(-1, x.shape[-1])
+        layers = self._layers(layer, shape[:-1])
+        if t_start == 0:
+            return x.clone()
+        eps = self._noise(shape, noise, generator).reshape(flat.shape)
+        keep = self.normalizer.sinks(flat, layers)
+        held = None if hold is None else _rows_of("hold", hold, shape)
+        if reference is None:
+            repaired = self._repair(flat, eps, schedule, layers, held)
+        else:
+            if reference.shape != shape:
+                raise InputError(f"reference has shape {tuple(reference.shape)}, x has {tuple(shape)}")
+            clean = reference.reshape(flat.shape)
+            keep = keep | self.normalizer.sinks(clean, layers)
+            keep = keep | (flat == clean).all(dim=-1)  # exact, while two rows of one product may round differently
+            both_layers = None if layers is None else layers if layers.ndim == 0 else layers.repeat(2)
+            both_held = None if held is None else held.repeat(2, 1)
+            both = self._repair(torch.cat([flat, clean]), eps.repeat(2, 1), schedule, both_layers, both_held)
+            edited, unedited = both.chunk(2)
+            repaired = clean + (edited - unedited)
+        return torch.where(keep[:, None], flat, repaired.to(x.dtype)).reshape(shape)
+
+    @_where_the_prior_is
+    @torch.no_grad()
+    def features(
+        self,
+        x: Float[Tensor, "*n d"],
+        *,
+        t: Float[Tensor, " ..."] | float = 0.1,
+        noise: Float[Tensor, "*n d"] | None = None,
+        layer: Layer = None,
+        generator: Seed = None,
+    ) -> Float[Tensor, "*n blocks d_mlp"]:
+        """Meta-neurons of raw activations: the post-gate hidden units of every block, ``[..., blocks, d_mlp]``.
+
+        One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise). Features
+        that are to be compared, such as those of an activation before and after an edit, need the same seed or `noise`.
+        """
+        z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
+        eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
+        times = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        z_t = flow.interpolate(z_0, eps, times)
+        factors = self.denoiser.gathered(times, self._layers(layer, x.shape[:-1]))
+        stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
+        return stacked.reshape(*x.shape[:-1], *stacked.shape[1:])
+
+    @_where_the_prior_is
+    @torch.no_grad()
+    def score(
+        self,
+        x: Float[Tensor, "*n d"],
+        *,
+        times: Sequence[float] = SCORE_TIMES,
+        layer: Layer = None,
+        generator: Seed = None,
+    ) -> Float[Tensor, "*n"]:
+        """How unusual each activation is: its own denoising loss, ``mean_d (u_hat(z_t, t) - (eps - z_0))^2``.
+
+        The mean over `times`, one noise each: near the held-out loss for ordinary activations, larger off the data.
+        One denoiser pass for each time. Scores that are to be compared, such as those of activations before and after
+        an edit, need the same seed: then row i has the same noise in every call of as many rows, and differences are
+        not noise.
+        """
+        z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
+        layers, generator = self._layers(layer, x.shape[:-1]), generator_of(generator)
+        total = torch.zeros(len(z_0), device=z_0.device)
+        for t in times:
+            eps = self._noise(z_0.shape, None, generator)
+            z_t = flow.interpolate(z_0, eps, t)
+            predicted = self.denoiser(z_t, torch.tensor(t, device=z_0.device), layers)
+            total += (predicted - flow.target(z_0, eps)).square().mean(dim=-1)
+        return (total / len(times)).reshape(x.shape[:-1])
+
+    @staticmethod
+    def nfe(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> int:
+        """Denoiser evaluations that `sample` (``t_start=1``) or `project` executes for each activation."""
+        schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
+        return schedule.nfe if t_start > 0 else 0
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        layer: Sequence[int] | int | None = None,
+        positions: Positions = "all",
+        edit: Callable[[Tensor], Tensor] | None = None,
+        paired: bool = False,
+        check_model: bool = True,
+        generator: Seed = None,
+        t_start: float = 0.5,
+        steps: int = 4,
+        solver: Solver = "euler",
+        grid: Grid = "uniform",
+    ) -> AbstractContextManager[EditCounts]:
+        """Repair what flows through the hookpoint of a running model, also under ``generate()``.
+
+        Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
+        attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
+        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
+        greedy ties may then fall otherwise), while the context is open and again under the same seed. The prior's
+        weights must not be changed meanwhile. When the context closes, the model is as before. The prior moves to the
+        device of the hidden states when it first gets some, and stays there.
+
+        Args:
+            model: the language model the prior was trained on; checked before anything runs.
+            layer: which of the prior's layers; all by default.
+            positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
+                "generated", only the tokens after the prompt; a number, from that position on; or a boolean mask
+                [B, columns of the prompt] (`latentprior.rewrite.Positions`).
+            edit: changes the activations [N, d] before they are repaired, for example ``lambda x: x + a * w``.
+            paired: repair the edit against the unedited activation (`project`'s `reference`).
+            check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
+                say False for that. Width and layer are always checked.
+            generator: source of the noise, or a seed; None draws a fresh seed when the context opens.
+            t_start, steps, solver, grid: as in `project`.
+
+        Yields:
+            counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
+
+        Raises:
+            InputError: a model, layer or width that the prior was not trained on; see `latentprior.rewrite.rewrite` for
+                forward passes that cannot be followed and for leaving the context with nothing edited.
+        """
+        several = len(self.hookpoints) > 1
+        flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()
+        repairing = repair.attach(
+            self,
+            model,
+            layer=layer,
+            positions=positions,
+            edit=edit,
+            paired=paired,
+            check_model=check_model,
+            generator=generator,
+            sinks=lambda hidden, layer: self._sinks(hidden, layer if several else None),
+            t_start=t_start,
+            steps=steps,
+            solver=solver,
+            grid=grid,
+        )
+        return self._remembering(repairing)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write ``config.json``, ``model.safetensors`` and a model card into the folder `path`."""
+        folder = Path(path)
+        parts = pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance)
+        pretrained.write(folder, parts)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        checkpoint: str = "final",
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> GLP:
+        """Load a prior from a folder or a Hub repository, of this project's format or the official one.
+
+        Args:
+            path_or_repo: folder or repository id.
+            checkpoint: which weights: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
+            revision: branch, tag or commit of the repository.
+            device: where to put it; the CPU by default.
+            dtype: precision of the denoiser's weights; as saved by default.
+
+        Raises:
+            InputError: nothing there, an unknown checkpoint, or files that do not fit together.
+        """
+        folder = fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
+        parts = pretrained.read(folder, checkpoint)
+        glp = cls(parts.denoiser, parts.normalizer, parts.hookpoints, parts.provenance)
+        if dtype is not None:
+            glp.cast(dtype)
+        return glp.to(device or "cpu").eval().requires_grad_(False)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Save to a temporary folder and upload it to the Hub repository `repo`; returns the commit's address."""
+        return upload(self.save_pretrained, repo, private=private, revision=revision)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _remembering(self, context: AbstractContextManager[T]) -> Iterator[T]:
+        """`context`, in which every decoding step repairs at the same few times."""
+        with self.denoiser.remembering(), context as handle:
+            yield handle
+
+    @_where_the_prior_is
+    def _sinks(self, x: Tensor, layer: Layer) -> Tensor:
+        return self.normalizer.sinks(x, layer)
+
+    def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
+        if noise is None:
+            return normal(*shape, seed=generator, device=self.device)
+        if tuple(noise.shape) != tuple(shape):
+            raise InputError(f"noise has shape {tuple(noise.shape)}, activations have {tuple(shape)}")
+        return noise.to(self.device, torch.float32)
+
+    def _layers(self, layer: Layer, leading: Sequence[int]) -> Tensor | None:
+        """Layer numbers as the denoiser wants them: None, a scalar, or one for each row."""
+        self.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
+        if self.denoiser.layer_embed is None:
+            return None
+        layers = self.normalizer.layers[0] if layer is None else torch.as_tensor(layer, device=self.device)
+        return _rowwise("layer", layers, leading)
+
+    def _repair(
+        self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None = None
+    ) -> Tensor:
+        """Standardise, noise to the first knot, integrate, de-standardise: [N, d] -> [N, d]."""
+        z_0 = self.normalizer.normalize(x, layers)
+        z = flow.interpolate(z_0, eps, schedule.knots[0])
+        if held is None:
+            return self.normalizer.denormalize(self._integrate(z, schedule, layers), layers)
+        g = self.normalizer.covector(held.to(z), layers).expand_as(z)
+        value = (g * z_0).sum(dim=-1)
+        z = self._integrate(z, schedule, layers, (g, value))
+        return self.normalizer.denormalize(flow.hold(z, g, value), layers)  # solvers but Euler end a little beside it
+
+    def _integrate(
+        self, z: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Integrate [N, d] along the schedule; the time path is computed once for all rows and steps.
+
+        Args:
+            held: directions [N, d] and the components [N] along them that the data prediction keeps.
+        """
+        times = sorted(set(schedule.times()))
+        tables = self.denoiser.tables(times)
+        row_of = {t: i for i, t in enumerate(times)}
+
+        def integrate(part: Tensor, part_layers: Tensor | None, *part_held: Tensor) -> Tensor:
+            extra = None if part_layers is None else self.denoiser.gathered_layers(part_layers)
+
+            def velocity(z_t: Tensor, t: float) -> Tensor:
+                i = row_of[t]
+                factors = [table[i : i + 1] for table in tables]
+                if extra is not None:
+                    factors = [a + b for a, b in zip(factors, extra, strict=True)]
+                return self.denoiser.run(z_t, factors)
+
+            return flow.integrate(flow.holding(velocity, *part_held) if part_held else velocity, part, schedule)
+
+        chunk = CPU_CHUNK if z.device.type == "cpu" else max(len(z), 1)
+        layer_parts = repeat(layers) if layers is None or layers.ndim == 0 else layers.split(chunk)
+        held_parts = (part.split(chunk) for part in held or ())
+        return torch.cat([integrate(*part) for part in zip(z.split(chunk), layer_parts, *held_parts, strict=False)])
+
+
+def _rowwise(name: str, value: Tensor, leading: Sequence[int]) -> Tensor:
+    """`value` itself if it is a scalar, else one entry for each activation."""
+    if value.ndim == 0:
+        return value
+    try:
+        return value.expand(leading).reshape(-1)
+    except RuntimeError as error:
+        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(leading)} rows") from error
+
+
+def _rows_of(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """`value` [d] or [..., d] as one row for each activation of `shape`: [N, d]."""
+    try:
+        return value.expand(*shape).reshape(-1, shape[-1])
+    except RuntimeError as error:
+        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(shape)}") from error

@@ -1,0 +1,65 @@
+"""Several priors of one hookpoint, to be compared with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from latentprior.lm.hooks import Hookpoint
+from latentprior.prior.glp import GLP
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError
+
+
+def priors_of(
+    names: Sequence[str],
+    *,
+    checkpoint: str = "final",
+    layer: int | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> tuple[dict[str, GLP], Hookpoint]:
+    """The priors by the names they were given, and their one hookpoint.
+
+    Args:
+        names: folders or repositories, at least one.
+        checkpoint: which of their weights.
+        layer: which layer of multi-layer priors.
+        device: where to put them; "auto" is this process's CUDA device if there is one, else the CPU.
+        precision: of the denoisers; "auto" is bfloat16 where the device is fast at it.
+
+    Raises:
+        InputError: no prior there, one without hookpoint, no such layer, or priors of different hookpoints.
+    """
+    place = resolve_device(device)
+    dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
+    priors: dict[str, GLP] = {}
+    found: list[Hookpoint] = []
+    for name in names:
+        glp = GLP.from_pretrained(name, checkpoint, device=place).cast(dtype)
+        mine = hookpoint_of(glp, name, layer)
+        first = found[0] if found else mine
+        if not mine.same_place(first):
+            raise InputError(f"{name} is a prior of {mine}, {names[0]} of {first}")
+        found.append(mine)
+        priors[name] = glp
+    return priors, found[0]
+
+
+def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
+    """Where a prior's activations come from; of a multi-layer prior, those of `layer`.
+
+    Raises:
+        InputError: it does not say, or has no such layer.
+    """
+    if not glp.hookpoints:
+        raise InputError(f"{name} does not say what it was trained on: give it `hookpoints` first")
+    glp.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
+    return next(h for h in glp.hookpoints if layer is None or h.layer == layer)
+
+
+def heldout_loss(glp: GLP) -> float | None:
+    """The held-out loss at the end of its training; None if it does not say."""
+    return glp.provenance.get("training", {}).get("heldout_loss")

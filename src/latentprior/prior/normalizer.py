@@ -1,0 +1,241 @@
+"""Standardisation: raw activations to mean 0 and variance 1, and back, for each layer.
+
+Of each dimension by itself, or along the principal directions of the covariance (whitened).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latentprior.data.moments import Moments
+from latentprior.data.sinks import SINK_FACTOR
+from latentprior.utils.devices import to_device
+from latentprior.utils.errors import InputError, unknown
+
+LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes about this much
+
+
+class Normalizer(nn.Module):
+    """Standardisation with the statistics of the training data, per dimension (paper, section on training).
+
+    Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to
+    its mean, never to infinity. The statistics are float32 buffers, one row for each layer, and stay float32 whatever
+    the module, or one around it, is cast to.
+
+    With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
+    columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
+
+    Args:
+        mean: per-layer means.
+        var: per-layer variances.
+        layers: the language model's layers that the rows belong to, in order.
+        mean_norm: mean norm of an activation, the unit of steering strength; nan where unknown.
+        median_norm: median norm, against which attention sinks are told; nan where unknown.
+        basis: orthogonal columns for whitening, see `whitened`; None standardises each dimension by itself.
+    """
+
+    mean: Tensor
+    var: Tensor
+    layers: Tensor
+    mean_norm: Tensor
+    median_norm: Tensor
+    basis: Tensor | None
+    scale: Tensor
+    divisor: Tensor
+    row_of_layer: Tensor
+
+    def __init__(
+        self,
+        mean: Float[Tensor, "layers d"],
+        var: Float[Tensor, "layers d"],
+        layers: Sequence[int],
+        *,
+        mean_norm: Float[Tensor, " layers"] | None = None,
+        median_norm: Float[Tensor, " layers"] | None = None,
+        basis: Float[Tensor, "layers d d"] | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers or len(set(layers)) < len(layers) or min(layers) < 0:
+            raise InputError(f"layers of statistics must be different and count from 0, got {list(layers)}")
+        if len(layers) != mean.shape[0] or mean.shape != var.shape:
+            raise InputError(
+                f"statistics of shape {tuple(mean.shape)} and {tuple(var.shape)} do not fit layers {list(layers)}"
+            )
+        if not (mean.isfinite().all() and var.isfinite().all() and (var >= 0).all()):
+            raise InputError("statistics must be finite, with no negative variance")
+        if basis is not None and (basis.shape != (*mean.shape, mean.shape[1]) or not basis.isfinite().all()):
+            raise InputError(f"a basis of shape {tuple(basis.shape)} does not whiten statistics {tuple(mean.shape)}")
+        missing = torch.full((len(layers),), float("nan"))
+        lookup = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
+        lookup[list(layers)] = torch.arange(len(layers))
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("var", var.float())
+        self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
+        self.register_buffer("mean_norm", missing.clone() if mean_norm is None else mean_norm.float())
+        self.register_buffer("median_norm", missing.clone() if median_norm is None else median_norm.float())
+        self.register_buffer("basis", None if basis is None else basis.float().contiguous())
+        scale = self.var.sqrt() if self.basis is None else self.basis.norm(dim=-2)  # of each coordinate of z
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
+        self.register_buffer("row_of_layer", lookup, persistent=False)
+        self._served, self._row_of_layer = list(layers), lookup.cpu()  # on the CPU, where looking is not waiting
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
+        """What every move and cast of a module comes down to: statistics move along and keep their precision."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and (exact := before[name]) is not None and buffer.dtype != exact.dtype:
+                self._buffers[name] = exact.to(buffer.device)
+        return self
+
+    @classmethod
+    def from_moments(cls, moments: Moments) -> Normalizer:
+        """The normalizer of streamed moments."""
+        return cls(
+            moments.mean,
+            moments.variance(),
+            moments.layers,
+            mean_norm=moments.mean_norm(),
+            median_norm=moments.median_norm,
+        )
+
+    @classmethod
+    def whitened(cls, moments: Moments, covariance: Float[Tensor, "layers d d"]) -> Normalizer:
+        """The normalizer that decorrelates: z has mean 0 and covariance 1 over the data.
+
+        Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much, so
+        that no noise is blown up and every activation, also one off the data, comes back as it was. The directions are
+        in descending order of variance; the largest entry of each is positive, so that they are unique.
+
+        Args:
+            moments: of the training data.
+            covariance: of the same rows, for each layer of the moments; see `moments.Covariance`.
+
+        Raises:
+            InputError: a covariance of another shape, or one that is not finite.
+        """
+        if covariance.shape != (*moments.mean.shape, moments.width):
+            raise InputError(
+                f"a covariance of shape {tuple(covariance.shape)} does not fit moments {tuple(moments.mean.shape)}"
+            )
+        if not covariance.isfinite().all():
+            raise InputError("a covariance to whiten with must be finite, and of at least one row for each layer")
+        variance, directions = torch.linalg.eigh(covariance.double())
+        variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
+        largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
+        scale = variance.clamp(min=LEAST_VARIANCE * variance[:, :1]).sqrt()
+        return cls(
+            moments.mean,
+            moments.variance(),
+            moments.layers,
+            mean_norm=moments.mean_norm(),
+            median_norm=moments.median_norm,
+            basis=directions * largest.sign() * scale[:, None, :],
+        )
+
+    @property
+    def width(self) -> int:
+        return self.mean.shape[1]
+
+    def normalize(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
+        """Raw to standardised activations, float32 or wider: ``[..., d] -> [..., d]``.
+
+        Raises:
+            InputError: another width, a layer without statistics, or several layers and none named.
+        """
+        return self.standardised(x, self.rows(layer))
+
+    def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, " ..."] | int) -> Tensor:
+        """`normalize` by the statistics' rows, see `known_rows`. A GPU is not waited for, but by a basis for rows on
+        it."""
+        self.check_width(x)
+        at = row if isinstance(row, int) else to_device(row, x.device)
+        centred = _wide(x) - self.mean[at]
+        if self.basis is None:
+            return centred / self.divisor[at]
+        # The columns are as long as the deviations, so their products carry each twice.
+        return _multiplied(centred, self.basis, row) / self.divisor[at].square()
+
+    def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
+        """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        self.check_width(z)
+        row = self.rows(layer)
+        if self.basis is None:
+            return _wide(z) * self.scale[row] + self.mean[row]
+        mean = self.mean[row]
+        return _multiplied(_wide(z).expand(torch.broadcast_shapes(z.shape, mean.shape)), self.basis.mT, row) + mean
+
+    def covector(self, w: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
+        """`g` such that ``g . z`` is ``w . x`` up to a constant: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        self.check_width(w)
+        row = self.rows(layer)
+        return _wide(w) * self.scale[row] if self.basis is None else _multiplied(_wide(w), self.basis, row)
+
+    def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
+        """Which activations are attention sinks: ``[..., d] -> bool [...]``; none where the median is unknown."""
+        self.check_width(x)
+        limit = SINK_FACTOR * self.median_norm[self.rows(layer)]
+        return _wide(x).norm(dim=-1) > limit  # false against nan
+
+    def rows(self, layer: Int[Tensor, " ..."] | int | None) -> Tensor | int:
+        """The statistics' row of each layer."""
+        if layer is None:
+            if len(self.layers) > 1:
+                raise InputError(f"this prior serves layers {self._served}: say which with `layer`")
+            return 0
+        if isinstance(layer, int):
+            if layer not in self._served:
+                raise unknown("layer", layer, self._served)
+            return self._served.index(layer)
+        layer = torch.as_tensor(layer)
+        row = self.known_rows(layer)
+        self._check_served(layer, row)
+        return row.to(self.layers.device)
+
+    def known_rows(self, layer: Int[Tensor, " ..."]) -> Tensor:
+        """`rows` where the layers are, which are checked on the CPU only: a GPU would have to be waited for."""
+        on_host = layer.device.type == "cpu"
+        table = self._row_of_layer if on_host else self.row_of_layer
+        inside = (layer >= 0) & (layer < len(table))
+        row = torch.where(inside, table[layer.long().clamp(0, len(table) - 1)], -1)
+        if on_host:
+            self._check_served(layer, row)
+        return row
+
+    def _check_served(self, layer: Tensor, row: Tensor) -> None:
+        if (wrong := row < 0).any():
+            raise unknown("layer", int(layer[wrong].flatten()[0]), self._served)
+
+    def check_width(self, x: Tensor) -> None:
+        """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""
+        if x.shape[-1] != self.width:
+            raise InputError(f"activations have width {x.shape[-1]}, this prior was trained on width {self.width}")
+        if x.device != self.mean.device:
+            raise InputError(f"activations on {x.device}, statistics on {self.mean.device}: move one with .to(device)")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: bfloat16 cannot hold a difference of large activations."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
+    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics.
+
+    Never in autocast's precision, which cannot tell small directions from the rounding of large ones.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        matrices = matrices.to(x.dtype)
+        if isinstance(row, int) or row.ndim == 0:
+            return x @ matrices[row]
+        rows = row.expand(x.shape[:-1]).flatten()
+        counts = rows.bincount(minlength=len(matrices)).tolist()
+        order = to_device(rows.argsort(), x.device)
+        sorted_parts = x.reshape(-1, x.shape[-1])[order].split(counts)
+        products = torch.cat([part @ matrix for part, matrix in zip(sorted_parts, matrices, strict=True)])
+        return torch.empty_like(products).index_copy(0, order, products).reshape(x.shape)

@@ -1,0 +1,1 @@
+"""Checkpoints and activation folders of the official implementation."""

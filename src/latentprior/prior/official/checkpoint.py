@@ -1,0 +1,293 @@
+"""Reader and writer of the official implementation's checkpoints, as plain tensors.
+
+A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``. Nothing in a file is ever executed.
+Times need no conversion here: the folder stores none. Activation folders are in `official_activations`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentprior.config import DenoiserConfig, Side, from_dict
+from latentprior.lm.hooks import Hookpoint
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.official.activations import (
+    STATISTICS,
+    OfficialActivations,
+    read_activations,
+    read_statistics,
+    write_activations,
+)
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_text, replaced
+
+__all__ = [
+    "OfficialActivations",
+    "OfficialCheckpoint",
+    "read_activations",
+    "read_checkpoint",
+    "write_activations",
+    "write_checkpoint",
+]
+
+CONFIG = "config.yaml"
+PREFIX = "model."  # of every weight's name
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """An official prior as plain values."""
+
+    config: DenoiserConfig
+    weights: dict[str, Tensor]  # state dict of a `Denoiser`
+    mean: Tensor  # [L, d], a row for each of `statistics_layers`
+    var: Tensor  # [L, d]
+    statistics_layers: list[int]  # layers of the language model; [0] if the folder does not say
+    hookpoints: tuple[Hookpoint, ...]  # one for each of `statistics_layers`; none if the folder does not say
+    provenance: dict[str, Any]  # format, name of the run, name of the checkpoint
+
+
+def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCheckpoint:
+    """Read an official checkpoint.
+
+    Args:
+        folder: holds ``config.yaml``, ``rep_statistics.pt`` and the weights.
+        checkpoint: name of the weights' file without its ending, in the folder or in its ``checkpoints/``.
+
+    Raises:
+        InputError: an unknown checkpoint, or files that are missing, damaged, unsafe or do not fit together.
+    """
+    folder = Path(folder)
+    values = _read_yaml(folder / CONFIG)
+    config = _denoiser_config(values, folder / CONFIG)
+    traced = _traced(values["glp_kwargs"].get("tracedict_config"))
+    mean, var, layers = _statistics(folder / STATISTICS, config, traced)
+    model = str(values.get("model_name") or "")
+    return OfficialCheckpoint(
+        config=config,
+        weights=_read_weights(_weights_file(folder, checkpoint), config),
+        mean=mean,
+        var=var,
+        statistics_layers=layers,
+        hookpoints=() if traced is None else tuple(traced.hookpoint(model, layer, config.d_input) for layer in layers),
+        provenance={"format": "official", "run_name": str(values.get("run_name") or ""), "checkpoint": checkpoint},
+    )
+
+
+def write_checkpoint(
+    folder: str | Path,
+    *,
+    config: DenoiserConfig,
+    weights: Mapping[str, Tensor],
+    mean: Float[Tensor, "layers d"],
+    var: Float[Tensor, "layers d"],
+    hookpoints: Sequence[Hookpoint],
+    statistics_layers: Sequence[int] | None = None,
+    name: str = "final",
+    run_name: str = "latentprior",
+) -> Path:
+    """Write an official checkpoint that `read_checkpoint` and the official code read; returns the folder.
+
+    The official code finds a multi-layer prior's statistics by layer number, so layers without any get rows of nan.
+
+    Args:
+        folder: made if it is not there.
+        config: shape of the denoiser.
+        weights: its state dict.
+        mean, var: statistics of the activations.
+        hookpoints: where the activations came from; all on one side of one model.
+        statistics_layers: layers of the rows of `mean`; those of the hookpoints, else all, by default.
+        name: of the weights' file, without its ending.
+        run_name: of the training run.
+
+    Raises:
+        InputError: a name that is none, weights or statistics that do not fit, hookpoints that the format cannot hold.
+    """
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise InputError(f"checkpoint name {name!r} may hold letters, digits, '_', '-' and '.' only")
+    weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    _check_weights(weights, config, "the given weights")
+    if statistics_layers is None:
+        statistics_layers = [h.layer for h in hookpoints] or range(config.multi_layer_n_layers or 1)
+    tables = {"mean": _by_layer(mean, statistics_layers, config), "var": _by_layer(var, statistics_layers, config)}
+    values = {
+        "model_name": hookpoints[0].model if hookpoints else None,
+        "run_name": run_name,
+        "rep_statistic": STATISTICS,
+        "glp_kwargs": {
+            "normalizer_config": {"rep_statistic": "${rep_statistic}"},
+            "denoiser_config": asdict(config),
+            "tracedict_config": _tracedict(hookpoints),
+        },
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced(folder / f"{name}.safetensors") as partial:
+        save_file(weights, partial)
+    with replaced(folder / STATISTICS) as partial:
+        torch.save(tables, partial)
+    replace_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    return folder
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The blocks that ``tracedict_config`` names."""
+
+    prefix: str
+    side: Side
+    layers: list[int]
+
+    def hookpoint(self, model: str, layer: int, width: int) -> Hookpoint:
+        path = f"{self.prefix}.{layer}".lstrip(".")
+        return Hookpoint(model=model, layer=layer, width=width, side=self.side, path=path)
+
+
+def _traced(values: object) -> _Traced | None:
+    """``tracedict_config``; None if it does not name different members of one list of blocks.
+
+    Layers are numbers below ``layer_prefix``, or whole module names if there is no prefix.
+    """
+    match values:
+        case {"layers": [*layers], "retain": "output" | "input" as side, **rest} if layers:
+            prefix = rest.get("layer_prefix")
+        case _:
+            return None
+    names = [(f"{prefix}.{layer}" if prefix else str(layer)).rpartition(".") for layer in layers]
+    prefixes, numbers = {name[0] for name in names}, [name[2] for name in names]
+    if len(prefixes) > 1 or len(set(numbers)) < len(numbers) or not all(re.fullmatch("[0-9]+", n) for n in numbers):
+        return None
+    return _Traced(prefixes.pop(), side, [int(number) for number in numbers])
+
+
+def _tracedict(hookpoints: Sequence[Hookpoint]) -> dict[str, Any] | None:
+    """The inverse of `_traced`."""
+    if not hookpoints:
+        return None
+    for h in hookpoints:
+        if h.path.rpartition(".")[2] != str(h.layer):
+            raise InputError(f"the official format names blocks by path, and layer {h.layer} has path {h.path!r}")
+    places = {(h.model, h.side, h.path.rpartition(".")[0]) for h in hookpoints}
+    if len(places) > 1:
+        raise InputError(f"the official format holds one side of one model, hookpoints have {sorted(places)}")
+    _, side, prefix = places.pop()
+    return {"layer_prefix": prefix, "layers": [h.layer for h in hookpoints], "retain": side}
+
+
+def _statistics(path: Path, config: DenoiserConfig, traced: _Traced | None) -> tuple[Tensor, Tensor, list[int]]:
+    """Mean and variance [L, d] and their layers; rows of nan stand for layers without statistics."""
+    mean, var = read_statistics(path, config.d_input)
+    layers = _statistics_layers(len(mean), config, traced, path)
+    given = ~mean.expand(len(layers), -1).isnan().all(dim=1)
+    if not given.any():
+        raise InputError(f"{path} holds no statistics: all means are nan")
+    mean, var = (table.expand(len(layers), -1)[given] for table in (mean, var))
+    return mean, var, [layer for layer, known in zip(layers, given.tolist(), strict=True) if known]
+
+
+def _statistics_layers(rows: int, config: DenoiserConfig, traced: _Traced | None, path: Path) -> list[int]:
+    """The layers that the statistics are for; a single row serves all layers of a multi-layer prior."""
+    n_layers = config.multi_layer_n_layers
+    if n_layers is None and rows == 1:
+        return traced.layers if traced is not None and len(traced.layers) == 1 else [0]
+    if n_layers is not None and rows in (1, n_layers):
+        return list(range(n_layers))
+    if n_layers is not None and traced is not None and rows == len(traced.layers):
+        return traced.layers
+    raise InputError(f"{path} holds statistics of {rows} layers, the denoiser serves {n_layers or 1}")
+
+
+def _by_layer(table: Tensor, layers: Sequence[int], config: DenoiserConfig) -> Tensor:
+    """Statistics [L, d] of `layers` as the official code looks them up: by layer, or [d] for a single one."""
+    n_layers = config.multi_layer_n_layers
+    if tuple(table.shape) != (len(layers), config.d_input) or (n_layers is None and len(layers) != 1):
+        serves = f"{n_layers or 1} layers of width {config.d_input}"
+        raise InputError(f"statistics {tuple(table.shape)} of layers {list(layers)} do not fit a prior for {serves}")
+    table = table.detach().cpu()
+    if n_layers is None:
+        return table[0].clone()
+    if len(set(layers)) < len(layers) or not all(0 <= layer < n_layers for layer in layers):
+        raise InputError(f"layers of statistics must differ and lie in 0..{n_layers - 1}, got {list(layers)}")
+    full = table.new_full((n_layers, config.d_input), float("nan"))
+    full[list(layers)] = table
+    return full
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and the paths that OmegaConf writes with a Python tag, as text."""
+
+
+def _path_as_text(loader: _Loader, _suffix: str, node: yaml.Node) -> str:
+    parts = loader.construct_sequence(node)  # pyright: ignore[reportArgumentType] - refuses other nodes by itself
+    return str(PurePosixPath(*map(str, parts)))
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:pathlib", _path_as_text)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_bytes(), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no plain YAML: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("glp_kwargs"), dict):
+        raise InputError(f"{path} is no official configuration: it has no glp_kwargs")
+    return values
+
+
+def _denoiser_config(values: dict[str, Any], path: Path) -> DenoiserConfig:
+    shape = values["glp_kwargs"].get("denoiser_config")
+    if not isinstance(shape, dict):
+        raise InputError(f"{path} is no official configuration: it has no glp_kwargs.denoiser_config")
+    shape = {"multi_layer_n_layers": None, **shape}
+    for f in fields(DenoiserConfig):
+        value = shape.get(f.name)
+        if type(value) is not int and not (value is None and f.name == "multi_layer_n_layers"):
+            raise InputError(f"{path}: denoiser_config.{f.name} must be an integer, got {value!r}")
+    try:
+        return from_dict(DenoiserConfig, shape)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _weights_file(folder: Path, checkpoint: str) -> Path:
+    """The file of a checkpoint, found among those that exist: no name can lead out of the folder."""
+    files = {path.stem: path for place in (folder / "checkpoints", folder) for path in place.glob("*.safetensors")}
+    if checkpoint not in files:
+        raise unknown("checkpoint", checkpoint, sorted(sorted(files), key=len))
+    return files[checkpoint]
+
+
+def _read_weights(path: Path, config: DenoiserConfig) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
+    _check_weights(weights, config, path)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+
+
+def _check_weights(weights: Mapping[str, Tensor], config: DenoiserConfig, source: object) -> None:
+    """Names and shapes are those of a denoiser of this configuration."""
+    with torch.device("meta"):
+        expected = {PREFIX + name: tuple(t.shape) for name, t in Denoiser(config).state_dict().items()}
+    for name in sorted(expected.keys() ^ weights.keys()):
+        fault = "missing from" if name in expected else "unexpected in"
+        raise InputError(f"weights do not fit the configuration: {name} is {fault} {source}")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape)
+            raise InputError(f"weights do not fit the configuration: {name} is {found}, not {shape}, in {source}")

@@ -1,0 +1,151 @@
+"""Repairing the activations of a running model with a prior: `attach`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from latentprior.config import Side
+from latentprior.lm.edits import EditCounts, Positions, Rewriter, Site, rewrite
+from latentprior.lm.hooks import Hookpoint
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.random import Seed, keyed_generator, seed_of
+
+
+@runtime_checkable
+class Projector(Protocol):
+    """What `attach` needs of a prior."""
+
+    hookpoints: tuple[Hookpoint, ...]
+
+    def project(self, x: Tensor, *args: Any, **options: Any) -> Tensor: ...
+
+
+class PositionNoise:
+    """Standard normal noise that depends on seed, layer, prompt and position alone.
+
+    A position gets the same noise however often it is computed and whatever else is in the batch, so that generation
+    without a cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one
+    prompt, such as copies of it under several strengths, share their noise. Where a site does not know its prompts, the
+    row's index stands for them.
+
+    Args:
+        seed: of everything.
+        samples: noises of each position.
+        shared: one noise for all positions of a sequence.
+    """
+
+    BLOCK = 32  # positions that are drawn together
+    BYTES = 2**28  # of blocks that are kept, those used last; all can be drawn again
+
+    def __init__(self, seed: int, *, samples: int = 1, shared: bool = False) -> None:
+        self._seed, self._samples, self._shared = seed, samples, shared
+        self._blocks: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()  # (layer, prompt, block) -> noise
+        self._bytes = 0
+
+    def __call__(self, site: Site, width: int) -> Tensor:
+        """Noise [samples N, width] of the rows of `site`, sample-major."""
+        row, position = site.row.tolist(), site.position.cpu()
+        position = torch.zeros_like(position) if self._shared else position
+        prompts = row if site.prompts is None else [site.prompts[i] for i in row]
+        places = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
+        blocks = {place: i for i, place in enumerate(dict.fromkeys(places))}
+        noise = torch.stack([self._block(site.layer, *place, width) for place in blocks], dim=1)
+        chosen = noise[:, [blocks[place] for place in places], position % self.BLOCK]
+        return chosen.flatten(0, 1).to(site.row.device)
+
+    def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
+        """Noise [samples, positions, width]."""
+        place = (layer, prompt, block)
+        if place not in self._blocks:
+            rows = 1 if self._shared else self.BLOCK
+            drawn = torch.randn(self._samples, rows, width, generator=keyed_generator(self._seed, *place))
+            self._blocks[place] = drawn
+            self._bytes += drawn.nbytes
+            while self._bytes > self.BYTES and len(self._blocks) > 1:
+                self._bytes -= self._blocks.popitem(last=False)[1].nbytes
+        self._blocks.move_to_end(place)
+        return self._blocks[place]
+
+
+def hookpoints_on(
+    hookpoints: Sequence[Hookpoint], model: nn.Module, layers: Sequence[int] | int | None, *, check_model: bool
+) -> list[Hookpoint]:
+    """The hookpoints to use on `model`, checked before anything runs.
+
+    Raises:
+        InputError: the prior knows no hookpoint, not this layer, or was trained on another model or width.
+    """
+    if not hookpoints:
+        raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
+    wanted = [h.layer for h in hookpoints] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    by_layer = {h.layer: h for h in hookpoints}
+    for layer in wanted:
+        if layer not in by_layer:
+            raise unknown("layer", layer, by_layer)
+    chosen = [by_layer[layer] for layer in wanted]
+    for hookpoint in chosen:
+        hookpoint.check(model, check_model=check_model)
+    return chosen
+
+
+@contextmanager
+def attach(
+    prior: Projector,
+    model: nn.Module,
+    *,
+    layer: Sequence[int] | int | None = None,
+    positions: Positions = "all",
+    edit: Callable[[Tensor], Tensor] | None = None,
+    paired: bool = False,
+    check_model: bool = True,
+    generator: Seed = None,
+    sinks: Callable[[Tensor, int], Tensor] | None = None,
+    **options: Any,
+) -> Iterator[EditCounts]:
+    """See `GLP.attach`, whose implementation this is; `sinks` as in `rewrite`."""
+    if paired and edit is None:
+        raise InputError("paired repair compares an activation with its edit: give `edit`")
+    chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)
+    if not chosen:
+        raise InputError(f"name at least one of the prior's layers {[h.layer for h in prior.hookpoints]}")
+    sides: set[Side] = {h.side for h in chosen}
+    if len(sides) > 1:
+        raise InputError("attach one side at a time: this prior has hookpoints on block inputs and outputs")
+    noise = PositionNoise(seed_of(generator))
+    several = len(prior.hookpoints) > 1
+    follow = follower(prior)
+
+    def repaired(x: Tensor, site: Site) -> Tensor:
+        follow(x.device)
+        edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
+        return prior.project(
+            edited,
+            reference=x if paired else None,
+            noise=noise(site, x.shape[-1]),
+            layer=site.layer if several else None,
+            **options,
+        )
+
+    rewriters: dict[int, Rewriter] = {h.layer: repaired for h in chosen}
+    with rewrite(model, rewriters, positions=positions, side=sides.pop(), sinks=sinks) as counts:
+        yield counts
+
+
+def follower(prior: object) -> Callable[[torch.device], None]:
+    """Moves a prior to the device that is named first; what comes later from other devices the prior moves itself."""
+    moved = False
+
+    def follow(device: torch.device) -> None:
+        nonlocal moved
+        if not moved and isinstance(prior, nn.Module):
+            with torch.inference_mode(False):  # weights moved in inference mode could not be used outside it
+                prior.to(device)
+        moved = True
+
+    return follow

@@ -1,0 +1,243 @@
+"""A probing run from its configuration: `latentprior probe`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from latentprior.config import ProbeConfig, to_dict
+from latentprior.data import corpus
+from latentprior.data.store.manifest import MANIFEST, check_settings
+from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.loading import load_llm
+from latentprior.prior.glp import GLP
+from latentprior.prior.loading import heldout_loss, priors_of
+from latentprior.probe.benchmark import probe_task
+from latentprior.probe.recording import OUTPUT, Recording, record_texts
+from latentprior.probe.sources import Source, meta_neurons, sources_of
+from latentprior.probe.summary import summarise
+from latentprior.probe.tasks import Task, Unfit, find_task
+from latentprior.sae.saelens import sae_at
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+from latentprior.utils.locks import locked
+from latentprior.utils.progress import Phase, Report, unseen
+from latentprior.utils.provenance import stamp
+
+Json = dict[str, Any]
+# May differ between runs that continue each other.
+FREE = ("output", "recording", "tasks", "batch_tokens", "device", "llm")
+
+
+def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Json:
+    """Load the language model if anything has to be recorded, and run the benchmark (`benchmark`)."""
+    return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
+
+
+def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Json:
+    """Record the tasks, probe every source on each, and write ``probe.json`` with tables beside it.
+
+    Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
+    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped".
+
+    Args:
+        llm: gives the language model of ``config.llm`` and its tokenizer; called only if a text is not recorded yet.
+
+    Returns:
+        what is in ``probe.json``.
+
+    Raises:
+        InputError: what `find_tasks` refuses, before anything is loaded; priors that cannot be read or belong to
+            different hookpoints; a recording or results of another hookpoint or other settings; no task that can be
+            probed; a folder that another process writes.
+    """
+    with locked(config.output) as folder:
+        return _benchmark(config, llm, folder, phase)
+
+
+def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
+    began = time.perf_counter()
+    tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
+    priors, hookpoint = priors_of(
+        config.priors,
+        checkpoint=config.checkpoint,
+        layer=config.layer,
+        device=config.device,
+        precision=config.precision,
+    )
+    device = priors[config.priors[0]].device
+    sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
+    _keep_settings(folder, config, priors)
+    recording = recorded(config, tasks, hookpoint, llm, report=phase("record")).to(device)
+    sources = sources_of(config, recording, priors, sae)
+    first = config.priors[0]
+    maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
+    results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
+    if not results:
+        raise InputError(f"no task could be probed; the first of them: {skipped[0]['task']}: {skipped[0]['reason']}")
+    result = {
+        "kind": "probe",
+        "method": config.method,
+        "hookpoint": hookpoint.to_dict(),
+        "protocol": {
+            name: getattr(config, name) for name in ("candidates", "folds", "seed", "max_length", "max_test", "noise")
+        },
+        "tasks": [
+            {name: task[name] for name in ("family", "train", "test", "left_out")} | {"name": task["task"]}
+            for task in results
+        ],
+        "skipped": skipped,
+        "sources": [source.to_dict() for source in sources],
+        "summary": summarise(results, sources, maps, config.seed),
+        "rows": _by_task(results),
+        "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
+    }
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    write_tables(folder, results)
+    replace_text(folder / "probe.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
+    """The tasks that fulfil the protocol, and those that do not, with the reason.
+
+    Raises:
+        InputError: an unknown task, a file that cannot be read or whose columns cannot be told, or no task that fulfils
+            the protocol.
+    """
+    tasks: list[Task] = []
+    skipped: list[Json] = []
+    for name in dict.fromkeys(config.tasks or corpus.binary_tasks()):
+        try:
+            task = find_task(
+                name, seed=config.seed, max_test=config.max_test, text=config.text_column, label=config.label_column
+            )
+            if any(task.name == other.name for other in tasks):
+                raise Unfit(f"another task is called {task.name!r}, too")
+            tasks.append(task)
+        except Unfit as error:
+            skipped.append({"task": name, "reason": str(error)})
+    if not tasks:
+        raise InputError(f"no task can be probed: {skipped[0]['reason']}")
+    return tasks, skipped
+
+
+def recorded(
+    config: ProbeConfig,
+    tasks: Sequence[Task],
+    hookpoint: Hookpoint,
+    llm: Callable[[], tuple[Any, Any]],
+    *,
+    report: Report,
+) -> Recording:
+    """The recording of all tasks' texts; what is missing is recorded.
+
+    Raises:
+        InputError: a recording of another hookpoint or `max_length`, or one that another process adds to.
+    """
+    folder = Path(config.recording or Path(config.output, "recording"))
+    texts = list(dict.fromkeys(text for task in tasks for text in task.used()))
+    mlp = "mlp-neurons" in config.chosen_sources()
+    if (folder / OUTPUT / MANIFEST).exists():
+        recording = Recording(folder)
+        if not recording.hookpoint.same_place(hookpoint):
+            raise InputError(f"{folder} was recorded at {recording.hookpoint}, the prior belongs to {hookpoint}")
+        if recording.has(texts).all() and (recording.mlp_hookpoints or not mlp):
+            return recording
+    with locked(folder):
+        model, tokenizer = llm()
+        return record_texts(
+            model,
+            tokenizer,
+            texts,
+            hookpoint,
+            folder,
+            mlp=mlp,
+            max_length=config.max_length,
+            batch_tokens=config.batch_tokens,
+            report=report,
+        )
+
+
+def _probe_all(
+    tasks: Sequence[Task],
+    skipped: list[Json],
+    recording: Recording,
+    sources: Sequence[Source],
+    maps: Sequence[Source],
+    config: ProbeConfig,
+    report: Report,
+) -> list[Json]:
+    """What `probe_task` gives for each task, kept in a file each; adds the tasks that fail to `skipped`."""
+    folder = Path(config.output, "tasks")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for done, task in enumerate(tasks, start=1):
+        path = folder / f"{PurePosixPath(task.name).name}.json"
+        try:
+            if path.exists():
+                results.append(_read(path))
+            else:
+                present = recording.has(task.texts)
+                missing = int((~present[task.train]).sum() + (~present[task.test]).sum())
+                result = probe_task(task.without(~present), sources, maps, config) | {"left_out": missing}
+                replace_text(path, json.dumps(result) + "\n")
+                results.append(result)
+        except InputError as error:
+            skipped.append({"task": task.name, "reason": str(error)})
+        report(done, len(tasks), {"skipped": len(skipped)})
+    return results
+
+
+def _read(path: Path) -> Json:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: delete it to probe the task again") from error
+
+
+def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP]) -> None:
+    """Note what the results in `folder` depend on; refuse to mix them with others.
+
+    Raises:
+        InputError: the folder holds results with other settings; the first difference is named.
+    """
+    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    settings["model"] = config.llm.model
+    settings["heldout_loss"] = {name: heldout_loss(glp) for name, glp in priors.items()}
+    path = folder / "settings.json"
+    if path.exists():
+        check_settings(folder, "results", _read(path), settings)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _by_task(results: Sequence[Json]) -> list[Json]:
+    """Each task's screened test AUC by source."""
+    return [
+        {
+            "task": task["task"],
+            "family": task["family"],
+            "scores": {row["source"]: row["test_auc"] for row in task["rows"] if row["selection"] == "screened"},
+        }
+        for task in results
+    ]
+
+
+def write_tables(folder: Path, results: Sequence[Json]) -> None:
+    """``probes.parquet`` and ``probes.csv``, a row for each task, source and selection; ``winners.parquet``."""
+    probes = [{"task": task["task"], "family": task["family"], **row} for task in results for row in task["rows"]]
+    winners = [{"task": task["task"], **row} for task in results for row in task["winners"]]
+    table = pa.Table.from_pylist(probes)
+    pq.write_table(table, folder / "probes.parquet", compression="zstd")
+    pyarrow.csv.write_csv(table, folder / "probes.csv")
+    pq.write_table(pa.Table.from_pylist(winners), folder / "winners.parquet", compression="zstd")

@@ -1,5 +1,0 @@
-"""A neuron store -> a static site that is searched from disk: no server, no network."""
-
-from latentprior.report.browser.site import write_site
-
-__all__ = ["write_site"]

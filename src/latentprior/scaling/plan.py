@@ -1,0 +1,389 @@
+"""What a training run will need before anything runs: parameters, FLOPs, memory of each process, days and disk."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from latentprior.config import DenoiserConfig, LLMConfig, PlanConfig, Recipe, to_dict
+from latentprior.config.base import size_of
+from latentprior.prior.cost import (
+    flops_per_activation,
+    muon_flops_per_step,
+    paper_flops_per_activation,
+    parameters,
+    training_bytes,
+    training_flops_per_activation,
+)
+from latentprior.scaling.cost import (
+    LLM_SHAPES,
+    LLMShape,
+    llm_flops_per_token,
+    llm_forward_bytes,
+    store_bytes_per_activation,
+)
+from latentprior.training.parallel import SHARD_FROM
+from latentprior.training.times import most_distinct
+from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.online import cache_only
+from latentprior.utils.provenance import stamp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEASURED = "measured"
+DAY = 86_400
+LAYER_NUMBER = 4  # bytes of an activation's layer in the buffer, if there are several layers
+
+ASSUMPTIONS = (
+    "llm_mfu and prior_mfu are assumptions: shares of the chip's matrix peak",
+    "each process runs the language model and the prior in turn on its own chip, and they do not overlap",
+    "the language model is loaded whole; its blocks up to the last hookpoint run",
+    "documents are full length: shorter ones cost less attention and more first tokens, which are no activations",
+    "communication between processes, reading text and saving are not counted",
+)
+
+
+@dataclass(frozen=True)
+class PlannedChip:
+    """What a plan counts with."""
+
+    name: str
+    llm_peak: float
+    """FLOP/s of a matrix product in the language model's precision."""
+    prior_peak: float
+    memory: int
+    """Bytes."""
+    llm_item: int = 2
+    """Bytes of a number in the language model."""
+    prior_item: int = 2
+    """Bytes of a number in the prior's matrix work."""
+    micro_batch: int | None = None
+    """Most rows of a pass by default; None is all."""
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """What the run of `config` needs, as plain JSON values: counts, bytes of a process, seconds and disk.
+
+    All counts are those of `latentprior.cost`; `assumptions` in the result names what they rest on.
+
+    Raises:
+        InputError: an unknown chip or model, or a layer that the model does not have.
+    """
+    began = time.perf_counter()
+    shape = llm_shape(config.llm)
+    layers = _layers(config, shape)
+    chip = chip_of(config)
+    denoiser = config.training().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
+    llm = _llm(config, shape, layers)
+    prior = _prior(config, denoiser, chip, layers)
+    llm_seconds = llm["flops"] / (config.chips * chip.llm_peak * config.llm_mfu)
+    prior_seconds = prior["flops"] / (config.chips * chip.prior_peak * config.prior_mfu)
+    seconds = llm_seconds + prior_seconds
+    return {
+        "kind": "plan",
+        "llm": llm,
+        "prior": prior,
+        "chip": asdict(chip) | {"count": config.chips},
+        "memory": _memory(config, shape, denoiser, chip, layers),
+        "time": {
+            "llm_seconds": llm_seconds,
+            "prior_seconds": prior_seconds,
+            "seconds": seconds,
+            "days": seconds / DAY,
+            "activations_per_second": config.activations / seconds,
+        },
+        "disk_bytes": round(config.activations * store_bytes_per_activation(shape.width)),
+        "assumptions": list(ASSUMPTIONS),
+        **stamp(to_dict(config), seed=0, wall_seconds=time.perf_counter() - began),
+    }
+
+
+def _layers(config: PlanConfig, shape: LLMShape) -> list[int]:
+    for layer in config.layers:
+        if not 0 <= layer < shape.blocks:
+            raise InputError(f"layer {layer} is out of range: {config.llm.model} has layers 0 to {shape.blocks - 1}")
+    return sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
+
+
+def _llm(config: PlanConfig, shape: LLMShape, layers: list[int]) -> dict[str, Any]:
+    per_token = llm_flops_per_token(shape, blocks=layers[-1] + 1, sequence=config.max_length)
+    # A token gives one activation of each layer; the first of a document gives none.
+    per_activation = per_token * config.max_length / (config.max_length - 1) / len(layers)
+    return {
+        "model": config.llm.model,
+        "width": shape.width,
+        "blocks": shape.blocks,
+        "layers": layers,
+        "parameters": shape.parameters,
+        "flops_per_token": per_token,
+        "flops_per_activation": per_activation,
+        "flops": per_activation * config.activations,
+    }
+
+
+def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, layers: list[int]) -> dict[str, Any]:
+    recipe = config.resolved_recipe()
+    rows, micro_batch = _rows(config, chip)
+    passes = math.ceil(rows / micro_batch)
+    distinct = {
+        "distinct_times": passes * distinct_times(recipe, rows, micro_batch) / rows,
+        "distinct_layers": passes * len(layers) / rows if len(layers) > 1 else 0.0,
+    }
+    # Every process makes the whole update.
+    update = muon_flops_per_step(denoiser) / rows if recipe.optimizer == "muon" else 0.0
+    per_activation = training_flops_per_activation(denoiser, **distinct) * recipe.draws
+    return {
+        "shape": to_dict(denoiser),
+        "parameters": parameters(denoiser),
+        "batch_size": recipe.batch_size,
+        "micro_batch": micro_batch,
+        "parallel": _parallel(config, denoiser),
+        "forward_flops_per_activation": flops_per_activation(denoiser, **distinct),
+        "flops_per_activation": per_activation,
+        "paper_flops_per_activation": paper_flops_per_activation(denoiser),
+        "update_flops_per_activation": update,
+        "flops": (per_activation + update) * config.activations,
+    }
+
+
+def _parallel(config: PlanConfig, denoiser: DenoiserConfig) -> Literal["ddp", "fsdp"]:
+    if config.parallel != "auto":
+        return config.parallel
+    return "fsdp" if config.chips > 1 and parameters(denoiser) >= SHARD_FROM else "ddp"
+
+
+def _rows(config: PlanConfig, chip: PlannedChip) -> tuple[int, int]:
+    """Activations of a step in each process, and of one of its passes."""
+    rows = config.resolved_recipe().batch_size // config.chips
+    return rows, min(config.micro_batch or chip.micro_batch or rows, rows)
+
+
+def distinct_times(recipe: Recipe, rows: int, micro_batch: int) -> int:
+    """How many times the time path runs for in one pass: on a GPU as many as there can be among `rows`, for a fixed
+    shape; on a CPU at most so many."""
+    return most_distinct(recipe, micro_batch if recipe.times == "uniform" else rows)
+
+
+def _memory(
+    config: PlanConfig, shape: LLMShape, denoiser: DenoiserConfig, chip: PlannedChip, layers: list[int]
+) -> dict[str, Any]:
+    """Bytes of each process, by what they hold, and whether they fit the chip."""
+    recipe = config.resolved_recipe()
+    rows, micro_batch = _rows(config, chip)
+    training = training_bytes(
+        denoiser,
+        rows=rows,
+        micro_batch=micro_batch,
+        world=config.chips,
+        parallel=_parallel(config, denoiser),
+        optimizer=recipe.optimizer,
+        average=recipe.ema is not None,
+        item=chip.prior_item,
+    )
+    parts = {
+        "LLM weights": shape.parameters * chip.llm_item,
+        "LLM forward pass": llm_forward_bytes(
+            shape, tokens=config.batch_tokens, layers=len(layers), item=chip.llm_item
+        ),
+        "buffer": _buffer_bytes(config, shape.width * chip.llm_item, several=len(layers) > 1),
+    } | {f"prior {name}": taken for name, taken in training.items()}
+    total = sum(parts.values())
+    return {"bytes": parts, "total": total, "fits": total <= chip.memory, "verdict": _verdict(parts, total, chip)}
+
+
+def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
+    """A process's share of the mixing buffer, which holds whole batches of activations of `row` bytes."""
+    batch = config.resolved_recipe().batch_size
+    size, in_bytes = size_of("buffer", config.buffer)
+    turns = (size // row if in_bytes else size) // batch
+    if not turns:
+        raise InputError(f"a buffer of {config.buffer} does not hold a batch of {batch} activations: raise buffer")
+    return turns * (batch // config.chips) * (row + (LAYER_NUMBER if several else 0))
+
+
+def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
+    """One line: whether a process fits, and what is too big if not."""
+    if total <= chip.memory:
+        return f"fits: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}"
+    largest = max(parts, key=lambda part: parts[part])
+    return (
+        f"does not fit: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}; "
+        f"the largest part is the {largest}, {_bytes(parts[largest])}"
+    )
+
+
+# -- what a plan is for --------------------------------------------------------------------------------------------
+
+
+def chip_of(config: PlanConfig) -> PlannedChip:
+    """The chip that `config` names, by its data sheet or measured here.
+
+    Raises:
+        InputError: an unknown chip, or float32 asked of a data sheet.
+    """
+    if config.chip.lower() == MEASURED:
+        return _measured(config.llm, config.device)
+    named = _named(config.chip, CHIPS)
+    if named is None:
+        raise unknown("chip", config.chip, [*CHIPS, MEASURED])
+    if config.llm.dtype == "float32":
+        raise InputError(f"CHIPS holds bfloat16 peaks: plan {named} in bfloat16, or a measured chip in float32")
+    peak = CHIPS[named].tflops * 1e12
+    return PlannedChip(named, peak, peak, round(CHIPS[named].memory * 1e9))
+
+
+def _measured(config: LLMConfig, name: str) -> PlannedChip:
+    """The device called `name`, in the precisions that model and prior would have on it."""
+    from latentprior.training.fit import CPU_MICRO_BATCH  # brings in transformers, which data sheets do without
+
+    device = resolve_device(name)
+    prior = fast_dtype(device)
+    llm = prior if config.dtype == "auto" else getattr(torch, config.dtype)
+    peaks = {dtype: matrix_peak(device, dtype) for dtype in {llm, prior}}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
+    micro_batch = CPU_MICRO_BATCH if device.type == "cpu" else None
+    return PlannedChip(name, peaks[llm], peaks[prior], device_memory(device), llm.itemsize, prior.itemsize, micro_batch)
+
+
+def llm_shape(config: LLMConfig) -> LLMShape:
+    """The shape of a known model, or of one whose config transformers reads from the Hub or a folder.
+
+    Raises:
+        InputError: no such model, or one with code of its own that is not trusted.
+    """
+    named = _named(config.model, LLM_SHAPES)
+    if named is not None:
+        return LLM_SHAPES[named]
+    if config.gguf is None and _mistyped(config.model):
+        raise unknown("model", config.model, LLM_SHAPES)
+    cached = config.gguf is None and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
+
+    from latentprior.lm.dequantise import config_of
+
+    try:
+        trust = {"trust_remote_code": config.trust_remote_code}
+        if config.gguf is not None:
+            loaded = config_of(config.gguf)
+        else:
+            place = {"revision": config.revision or "main", "local_files_only": cached}
+            loaded = AutoConfig.from_pretrained(config.model, **place, **trust)
+        with torch.device("meta"):  # shapes only
+            model = AutoModelForCausalLM.from_config(loaded, **trust)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot read the config of {config.model!r}: {shorten(str(error), 300)}") from error
+    return shape_of(model)
+
+
+def _mistyped(model: str) -> bool:
+    """Whether `model` is no place, but a size or nearly the name of a known shape: the Hub need not be asked."""
+    if "/" in model or Path(model).exists():
+        return False
+    near = difflib.get_close_matches(model.lower(), LLM_SHAPES, n=1, cutoff=0.75)
+    return bool(near) or re.fullmatch(r"[\d.]+[bm]", model.lower()) is not None
+
+
+def shape_of(model: PreTrainedModel) -> LLMShape:
+    """The shape of any decoder-only model, by its parameters; it may lie on the meta device.
+
+    Raises:
+        InputError: no decoder blocks are found.
+    """
+    from latentprior.lm.hooks import find_blocks
+
+    blocks = find_blocks(model)
+    config: Any = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return LLMShape(
+        width=config.hidden_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        block_weights=tuple(sum(_used(p, config) for p in block.parameters()) for block in blocks),
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        mlp=max(max(p.shape) for p in blocks.parameters() if p.ndim == 2),
+    )
+
+
+def _used(parameter: torch.Tensor, config: Any) -> int:
+    """Entries of a parameter that one token is multiplied with: all of a matrix, the chosen ones of stacked experts."""
+    if parameter.ndim < 2:
+        return 0
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if parameter.ndim == 3 and chosen:
+        return parameter.numel() * chosen // parameter.shape[0]
+    return parameter.numel()
+
+
+def _named(name: str, table: dict[str, Any]) -> str | None:
+    """The key of `table` that `name` spells, in any case."""
+    return {key.lower(): key for key in table}.get(name.lower())
+
+
+# -- showing -------------------------------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """A plan as readable figures: rows by table and name."""
+    llm, prior, chip, memory, times = (result[key] for key in ("llm", "prior", "chip", "memory", "time"))
+    shape, config = prior["shape"], result["config"]
+    processes = "the one process" if chip["count"] == 1 else f"each of {chip['count']} processes"
+    layers = ", ".join(map(str, llm["layers"]))
+    return {
+        f"{_scaled(config['activations'], COUNTS)} activations": {
+            "language model": f"{llm['model']}, {_scaled(llm['parameters'], COUNTS)} parameters, layer {layers}",
+            "LLM, for each activation": _scaled(llm["flops_per_activation"], FLOPS),
+            "prior": f"{_scaled(prior['parameters'], COUNTS)} parameters: "
+            f"{shape['n_layers']} blocks, d_model {shape['d_model']}, d_mlp {shape['d_mlp']}",
+            "training, for each activation": _scaled(prior["flops_per_activation"], FLOPS),
+            "the same by the paper's 6 N": _scaled(prior["paper_flops_per_activation"], FLOPS),
+            "LLM in all": _scaled(llm["flops"], FLOPS),
+            "training in all": _scaled(prior["flops"], FLOPS),
+            "disk, if stored instead": _bytes(result["disk_bytes"]),
+        },
+        f"Memory of {processes} ({prior['parallel']}, batch {prior['batch_size']})": {
+            **{name: _bytes(size) for name, size in memory["bytes"].items() if size},
+            "total": _bytes(memory["total"]),
+        },
+        f"Time on {chip['count']} x {chip['name']}": {
+            f"language model (assumed MFU {config['llm_mfu']})": _duration(times["llm_seconds"]),
+            f"prior (assumed MFU {config['prior_mfu']})": _duration(times["prior_seconds"]),
+            "together": _duration(times["seconds"]),
+            "activations a second": f"{times['activations_per_second']:,.0f}",
+        },
+    }
+
+
+COUNTS = ("", " K", " M", " B", " T")
+BYTES = (" B", " KB", " MB", " GB", " TB", " PB")
+FLOPS = (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP")
+
+
+def _scaled(value: int | float, units: tuple[str, ...]) -> str:
+    """Three digits with the unit, of steps of 1000, that suits."""
+    step = 0
+    while value >= 999.5 and step < len(units) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.3g}{units[step]}"
+
+
+def _bytes(value: int | float) -> str:
+    return _scaled(value, BYTES)
+
+
+def _duration(seconds: int | float) -> str:
+    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"

@@ -1,0 +1,325 @@
+"""A grid of training runs, what each of them reaches, and the scaling law through them (``latentprior sweep``)."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprior.config import Recipe, SweepConfig, TrainConfig, to_dict
+from latentprior.data import text, tokens
+from latentprior.data.store.reader import ActivationStore
+from latentprior.data.text_files import text_settings
+from latentprior.evaluation.evaluate import document_halves
+from latentprior.evaluation.lm_loss import delta, lm_losses
+from latentprior.lm.hooks import same_places
+from latentprior.lm.loading import load_llm
+from latentprior.prior.cost import paper_flops_per_activation, parameters, training_flops_per_activation
+from latentprior.prior.flow import TRAIN_GRID
+from latentprior.prior.glp import GLP
+from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.repair import hookpoints_on
+from latentprior.scaling.law import PowerLaw, correlation, envelope, fit_power_law
+from latentprior.stats.frechet import GaussianMoments, frechet_distance
+from latentprior.training.fit import fit
+from latentprior.utils.devices import fast_dtype, resolve_device
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.files import replace_text
+from latentprior.utils.locks import locked
+from latentprior.utils.progress import Phase, Report, unseen
+from latentprior.utils.provenance import stamp
+
+T_START = 0.5  # of the repair whose delta LM loss is measured (paper, evaluation 2)
+COMPUTES = {"executed": "flops", "6ND": "flops_6nd"}
+MEASURES = ("frechet", "frechet_raw", "delta_lm")
+BEYOND = 4.0  # the curve ends at this many times the dearest run's compute
+CURVE = 60
+
+
+def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
+    """Train and measure every run of the grid, cheap ones first, and fit the law; what is there already is reused.
+
+    Writes ``sweep.json`` into ``config.output``: a row for each run (parameters, activations, training FLOPs as
+    executed and as 6 N D, held-out loss, Fréchet distance standardised and raw, delta LM loss), which runs are
+    compute-optimal, the law through these and through all runs with either count of FLOPs, and the correlations of
+    the loss with the other measures. Of every run the final prior is kept, without training states.
+
+    Args:
+        config: the grid.
+        phase: gives the reports of training (done and in all in GFLOP) and of measuring (in runs).
+
+    Raises:
+        InputError: unusable stores, too few held-out rows, a model that the store is not of, or a folder with a sweep
+            of other activations or that another process writes; all before anything is trained.
+    """
+    with locked(config.output):
+        return _sweep(config, phase)
+
+
+def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
+    began = time.perf_counter()
+    grid = _Grid(config)
+    grid.prepare()
+    trained, measured = phase("train, GFLOP"), phase("measure")
+    total = sum(run.flops for run in grid.runs)
+    before, rows = 0.0, []
+    for run in grid.runs:
+        glp = fit(run.config, report=_part(trained, run, before, total))
+        rows.append(run.row() | grid.measure(run, glp))
+        before += run.flops
+        measured(len(rows), len(grid.runs), {"run": run.name, "loss": rows[-1]["heldout_loss"]})
+    result = {
+        "kind": "sweep",
+        "hookpoint": grid.hookpoint.to_dict(),
+        "bound": grid.bound,
+        **findings(rows, config.seed),
+    }
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    replace_text(grid.folder / "sweep.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def findings(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
+    """What the rows of all runs show: "runs" (the rows, marked where compute-optimal), "laws" and "correlations".
+
+    A law or correlation that the runs do not support says why in "failed".
+    """
+    loss = np.array([row["heldout_loss"] for row in rows])
+    computes = {kind: np.array([row[key] for row in rows]) for kind, key in COMPUTES.items()}
+    best = {kind: envelope(compute, loss) for kind, compute in computes.items()}
+    laws = []
+    for runs in ("envelope", "all"):
+        for kind, compute in computes.items():
+            chosen = best[kind] if runs == "envelope" else np.arange(len(rows))
+            law = _or_why(lambda c=compute, i=chosen: _law(fit_power_law(c[i], loss[i], seed=seed), c))
+            laws.append({"runs": runs, "compute": kind, **law})
+    correlations = {
+        name: _or_why(lambda key=name: asdict(correlation(loss, [row[key] for row in rows], seed=seed)))
+        for name in MEASURES
+        if name in rows[0]
+    }
+    optimal = set(best["executed"].tolist())
+    marked = [row | {"optimal": i in optimal} for i, row in enumerate(rows)]
+    return {"runs": marked, "laws": laws, "correlations": correlations}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the grid and what it costs."""
+
+    config: TrainConfig
+    parameters: int
+    d_mlp: int
+    flops: float
+    flops_6nd: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, store: ActivationStore) -> _Run:
+        several = len(store.layers) > 1
+        shape = config.denoiser(store.width, store.manifest["source"].get("blocks") if several else None)
+        recipe = config.resolved_recipe()
+        rows = recipe.batch_size
+        each = training_flops_per_activation(
+            shape,
+            distinct_times=_distinct_times(recipe) / rows,
+            distinct_layers=len(store.layers) / rows if several else 0.0,
+        )
+        count = config.activations
+        each, paper = each * recipe.draws, paper_flops_per_activation(shape) * recipe.draws
+        return cls(config, parameters(shape), shape.d_mlp, each * count, paper * count)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def row(self) -> dict[str, Any]:
+        """What is known of the run once it is trained."""
+        trained = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
+        return {
+            "name": self.name,
+            "d_model": self.config.d_model,
+            "d_mlp": self.d_mlp,
+            "blocks": self.config.blocks,
+            "seed": self.config.seed,
+            "parameters": self.parameters,
+            "activations": trained["summary"]["activations"],
+            "distinct": trained["summary"]["distinct"],
+            "flops": self.flops,
+            "flops_6nd": self.flops_6nd,
+            "heldout_loss": trained["summary"]["heldout_loss"],
+            "seconds": trained["wall_seconds"],
+        }
+
+
+class _Grid:
+    """All runs, and what they are measured with."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self.config, self.folder = config, Path(config.output)
+        self.store, self.heldout = ActivationStore(config.store), ActivationStore(config.heldout)
+        if not same_places(self.heldout.hookpoints, self.store.hookpoints):
+            raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
+        self.layer = _layer(self.store, config)
+        self.hookpoint = next(h for h in self.store.hookpoints if self.layer in (None, h.layer))
+        self.device = resolve_device(config.device)
+        self.normalizer = Normalizer.from_moments(self.store.moments()).to(self.device)
+        self.runs = sorted((_Run.of(run, self.store) for run in config.runs()), key=lambda run: run.flops)
+
+    def prepare(self) -> None:
+        """Find what would stop the sweep before it trains: too few rows, another model, another sweep's folder."""
+        identity = {"store": _identity(self.store), "heldout": _identity(self.heldout)}
+        path = self.folder / "activations.json"
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
+            raise InputError(f"{self.folder} holds a sweep of other activations: choose another --output")
+        halves = document_halves(self.heldout, self.layer, self.config.seed)
+        if (least := min(map(len, halves))) < self.config.samples:
+            raise InputError(
+                f"half of the documents of {self.config.heldout} hold {least} rows of this layer, less than "
+                f"{self.config.samples} samples: record more held-out documents or lower --samples"
+            )
+        rows = (self.heldout.rows(half[: self.config.samples]) for half in halves)
+        real, other = (x.float().to(self.device) for x in rows)
+        self.real = {name: GaussianMoments.of(x) for name, x in self._scaled(real).items()}
+        self.bound = self._distances(other)
+        lm = self._lm_settings()
+        if lm is not None and any(_kept(run.folder / "delta_lm.json", lm) is None for run in self.runs):
+            _ = self.llm  # loads it, and finds whether the store is of it
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(identity) + "\n")
+
+    @cached_property
+    def llm(self) -> tuple[Any, list[tokens.TokenBatch]]:
+        """The language model, checked, and the documents of the delta LM loss."""
+        config = self.config
+        model, tokenizer = load_llm(config.llm, self.device)
+        hookpoints_on([self.hookpoint], model, None, check_model=True)
+        documents = text.documents(replace(config.text, limit=config.lm_documents))
+        batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
+        return model, list(batches)
+
+    def measure(self, run: _Run, glp: GLP) -> dict[str, Any]:
+        """Fréchet distances and delta LM loss of a trained prior, from its folder where they are known."""
+        glp.cast(fast_dtype(glp.device) if self.config.precision == "auto" else getattr(torch, self.config.precision))
+        settings = {name: getattr(self.config, name) for name in ("samples", "steps", "layer", "seed", "precision")}
+        result = _once(run.folder / "frechet.json", settings, lambda: self._frechet(glp))
+        if (lm := self._lm_settings()) is not None:
+            result |= _once(run.folder / "delta_lm.json", lm, lambda: self._delta_lm(glp))
+        for leftover in ("steps", "checkpoints"):  # training states are three times the size of the prior
+            shutil.rmtree(run.folder / leftover, ignore_errors=True)
+        return result
+
+    def _frechet(self, glp: GLP) -> dict[str, float]:
+        config = self.config
+        x = glp.sample(config.samples, steps=config.steps, layer=self.layer, generator=config.seed)
+        return self._distances(x.float())
+
+    def _delta_lm(self, glp: GLP) -> dict[str, Any]:
+        model, batches = self.llm
+
+        def repaired(x: Tensor, eps: Tensor) -> Tensor:
+            return glp.project(x, t_start=T_START, steps=self.config.steps, noise=eps, layer=self.layer)
+
+        losses = lm_losses(
+            model,
+            batches,
+            self.hookpoint.layer,
+            {"prior": repaired},
+            side=self.hookpoint.side,
+            seed=self.config.seed,
+        )
+        found = delta(losses["prior"], losses["clean"], seed=self.config.seed)
+        return {"delta_lm": found.delta, "delta_lm_interval": list(found.interval)}
+
+    def _lm_settings(self) -> dict[str, Any] | None:
+        """What decides a delta LM loss; None if there is none to measure."""
+        if not self.config.delta_lm:
+            return None
+        names = ("steps", "lm_documents", "max_length", "batch_tokens", "layer", "seed", "precision")
+        plain = {name: getattr(self.config, name) for name in names}
+        return plain | {"llm": to_dict(self.config.llm), "text": text_settings(self.config.text)}
+
+    def _distances(self, x: Tensor) -> dict[str, float]:
+        return {name: frechet_distance(self.real[name], y) for name, y in self._scaled(x).items()}
+
+    def _scaled(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {"frechet": self.normalizer.normalize(x, self.layer), "frechet_raw": x}
+
+
+def _part(report: Report, run: _Run, before: float, total: float) -> Report:
+    """The report of one run as a part of all training."""
+
+    def part(done: int, of: int | None, figures: Mapping[str, Any]) -> None:
+        flops = before + run.flops * done / (of or run.config.activations)
+        report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.name, **figures})
+
+    return part
+
+
+def _distinct_times(recipe: Recipe) -> float:
+    """Distinct noise levels in a batch, for which the time path runs; of draws from a grid, their expectation."""
+    if recipe.times == "grid":
+        return TRAIN_GRID * (1 - (1 - 1 / TRAIN_GRID) ** recipe.batch_size)
+    return float(recipe.batch_size if recipe.times == "uniform" else min(recipe.distinct_times, recipe.batch_size))
+
+
+def _layer(store: ActivationStore, config: SweepConfig) -> int | None:
+    """The layer to measure at; None for a store of one layer."""
+    if config.layer is not None and config.layer not in store.layers:
+        raise unknown("layer", config.layer, store.layers)
+    if len(store.layers) == 1:
+        return None
+    if config.layer is None:
+        raise InputError(f"{config.store} holds layers {list(store.layers)}: choose one to measure at with --layer")
+    return config.layer
+
+
+def _identity(store: ActivationStore) -> str:
+    return store.manifest["statistics"]["sha256"]
+
+
+def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
+    """A law and its curve over all computes and somewhat beyond, as plain values."""
+    values = asdict(law)
+    del values["draws"]
+    at = np.geomspace(compute.min(), BEYOND * compute.max(), CURVE)
+    loss, low, high = (v.tolist() for v in law.predict(at))
+    return values | {"curve": {"compute": at.tolist(), "loss": loss, "low": low, "high": high}}
+
+
+def _or_why(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, or why there is nothing."""
+    try:
+        return make()
+    except InputError as error:
+        return {"failed": str(error)}
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in a file, if it was made with these settings."""
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    return saved["result"] if saved["settings"] == settings else None
+
+
+def _once(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The kept result, else a new one, kept."""
+    result = _kept(path, settings)
+    if result is None:
+        result = make()
+        replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
+    return result

@@ -1,0 +1,1 @@
+"""Statistics of plain arrays: intervals, distances, AUC, logistic regression, Gaussians."""

@@ -1,0 +1,284 @@
+"""How far two sets of activations are apart beyond their first two moments: sliced Wasserstein, classifier two-sample.
+
+The Fréchet distance sees means and covariances alone, so a Gaussian fitted to the data scores a perfect 0. These two
+see the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor
+
+from latentprior.stats.frechet import rows
+from latentprior.utils.errors import InputError
+
+PROJECTION_CHUNK = 64
+ROW_CHUNK = 8192
+
+# The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576. Twice the hidden units
+# or epochs found no more on residual streams of a small language model.
+HIDDEN = 128
+EPOCHS = 10
+PATIENCE = 3
+BATCH = 128
+VALIDATION = 0.2
+
+
+@dataclass(frozen=True)
+class TwoSample:
+    """Held-out AUC of telling two sets apart: 0.5 = the classifier cannot, 1 = always."""
+
+    auc: float
+    low: float
+    """Lower end of the 95% interval (DeLong) over the held-out activations, or over their documents."""
+    high: float
+    """Upper end of it."""
+
+
+def sliced_wasserstein(
+    a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, projections: int = 512, seed: int = 0
+) -> float:
+    """Sliced 2-Wasserstein distance: root mean square, over random unit directions, of the distance along each.
+
+    Along one direction the distance is exact for any two sizes: the quantile functions of both sets are steps, and
+    their squared difference is integrated over the steps of both.
+
+    Args:
+        a: [N, d] activations.
+        b: [M, d] activations.
+        projections: how many directions are drawn.
+        seed: seed of the directions; equal seeds make distances comparable.
+
+    Returns:
+        The distance in the units of the activations.
+
+    Raises:
+        InputError: no rows, unequal widths, NaN or infinite entries, or no projections.
+    """
+    a, b = _pair(a, b, least=1)
+    if projections < 1:
+        raise InputError(f"projections must be positive, got {projections}")
+    directions = torch.randn(projections, a.shape[1], generator=torch.Generator().manual_seed(seed))
+    directions = F.normalize(directions, dim=1).to(a.device)
+    # The distance ignores a common shift: taking it out first keeps float32 exact for data far from the origin.
+    centre = a[:ROW_CHUNK].mean(0, dtype=torch.promote_types(a.dtype, torch.float32))
+    steps_a, steps_b, widths = _quantile_steps(len(a), len(b))
+    squared = 0.0
+    for chunk in directions.split(PROJECTION_CHUNK):
+        along_a, along_b = _sorted_projections(a, chunk, centre), _sorted_projections(b, chunk, centre)
+        gaps = np.subtract(along_a[:, steps_a], along_b[:, steps_b], dtype=np.float64)
+        squared += float((np.square(gaps) @ widths).sum())
+    return float(np.sqrt(squared / projections))
+
+
+def classifier_two_sample(
+    a: Tensor | np.ndarray,
+    b: Tensor | np.ndarray,
+    *,
+    documents: tuple[Tensor | None, Tensor | None] = (None, None),
+    seed: int = 0,
+    folds: int = 3,
+) -> TwoSample:
+    """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` from `b`.
+
+    Each fold is held out once: the next one sets the principal components, a small network is trained on the others,
+    stopped early on a validation part of them, and judged on the fold. It sees every dimension, the magnitude of every
+    dimension and of every principal component, and the mean square of both: from plain activations a network of this
+    size learns next to nothing about what a Gaussian with the right covariance lacks. The components come from rows of
+    their own, by a shrunk covariance (Ledoit and Wolf, 2004), as rows look different along components that were fitted
+    to them: below about 1.5 d rows a network learns that difference instead, and the AUC falls far below 0.5.
+
+    Args:
+        a: [N, d] activations, such as real ones.
+        b: [M, d] activations, such as generated ones; independent of `a`.
+        documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
+            Rows of one document are alike: across folds, a network would learn to tell the documents of `a` from those
+            of `b`. So they lie in one fold, and count together in the interval.
+        seed: seed of folds, initial weights and batches.
+        folds: parts into which the sets are cut, each held out once.
+
+    Returns:
+        The mean AUC over the folds, with its interval.
+
+    Raises:
+        InputError: fewer rows than `least_rows` in either set, unequal widths, NaN or infinite entries, or fewer than
+            three folds.
+    """
+    if folds < 3:
+        raise InputError(f"folds must be at least 3, got {folds}")
+    a, b = _pair(a, b, least=10 * folds)
+    width = a.shape[1]
+    if (given := min(len(a), len(b))) < (least := least_rows(width, folds)):
+        raise InputError(f"a two-sample test at width {width} needs at least {least} rows of each set, got {given}")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.cat([a.float(), b.float()])
+    label = torch.cat([torch.ones(len(a)), torch.zeros(len(b))]).to(x.device)
+    groups = [_numbered(part, of) for part, of in zip((a, b), documents, strict=True)]
+    fold = torch.cat([_folds(group, folds, generator) for group in groups]).to(x.device)
+    group = np.concatenate([group.numpy() for group in groups])
+    aucs, variances = [], []
+    for held_out in range(folds):
+        test, whitening = fold == held_out, fold == (held_out + 1) % folds
+        train = ~(test | whitening)
+        features = _magnitude_features(x[whitening])
+        score = _fit_classifier(features(x[train]), label[train], generator)
+        scores, truth = score(features(x[test])).cpu().numpy(), label[test].bool().cpu().numpy()
+        among = group[test.cpu().numpy()]
+        auc, variance = _auc(scores[truth], scores[~truth], among[truth], among[~truth])
+        aucs.append(auc)
+        variances.append(variance)
+    auc, margin = float(np.mean(aucs)), 1.96 * float(np.sqrt(np.sum(variances))) / folds
+    return TwoSample(auc, max(auc - margin, 0.0), min(auc + margin, 1.0))
+
+
+def least_rows(width: int, folds: int = 3) -> int:
+    """How many rows of each set `classifier_two_sample` needs: a quarter of the width, ten for each fold.
+
+    With fewer, real differences are lost in the noise of the components.
+    """
+    return max(10 * folds, -(-width // 4))
+
+
+def _numbered(x: Tensor, documents: Tensor | None) -> Tensor:
+    """Each row's document, counted from 0; without documents every row is its own."""
+    if documents is None:
+        return torch.arange(len(x))
+    if len(documents) != len(x):
+        raise InputError(f"{len(x)} rows have {len(documents)} documents: give one for each row")
+    return torch.unique(documents.cpu(), return_inverse=True)[1]
+
+
+def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
+    """Each row's fold: those of a group in one, about as many rows in each.
+
+    Raises:
+        InputError: a fold without a row.
+    """
+    sizes = torch.bincount(group)
+    order = torch.randperm(len(sizes), generator=generator)
+    before = torch.empty_like(sizes)
+    before[order] = sizes[order].cumsum(0) - sizes[order]
+    fold = (before * folds // len(group))[group]
+    if len(fold.unique()) < folds:
+        raise InputError(f"{len(sizes)} documents are too few, or too unequal in length, for {folds} folds")
+    return fold
+
+
+def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tuple[Tensor, Tensor]:
+    a, b = rows(a, least=least), rows(b, least=least)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(f"both sets need the same width, got {a.shape[1]} and {b.shape[1]}")
+    return a, b.to(a.device)
+
+
+def _quantile_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each interval on which both quantile functions are constant: the rank in either set, and the width.
+
+    In units of 1 / (n m) all ends are integers, so no interval is lost or doubled by rounding.
+    """
+    ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
+    return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
+
+
+def _sorted_projections(x: Tensor, directions: Tensor, centre: Tensor) -> np.ndarray:
+    """[P, N] float32, each row ascending. numpy sorts several times faster than torch on the CPU."""
+    along = torch.cat([(chunk - centre).float() @ directions.T for chunk in x.split(ROW_CHUNK)])
+    return np.sort(along.T.cpu().numpy(), axis=1)
+
+
+def _magnitude_features(reference: Tensor) -> Callable[[Tensor], Tensor]:
+    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies.
+
+    Fitted to `reference` [M, d]: rows other than those that a classifier is trained or judged on.
+    """
+    mean, std = reference.mean(0), reference.std(0)
+    std[std <= 1e-6 * mean.abs()] = float("inf")  # constant but for float32 round-off: the dimension becomes 0
+    variances, directions = np.linalg.eigh(ledoit_wolf(((reference - mean) / std).double().cpu().numpy())[0])
+    scale = np.where(variances > 1e-8 * variances[-1], np.sqrt(variances.clip(min=0)), np.inf)
+    whiten = torch.as_tensor(directions / scale, dtype=reference.dtype, device=reference.device)
+
+    def magnitude(z: Tensor) -> Tensor:
+        return (z.abs() - 0.8) / 0.6  # mean and standard deviation of |z| for a Gaussian
+
+    def energy(z: Tensor) -> Tensor:
+        """[N, 1], of unit variance for a standard normal: one number that d magnitudes would hide from the network."""
+        return z.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (z.shape[1] / 2) ** 0.5
+
+    def features(x: Tensor) -> Tensor:
+        z = (x - mean) / std
+        whitened = z @ whiten
+        return torch.cat([z, magnitude(z), magnitude(whitened), energy(z), energy(whitened)], dim=1)
+
+    return features
+
+
+def _fit_classifier(x: Tensor, label: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Trains ``x: [N, k] -> logit [N]`` and returns it as it was at the lowest validation loss."""
+    sizes = [x.shape[1], HIDDEN, HIDDEN, 1]
+    weights = [(torch.randn(i, o, generator=generator) * (2 / i) ** 0.5).to(x.device) for i, o in pairwise(sizes)]
+    biases = [torch.zeros(o, device=x.device) for o in sizes[1:]]
+    weights[-1] *= 0.1  # starts undecided
+
+    def logit(h: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = F.gelu(h @ weight + bias)
+        return (h @ weights[-1] + biases[-1])[:, 0]
+
+    def shuffled(index: Tensor) -> Tensor:
+        return index[torch.randperm(len(index), generator=generator).to(index.device)]
+
+    order = shuffled(torch.arange(len(x), device=x.device))
+    validation, train = order.tensor_split([max(1, int(VALIDATION * len(x)))])
+    groups = [{"params": weights, "weight_decay": 1e-2}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for parameter in (*weights, *biases):
+        parameter.requires_grad_()
+    best, kept, worse = float("inf"), (weights, biases), 0
+    for _ in range(EPOCHS):
+        for batch in shuffled(train).split(BATCH):
+            with torch.enable_grad():
+                loss = F.binary_cross_entropy_with_logits(logit(x[batch], weights, biases), label[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            held = logit(x[validation], weights, biases)
+            current = F.binary_cross_entropy_with_logits(held, label[validation]).item()
+        if current < best:
+            best, worse = current, 0
+            kept = [w.detach().clone() for w in weights], [b.detach().clone() for b in biases]
+        else:
+            worse += 1
+            if worse == PATIENCE:
+                break
+    return lambda x: logit(x, *kept).detach()
+
+
+def _auc(
+    positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
+) -> tuple[float, float]:
+    """Area under the ROC curve, ties counted half, and its variance.
+
+    That of DeLong et al. (1988), where every entry is a group of its own; else by groups, as of Obuchowski (1997).
+    """
+    rank = rankdata(np.concatenate([positive, negative]))
+    n, m = len(positive), len(negative)
+    below = (rank[:n] - rankdata(positive)) / m
+    above = 1 - (rank[n:] - rankdata(negative)) / n
+    return float(below.mean()), _variance_of_mean(below, positive_group) + _variance_of_mean(above, negative_group)
+
+
+def _variance_of_mean(values: np.ndarray, group: np.ndarray) -> float:
+    """Of the mean of `values`, those of a group being dependent; infinite for a single group."""
+    _, which = np.unique(group, return_inverse=True)
+    sums = np.bincount(which, values - values.mean())
+    count = len(sums)
+    return float(np.square(sums).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else float("inf")

@@ -1,0 +1,101 @@
+"""A Gaussian as a prior: the baseline that every generative prior has to beat, and a flow whose velocity is known.
+
+Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps`` with t = 0 data and t = 1 noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprior.stats.frechet import GaussianMoments, rows
+from latentprior.utils.errors import unknown
+
+Covariance = Literal["full", "diagonal"]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """``N(mean, V diag(variances) V')``, in the space of the activations it was fitted to.
+
+    Methods compute in the dtype of their input (at least float32), `log_likelihood` in float64. Leading dimensions
+    are free. Directions without variance are allowed.
+    """
+
+    mean: Tensor
+    """[d] float64."""
+    variances: Tensor
+    """[d] float64, along the columns of `directions`, at least 0."""
+    directions: Tensor | None
+    """[d, d] float64, orthogonal; None for a diagonal covariance."""
+
+    @classmethod
+    def fit(cls, z: Tensor, covariance: Covariance = "full") -> GaussianPrior:
+        """Fits mean and unbiased covariance of ``z: [N, d]``; stays on the device of `z`.
+
+        Raises:
+            InputError: fewer than two rows, NaN or infinite entries, or an unknown kind of covariance.
+        """
+        if covariance not in get_args(Covariance):
+            raise unknown("covariance", covariance, get_args(Covariance))
+        z = rows(z, least=2)
+        if covariance == "diagonal":
+            variances, mean = torch.var_mean(z.double(), dim=0)
+            return cls(mean, variances, None)
+        moments = GaussianMoments.of(z)
+        variances, directions = np.linalg.eigh(moments.cov)
+        mean, variances, directions = (torch.as_tensor(v).to(z.device) for v in (moments.mean, variances, directions))
+        return cls(mean, variances.clamp(min=0), directions)
+
+    def sample(self, n: int, generator: torch.Generator, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draws ``[n, d]`` from the Gaussian, on its device."""
+        noise = torch.randn(n, len(self.mean), generator=generator, device=generator.device, dtype=dtype)
+        noise = noise.to(self.mean.device)
+        return self.mean.to(dtype) + self._to_space(noise * self.variances.sqrt().to(dtype))
+
+    def posterior_mean(self, z_t: Tensor, t: float | Tensor) -> Tensor:
+        """``E[z_0 | z_t]``, the best reconstruction of a noised activation.
+
+        Args:
+            z_t: [..., d] point on the path.
+            t: time in [0, 1], a scalar or one for each leading index of `z_t`.
+        """
+        return self._conditional(z_t, t, of_data=1.0, of_noise=0.0)
+
+    def velocity(self, z_t: Tensor, t: float | Tensor) -> Tensor:
+        """``E[eps - z_0 | z_t]``: the velocity that a perfectly trained flow has at ``z_t: [..., d]``."""
+        return self._conditional(z_t, t, of_data=-1.0, of_noise=1.0)
+
+    def log_likelihood(self, z: Tensor) -> Tensor:
+        """``log p(z)`` in nats, ``[..., d] -> [...]`` float64.
+
+        Variances below float64 round-off of the largest one count as that round-off: the result stays finite, and
+        points off the support of a degenerate Gaussian get a very low value.
+        """
+        centred = self._to_components(z.to(self.mean) - self.mean)
+        smallest = self.variances.max() * len(self.mean) * torch.finfo(torch.float64).eps
+        variances = self.variances.clamp(min=max(smallest.item(), torch.finfo(torch.float64).tiny))
+        return -0.5 * (centred.square() / variances + (2 * math.pi * variances).log()).sum(-1)
+
+    def _conditional(self, z_t: Tensor, t: float | Tensor, *, of_data: float, of_noise: float) -> Tensor:
+        """``E[of_data z_0 + of_noise eps | z_t]``: along a component, z_0, eps and z_t are jointly Gaussian."""
+        dtype = torch.promote_types(z_t.dtype, torch.float32)
+        t = torch.as_tensor(t, dtype=dtype, device=z_t.device)[..., None]
+        mean, variances = self.mean.to(z_t.device, dtype), self.variances.to(z_t.device, dtype)
+        covariance = of_data * (1 - t) * variances + of_noise * t
+        variance = (1 - t).square() * variances + t.square()
+        # Without variance z_t is certain and tells nothing: 0 / 0, only at t = 0.
+        gain = torch.where(variance > 0, covariance / variance, 0.0)
+        centred = self._to_components(z_t.to(dtype) - (1 - t) * mean)
+        return (of_data * mean + self._to_space(gain * centred)).to(z_t.dtype)
+
+    def _to_components(self, z: Tensor) -> Tensor:
+        return z if self.directions is None else z @ self.directions.to(z)
+
+    def _to_space(self, components: Tensor) -> Tensor:
+        return components if self.directions is None else components @ self.directions.to(components).T

@@ -1,0 +1,140 @@
+"""Rows of steering results -> per-prompt figures of each method, against the unsteered text of the same prompt.
+
+A text's *gain* is how far the concept moved the way it was pushed, ``sign(strength) * (concept - unsteered concept)``,
+and its *increase* is how much its negative log-likelihood (NLL) rose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from latentprior.utils.errors import InputError, unknown
+
+UNSTEERED = "none"
+MEASURED = ("concept", "nll")
+DESCRIBED = ("distinct_2", "distinct_3", "longest_repeat", "tokens", "retention", "off_before", "off_after", "moved")
+SIGNS = np.array([1.0, -1.0])
+
+
+class Key(NamedTuple):
+    """What was compared; `prior` is "" where the results name none."""
+
+    direction: str
+    method: str
+    prior: str
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """One method along one direction, P prompts by S strengths, with the signs of a strength taken together."""
+
+    strengths: np.ndarray
+    """[S] absolute, increasing."""
+    gain: np.ndarray
+    """[P, S] mean over the signs that were run; NaN where a text or a rating of either, or of the unsteered, lacks."""
+    increase: np.ndarray
+    """[P, S] of the NLL, nats a token; NaN where `gain` is."""
+    unsteered: Mapping[str, np.ndarray]
+    """[P] each column of numbers, of the unsteered texts."""
+    columns: Mapping[str, np.ndarray]
+    """[P, S, 2] each column of numbers, for positive and negative strengths; NaN where there is none."""
+    failed: int
+    """Texts without concept or NLL."""
+    missing: int
+    """Texts that other prompts have and some lack."""
+
+
+def fold(rows: pa.Table) -> dict[Key, Folded]:
+    """Results by direction, method and prior, prompt by prompt against the unsteered text.
+
+    Args:
+        rows: one for each text, with the columns direction, method, strength (signed), prompt, concept (probability,
+            not flipped), nll (nats a token), and where they were measured those of `DESCRIBED`; those of method "none"
+            are the unsteered texts. With a column "prior", rows without a value there (null or "") hold for all priors.
+
+    Raises:
+        InputError: a column that is missing, a concept outside [0, 1], a strength that is not finite, two rows of one
+            text, or a direction without unsteered texts.
+    """
+    data = _arrays(rows)
+    keys = [Key(*key) for key in zip(data["direction"], data["method"], data["prior"], strict=True)]
+    members: dict[Key, list[int]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(key, []).append(i)
+    found = {}
+    for direction in dict.fromkeys(key.direction for key in members):
+        prompts = np.unique(data["prompt"][data["direction"] == direction])
+        own = {key: np.array(chosen) for key, chosen in members.items() if key.direction == direction}
+        unsteered = {key.prior: chosen for key, chosen in own.items() if key.method == UNSTEERED}
+        for key, chosen in own.items():
+            if key.method != UNSTEERED:
+                found[key] = _folded(data, key, prompts, chosen, unsteered.get(key.prior, unsteered.get("")))
+    return found
+
+
+def _arrays(rows: pa.Table) -> dict[str, np.ndarray]:
+    """The columns of a table that are used, checked."""
+    numeric = ("strength", *MEASURED, *(name for name in DESCRIBED if name in rows.column_names))
+    for name in ("direction", "method", "prompt", *numeric):
+        if name not in rows.column_names:
+            raise unknown("column of steering results", name, rows.column_names)
+    data = {name: np.array(rows[name].to_pylist(), dtype=object) for name in ("direction", "method")}
+    priors = rows["prior"].to_pylist() if "prior" in rows.column_names else [""] * len(rows)
+    data |= {"prior": np.array([prior or "" for prior in priors], dtype=object), "prompt": rows["prompt"].to_numpy()}
+    data |= {name: rows[name].to_numpy().astype(np.float64) for name in numeric}
+    if not np.isfinite(data["strength"]).all():
+        raise InputError("every strength must be finite")
+    if (data["concept"] < 0).any() or (data["concept"] > 1).any():
+        raise InputError("concept must be a probability: scale the judge's ratings to [0, 1]")
+    return data
+
+
+def _folded(
+    data: Mapping[str, np.ndarray], key: Key, prompts: np.ndarray, chosen: np.ndarray, unsteered: np.ndarray | None
+) -> Folded:
+    """The rows `chosen` of one method, against the rows `unsteered`."""
+    if unsteered is None:
+        raise InputError(f"direction {key.direction!r} has no unsteered texts (method {UNSTEERED!r})")
+    signed = data["strength"][chosen]
+    strengths, column = np.unique(np.abs(signed), return_inverse=True)
+    cell = (np.searchsorted(prompts, data["prompt"][chosen]), column, (signed < 0).astype(int))
+    shape = (len(prompts), len(strengths), len(SIGNS))
+    texts = np.zeros(shape, int)
+    np.add.at(texts, cell, 1)
+    base_cell = np.searchsorted(prompts, data["prompt"][unsteered])
+    if texts.max() > 1 or len(np.unique(base_cell)) < len(base_cell):
+        raise InputError(f"{', '.join(filter(None, key))}: two rows of the same prompt and strength")
+
+    def placed(name: str) -> np.ndarray:
+        values = np.full(shape, np.nan)
+        values[cell] = data[name][chosen]
+        return values
+
+    columns = {name: placed(name) for name in (*MEASURED, *DESCRIBED) if name in data}
+    base = {name: np.full(len(prompts), np.nan) for name in columns}
+    for name, values in base.items():
+        values[base_cell] = data[name][unsteered]
+    run = texts.any(axis=0)
+
+    def over_signs(values: np.ndarray) -> np.ndarray:
+        return np.where(run, values, 0).sum(axis=2) / run.sum(axis=1)
+
+    sign = SIGNS * np.sign(strengths)[:, None]
+    gain = over_signs(sign * (columns["concept"] - base["concept"][:, None, None]))
+    increase = over_signs(columns["nll"] - base["nll"][:, None, None])
+    absent = np.isnan(gain) | np.isnan(increase)
+    failed = np.isnan(data["concept"][chosen]) | np.isnan(data["nll"][chosen])
+    return Folded(
+        strengths,
+        np.where(absent, np.nan, gain),
+        np.where(absent, np.nan, increase),
+        base,
+        columns,
+        int(failed.sum()),
+        int(run.sum()) * len(prompts) - len(chosen),
+    )

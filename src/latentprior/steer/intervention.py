@@ -1,0 +1,215 @@
+"""Pushing the activations of a running model along directions: `Edit` says how, `steering` does it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentprior.config import Side
+from latentprior.data.sinks import SINK_FACTOR
+from latentprior.lm.edits import EditCounts, Positions, Rewriter, Site, check_positions, for_batch, rewrite
+from latentprior.steer.direction import Direction
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.reprs import ShortRepr
+
+EditKind = Literal["add", "clamp", "ablate", "rotate"]
+EDIT_KINDS: tuple[EditKind, ...] = get_args(EditKind)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit(ShortRepr):
+    """A change of activations a [d] along a unit direction w, of strength r in units of the mean norm m.
+
+    - "add": ``a + r m w`` (paper, on-manifold steering).
+    - "clamp": the component along w becomes ``r m``, the rest stays.
+    - "ablate": the component along w becomes 0; the strength must be 0.
+    - "rotate": a turns towards w by the angle ``atan(r)``, in the plane of both, and keeps its norm; a negative
+      strength turns it away. It stops at w or -w. An activation of norm m across w then points where adding ``r m w``
+      would point it. One that lies along w stays as it is, as no plane is given.
+
+    Raises:
+        InputError: something other than a `Direction`, an unknown kind, a strength that is not finite or not a number
+            or [B], or one of an ablation.
+    """
+
+    direction: Direction
+    strength: float | Tensor = 0.0
+    """One number, or [B] with one for each row of the batch. Beams and returned sequences take their row's."""
+    kind: EditKind = "add"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise InputError(
+                f"an edit goes along a Direction, got {type(self.direction).__name__}: make one with "
+                'Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
+            )
+        if self.kind not in EDIT_KINDS:
+            raise unknown("kind of edit", self.kind, EDIT_KINDS)
+        strength = torch.as_tensor(self.strength)
+        if strength.ndim > 1 or not strength.numel() or strength.is_complex() or strength.dtype == torch.bool:
+            raise InputError(
+                f"a strength is a number or one for each row [B], got {strength.dtype} {list(strength.shape)}"
+            )
+        if not strength.isfinite().all():
+            raise InputError(f"the strength along {self.direction.name!r} is infinite or NaN")
+        if self.kind == "ablate" and strength.any():
+            raise InputError("an ablation has no strength: leave it at 0, or use 'clamp' to set the component")
+
+
+@runtime_checkable
+class Repair(Protocol):
+    """Brings edited activations back to where activations live."""
+
+    def __call__(
+        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], site: Site, push: Float[Tensor, "n d"], /
+    ) -> Float[Tensor, "n d"]:
+        """The activations [N, d] to go on with, raw like `clean` and `edited`; `push` is ``edited - clean``."""
+        ...
+
+
+@contextmanager
+def steering(
+    model: nn.Module,
+    edits: Edit | Sequence[Edit],
+    *,
+    mean_norm: float | Mapping[int, float],
+    positions: Positions = "all",
+    repair: Repair | None = None,
+    check_model: bool = True,
+) -> Iterator[EditCounts]:
+    """Steer `model` while the context is open, also under ``generate()``.
+
+    Works with and without a key-value cache, static ones too, with padding on either side, beams, sampling and
+    streaming. The first position, padding and attention sinks (a norm over 10 times the mean) are never touched. Rows
+    without an edit, and edits of strength 0 without repair, leave the model's text as it is, bit for bit.
+
+    Args:
+        model: a causal language model; each direction is checked against it before anything runs.
+        edits: those of one hookpoint apply in the given order, those of several layers in the model's order.
+        mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer.
+        positions: which positions; see `latentprior.rewrite.Positions`.
+        repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
+            at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
+        check_model: refuse directions of a model of another name. Layer and width are always checked.
+
+    Yields:
+        counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
+
+    Raises:
+        InputError: something that is no `Edit`; a direction of another model, layer or width; unknown positions; a mean
+            norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
+            the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
+            on leaving the context with nothing edited: what `latentprior.rewrite.rewrite` refuses.
+    """
+    check_positions(positions)
+    edits = list(edits) if isinstance(edits, Sequence) else [edits]
+    places: dict[tuple[Side, int], list[Edit]] = {}
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise InputError(f"steering takes edits, got {type(edit).__name__}: use Edit(direction, strength)")
+        edit.direction.check(model, check_model=check_model)
+        places.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
+    rewriters: dict[Side, dict[int, Rewriter]] = {}
+    units = {layer: _unit(mean_norm, layer) for _, layer in places}
+    for (side, layer), here in places.items():
+        pushes = [_Push(edit, units[layer]) for edit in here]
+        rewriters.setdefault(side, {})[layer] = _Steering(pushes, repair)
+
+    def sinks(hidden: Tensor, layer: int) -> Tensor:
+        return hidden.float().norm(dim=-1) > SINK_FACTOR * units[layer]
+
+    with ExitStack() as stack:
+        if isinstance(repair, AbstractContextManager):
+            stack.enter_context(repair)
+        counts = [
+            stack.enter_context(rewrite(model, of_layers, positions=positions, side=side, sinks=sinks))
+            for side, of_layers in rewriters.items()
+        ]
+        yield EditCounts(counts)
+
+
+def _unit(mean_norm: float | Mapping[int, float], layer: int) -> float:
+    if isinstance(mean_norm, Mapping):
+        if layer not in mean_norm:
+            raise unknown("layer of mean_norm", layer, mean_norm)
+        mean_norm = mean_norm[layer]
+    if not 0 < mean_norm < math.inf:  # also NaN
+        raise InputError(f"mean_norm of layer {layer} must be positive and finite, got {mean_norm}")
+    return float(mean_norm)
+
+
+class _Push:
+    """One edit, ready to run."""
+
+    def __init__(self, edit: Edit, unit: float) -> None:
+        self._apply = _APPLY[edit.kind]
+        self._idle_at_zero = edit.kind in ("add", "rotate")
+        self._name = f"the strength along {edit.direction.name!r}"
+        self._unit = unit
+        self._direction = edit.direction.vector
+        self._strength = torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
+
+    def __call__(self, x: Tensor, site: Site) -> Tensor:
+        """[N, d] edited; rows with nothing to do come back bit for bit."""
+        self._direction = self._direction.to(x)  # moves once: the layer stays where it is
+        self._strength = self._strength.to(x)
+        strength = for_batch(self._strength, site.batch, self._name)[site.row, None]
+        edited = self._apply(x, self._direction, strength, self._unit)
+        return torch.where(strength == 0, x, edited) if self._idle_at_zero else edited
+
+
+class _Steering:
+    """The rewriter of one hookpoint: all edits in order, then repair."""
+
+    def __init__(self, pushes: Sequence[_Push], repair: Repair | None) -> None:
+        self._pushes, self._repair = pushes, repair
+
+    def __call__(self, x: Tensor, site: Site) -> Tensor:
+        clean = x if x.dtype == torch.float64 else x.float()
+        edited = clean
+        for push in self._pushes:
+            edited = push(edited, site)
+        if self._repair is None:
+            return edited.to(x.dtype)
+        result = self._repair(clean, edited, site, edited - clean)
+        if result.shape != edited.shape:
+            raise InputError(f"a repair must return activations {list(edited.shape)}, got {list(result.shape)}")
+        return result.to(x)
+
+
+def _component(x: Tensor, w: Tensor) -> Tensor:
+    """[N, 1], how far x goes along w. Not a matrix product, which autocast would round to bfloat16."""
+    return (x * w).sum(dim=-1, keepdim=True)
+
+
+def _add(x: Tensor, w: Tensor, strength: Tensor, unit: float) -> Tensor:
+    return x + strength * unit * w
+
+
+def _clamp(x: Tensor, w: Tensor, strength: Tensor, unit: float) -> Tensor:
+    return x + (strength * unit - _component(x, w)) * w
+
+
+def _rotate(x: Tensor, w: Tensor, strength: Tensor, unit: float) -> Tensor:
+    along = _component(x, w)
+    across = x - along * w
+    height = across.norm(dim=-1, keepdim=True)
+    angle = (torch.atan2(height, along) - strength.atan()).clamp(0, math.pi)  # 0 is along w
+    turned = x.norm(dim=-1, keepdim=True) * (angle.cos() * w + angle.sin() * F.normalize(across, dim=-1))
+    return torch.where(height > 0, turned, x)
+
+
+_APPLY: dict[EditKind, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "add": _add,
+    "clamp": _clamp,
+    "ablate": _clamp,  # at strength 0
+    "rotate": _rotate,
+}

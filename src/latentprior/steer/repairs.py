@@ -1,0 +1,108 @@
+"""Repairing a steered activation with a prior so that the edit survives: the paper's way, and ways that keep more.
+
+The paper noises the edited activation to `t_start` and integrates back. That loses part of the edit, and it moves the
+activation also where it was not edited, because a prior's repair of an *unedited* activation is not the identity. Each
+option of `RepairConfig` meets one of the two.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latentprior.config import RepairConfig
+from latentprior.lm.edits import Site
+from latentprior.prior.glp import GLP
+from latentprior.prior.repair import PositionNoise, follower
+from latentprior.utils.errors import InputError
+
+T_STEP = 0.05  # adaptive noise levels are multiples of this, so that rows of like strength are repaired in one batch
+
+
+class PriorRepair:
+    """Repairs edited activations of a running model (`latentprior.steer.intervention`'s `repair`).
+
+    Args:
+        glp: the prior.
+        config: what the repair holds on to.
+        seed: of the noise, which depends on it, the prompt and the position alone: rows of one prompt share it, so that
+            differences between their strengths are not noise.
+
+    Raises:
+        InputError: when it is called, a layer that the prior does not have.
+    """
+
+    def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
+        self.glp, self.config = glp, config
+        self._open = ExitStack()
+        self._follow = follower(glp)
+        self._noise = PositionNoise(seed, samples=config.samples, shared=config.noise == "sequence")
+
+    def __enter__(self) -> PriorRepair:
+        """`steering` opens it: every decoding step repairs at the same few times (`Denoiser.remembering`)."""
+        self._open.enter_context(self.glp.denoiser.remembering())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    @property
+    def nfe(self) -> int:
+        """Denoiser evaluations for each activation."""
+        once = self.glp.nfe(self.config.steps, t_start=self.config.t_start, solver=self.config.solver)
+        return once * self.config.samples * (2 if self.config.paired else 1)
+
+    def __call__(
+        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], site: Site, push: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n d"]:
+        """The repaired activations; what was not pushed is only touched by a repair that is not paired."""
+        self._follow(edited.device)
+        clean, edited, push = clean.float(), edited.float(), push.float()
+        if self.config.rate is None:
+            return self._repaired(clean, edited, site, push, self.config.t_start)
+        result = edited.clone()
+        levels = self._levels(push, site)
+        for level in levels.unique().tolist():
+            rows = (levels == level).nonzero().squeeze(1)
+            part = replace(site, row=site.row[rows], position=site.position[rows])
+            t_start = min(level * T_STEP, self.config.t_start)
+            if t_start > 0:
+                result[rows] = self._repaired(clean[rows], edited[rows], part, push[rows], t_start)
+        return result
+
+    def _levels(self, push: Tensor, site: Site) -> Tensor:
+        """Noise level of each row in steps of `T_STEP`: noise ``t / (1 - t)`` is `rate` times the standardised push."""
+        layer, normalizer = self._layer(site), self.glp.normalizer
+        alone = normalizer.mean[normalizer.rows(layer)] + push.to(self.glp.device)
+        size = normalizer.normalize(alone, layer).square().mean(dim=-1).sqrt() * float(self.config.rate or 0)
+        return (size / (1 + size) / T_STEP).ceil().long().to(push.device)
+
+    def _repaired(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor, t_start: float) -> Tensor:
+        config, n = self.config, self.config.samples
+        repaired = self.glp.project(
+            edited.repeat(n, 1),
+            reference=clean.repeat(n, 1) if config.paired else None,
+            t_start=t_start,
+            steps=config.steps,
+            solver=config.solver,
+            noise=self._noise(site, edited.shape[-1]),
+            layer=self._layer(site),
+            hold=push.repeat(n, 1) if config.hold else None,
+        )
+        repaired = repaired.view(n, *edited.shape).mean(dim=0)
+        if config.readd:
+            unit = torch.nn.functional.normalize(push, dim=-1)
+            repaired = repaired + ((edited - repaired) * unit).sum(dim=-1, keepdim=True) * unit
+        return repaired
+
+    def _layer(self, site: Site) -> int | None:
+        """A prior of one layer is called without it."""
+        if len(self.glp.normalizer.layers) == 1:
+            return None
+        if site.layer not in self.glp.normalizer.layers.tolist():
+            raise InputError(f"this prior has no layer {site.layer}: {self.glp.normalizer.layers.tolist()}")
+        return site.layer

@@ -1,0 +1,1 @@
+"""Training a prior: activation sources, noise, optimizers, the loop, checkpoints."""

@@ -1,0 +1,65 @@
+"""The log of a run: always JSON lines, and a tracking service if one is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from latentprior.utils.errors import InputError
+from latentprior.utils.files import replace_text
+
+
+class Log:
+    """Appends figures to a JSONL file and to wandb or trackio.
+
+    Args:
+        path: the file. Lines after `resume_step` are dropped: those steps are about to be done again.
+        track: "none", "wandb" or "trackio".
+        config: shown by the tracking service.
+        resume_step: the step that the run continues from, 0 for a new one.
+
+    Raises:
+        InputError: the tracking package is not installed.
+    """
+
+    def __init__(self, path: Path, *, track: str, config: dict[str, Any], resume_step: int) -> None:
+        self._tracker = _tracker(track)  # first: if it is missing, the file stays as it is
+        kept = []
+        if resume_step and path.exists():
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        replace_text(path, "".join(kept))
+        self._file = path.open("a", buffering=1)
+        if self._tracker is not None:
+            self._tracker.init(project="latentprior", name=path.parent.name, config=config)
+
+    def write(self, figures: dict[str, Any]) -> None:
+        """Add one line; `figures` has the key "step"."""
+        self._file.write(json.dumps(figures) + "\n")
+        if self._tracker is not None:
+            numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
+            self._tracker.log(numbers, step=figures["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one cut short by a kill is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _tracker(track: str) -> Any:
+    if track == "none":
+        return None
+    try:
+        return importlib.import_module(track)
+    except ImportError as error:
+        raise InputError(f"{track} is not installed: pip install 'latentprior[track]'") from error

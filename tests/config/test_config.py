@@ -1,0 +1,239 @@
+"""Options: complete documentation, round trips through plain values, and validation that names what is wrong."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+from dataclasses import dataclass, field
+
+import jaxtyping
+import pytest
+
+from latentprior import config
+from latentprior.config import (
+    PRESETS,
+    DenoiserConfig,
+    EvaluateConfig,
+    JudgeConfig,
+    LLMConfig,
+    NeuronsConfig,
+    ProbeConfig,
+    Recipe,
+    RecordConfig,
+    RepairConfig,
+    SAEConfig,
+    SteerConfig,
+    TextConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from latentprior.config.base import count_of, size_of
+from latentprior.utils.errors import InputError
+
+CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and dataclasses.is_dataclass(c)]
+REQUIRED = {
+    "DenoiserConfig": {"d_input": 8, "d_model": 16, "d_mlp": 32},
+    "ConvertConfig": {"source": "a", "output": "b"},
+    "TextSource": {"dataset": "a.txt"},
+}
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch):
+    """As outside of tests, where no type is checked before our own validation."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_frozen_and_every_field_documented(cls: type):
+    """A field that holds another configuration is documented by that one's docstring."""
+    names = {c.__name__ for c in CLASSES}
+    assert cls.__doc__ and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    definition = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    body = definition.body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in names:
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert documented, f"{cls.__name__}.{ast.unparse(node.target)}"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_defaults_round_trip(cls: type):
+    required = REQUIRED.get(cls.__name__, {})
+    default = cls(**required)
+    assert from_dict(cls, required) == default
+    values = to_dict(default)
+    json.dumps(values)
+    assert from_dict(cls, values) == default
+
+
+def test_changed_and_nested_values_round_trip_through_json():
+    record = RecordConfig(layers=[3, 4], llm=LLMConfig(dtype="float32"), text=TextConfig(limit=5))
+    assert from_dict(RecordConfig, json.loads(json.dumps(to_dict(record)))) == record
+    denoiser = DenoiserConfig(8, 16, 32, multi_layer_n_layers=4)
+    assert from_dict(DenoiserConfig, json.loads(json.dumps(to_dict(denoiser)))) == denoiser
+
+
+def test_nested_values_may_be_partial():
+    record = from_dict(RecordConfig, {"text": {"limit": 5}})
+    assert record.text == TextConfig(limit=5) and record.llm == LLMConfig()
+
+
+def test_unknown_keys_are_named_with_the_nearest():
+    with pytest.raises(InputError, match="unknown TrainConfig key 'presett'; did you mean 'preset'"):
+        from_dict(TrainConfig, {"presett": "quick"})
+    with pytest.raises(InputError, match="unknown TextConfig key 'colunm'; did you mean 'column'"):
+        from_dict(RecordConfig, {"text": {"colunm": "text"}})
+
+
+def test_the_old_place_of_the_device_names_the_new_one():
+    with pytest.raises(InputError, match="^llm.device has become device: --device says where all of a command comp"):
+        from_dict(RecordConfig, {"llm": {"device": "cpu"}})
+
+
+def test_a_free_dictionary_stays_one():
+    @dataclass(frozen=True)
+    class Own:
+        values: dict[str, int] = field(default_factory=dict)
+
+    assert from_dict(Own, {"values": {"a": 1}}) == Own({"a": 1})
+
+
+def test_the_official_recipe_is_the_papers():
+    recipe = PRESETS["official"]
+    assert (recipe.batch_size, recipe.learning_rate, recipe.clip) == (4096, 5e-5, 1.0)
+    assert (recipe.warmup, recipe.final_rate, recipe.ema, recipe.times) == (0.01, 0.1, None, "grid")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_changed_by_recipe_keys(preset):
+    assert TrainConfig(preset=preset).resolved_recipe() == PRESETS[preset]
+    changed = TrainConfig(preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
+    assert changed == dataclasses.replace(PRESETS[preset], learning_rate=1e-3)
+
+
+def test_shape_of_the_denoiser():
+    assert TrainConfig(blocks=6).denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
+    assert TrainConfig(d_model=10).denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
+    assert TrainConfig(d_mlp=12).denoiser(4) == DenoiserConfig(4, 8, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "message"),
+    [
+        (LLMConfig, {"dtype": "float16"}, "LLMConfig.dtype 'float16'.*bfloat16"),
+        (TextConfig, {"part": "test"}, "unknown TextConfig.part 'test'"),
+        (TextConfig, {"heldout": 1.5}, r"TextConfig.heldout must lie in \[0, 1\], got 1.5"),
+        (TextConfig, {"documents": "lines"}, "unknown TextConfig.documents 'lines'; did you mean 'line'"),
+        (RecordConfig, {"long_documents": "split"}, "unknown RecordConfig.long_documents 'split'"),
+        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown TrainConfig.long_documents 'split'"),
+        (TextConfig, {"limit": 0}, "TextConfig.limit must be positive"),
+        (RecordConfig, {"side": "outputs"}, "did you mean 'output'"),
+        (RecordConfig, {"layers": []}, "RecordConfig.layers is empty"),
+        (RecordConfig, {"dtype": "float16"}, "unknown RecordConfig.dtype 'float16'"),
+        (RecordConfig, {"max_length": 0}, "RecordConfig.max_length must be positive"),
+        (Recipe, {"learning_rate": -1.0}, "Recipe.learning_rate must be positive"),
+        (Recipe, {"learning_rate": float("nan")}, "Recipe.learning_rate must be positive"),
+        (Recipe, {"ema": 1.0}, "Recipe.ema must lie between 0 and 1"),
+        (Recipe, {"warmup": 2.0}, "Recipe.warmup must lie in"),
+        (Recipe, {"times": "startified"}, "unknown Recipe.times 'startified'; did you mean 'stratified'"),
+        (Recipe, {"optimizer": "muom"}, "unknown Recipe.optimizer 'muom'; did you mean 'muon'"),
+        (Recipe, {"base_width": 0}, "Recipe.base_width must be positive"),
+        (Recipe, {"logit_mean": float("inf")}, "Recipe.logit_mean must be finite"),
+        (Recipe, {"schedule": "constant", "warmup": 0.5, "cooldown": 0.6}, "more than the whole run"),
+        (TrainConfig, {"preset": "offical"}, "unknown TrainConfig.preset 'offical'; did you mean 'official'"),
+        (TrainConfig, {"recipe": {"lr": 1}}, "unknown recipe key 'lr'"),
+        (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
+        (TrainConfig, {"blocks": 0}, "TrainConfig.blocks must be positive"),
+        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown solver 'rk4'"),
+        (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
+        (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
+        (RepairConfig, {"steps": 0}, "RepairConfig.steps must be positive"),
+        (RepairConfig, {"samples": 0}, "RepairConfig.samples must be positive"),
+        (RepairConfig, {"noise": "row"}, "unknown RepairConfig.noise 'row'"),
+        (RepairConfig, {"solver": "rk4"}, "unknown RepairConfig.solver 'rk4'"),
+        (JudgeConfig, {"url": "http://127.0.0.1:1/v1"}, "name the judge's model with --judge.model"),
+        (SteerConfig, {"methods": ["paird"]}, "unknown method 'paird'; did you mean 'paired'"),
+        (SteerConfig, {"directions": ["mean"]}, "unknown direction of sentiment 'mean'"),
+        (SteerConfig, {"positions": "first"}, "unknown SteerConfig.positions 'first'"),
+        (SteerConfig, {"strengths": [0.0]}, "SteerConfig.strengths must be positive"),
+        (SteerConfig, {"strengths": [1.0, 1.0]}, "SteerConfig.strengths names one twice"),
+        (SteerConfig, {"prompts": 1}, "SteerConfig.prompts must be at least 2"),
+        (SteerConfig, {"priors": []}, "SteerConfig.priors is empty"),
+        (ProbeConfig, {"sources": ["mlp"]}, "unknown source of features 'mlp'"),
+        (ProbeConfig, {"sources": []}, "ProbeConfig.sources is empty"),
+        (ProbeConfig, {"sources": ["sae"]}, "name the folder of the autoencoder"),
+        (ProbeConfig, {"priors": []}, "ProbeConfig.priors is empty"),
+        (ProbeConfig, {"times": [0.1, 1.2]}, "noise levels must lie in"),
+        (ProbeConfig, {"t": []}, "ProbeConfig.t is empty"),
+        (ProbeConfig, {"folds": 1}, "ProbeConfig.folds must be at least 2"),
+        (ProbeConfig, {"sparse": [0]}, "ProbeConfig.sparse must be positive"),
+        (ProbeConfig, {"max_test": 0}, "ProbeConfig.max_test must be positive"),
+        (ProbeConfig, {"method": "ranks"}, "unknown ProbeConfig.method 'ranks'"),
+        (NeuronsConfig, {"t": 2.0}, "NeuronsConfig.t must lie in"),
+        (NeuronsConfig, {"max_length": 1}, "NeuronsConfig.max_length must be at least 2"),
+        (NeuronsConfig, {"promoted": -1}, "NeuronsConfig.promoted must not be negative"),
+        (NeuronsConfig, {"describe": 3}, "describing units needs an endpoint"),
+        (SteerConfig, {"experiment": "files"}, "name the files of the directions"),
+        (SteerConfig, {"experiment": "sae"}, "name the folder of the autoencoder"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_values_are_refused(cls, change, message):
+    with pytest.raises(InputError, match=message):
+        from_dict(cls, change)
+
+
+@pytest.mark.parametrize("change", [{"d_model": 15}, {"d_mlp": 0}, {"n_layers": -1}, {"multi_layer_n_layers": 0}])
+def test_bad_denoisers_are_refused(change):
+    with pytest.raises(InputError, match=f"DenoiserConfig.{next(iter(change))} must be"):
+        from_dict(DenoiserConfig, {"d_input": 8, "d_model": 16, "d_mlp": 32, **change})
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: TrainConfig(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
+        (lambda: TrainConfig(buffer="2GB"), "--buffer means nothing for a store"),
+        (lambda: TrainConfig(record_to="x"), "--record-to means nothing for a store"),
+        (lambda: TrainConfig(statistics=7), "--statistics means nothing for a store without --follow"),
+        (lambda: TrainConfig(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
+        (lambda: TrainConfig(source="llm", store="x"), "--store means nothing with --from llm"),
+        (lambda: TrainConfig(source="llm", follow=True), "--follow means nothing with --from llm"),
+        (lambda: TrainConfig(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
+        (lambda: RecordConfig(wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
+        (lambda: RecordConfig(positions_per_document=2), "--positions-per-document means nothing unless"),
+        (lambda: EvaluateConfig(sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused(make, option):
+    with pytest.raises(InputError, match=f"^{option}.*: leave it out$"):
+        make()
+
+
+def test_an_option_at_its_default_or_with_a_meaning_is_taken():
+    assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
+    assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
+    assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
+    assert RecordConfig(positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0)
+    assert EvaluateConfig(baseline=["sae"], sae=SAEConfig(k=3)).sae.k == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "amount"),
+    [("65536", (65536, False)), ("64k", (64000, False)), ("1M", (10**6, False)), ("2e3", (2000, False)),
+     ("1_000", (1000, False)), ("2GB", (2 * 10**9, True)), ("3MiB", (3 * 2**20, True)), ("70B", (70, True))],
+)  # fmt: skip
+def test_sizes(size, amount):
+    assert size_of("buffer", size) == amount
+
+
+@pytest.mark.parametrize("size", ["0", "x", "1e999", "-1", "1 Q", "1e-3"])
+def test_what_is_no_size(size):
+    with pytest.raises(InputError, match="^buffer must be a number of activations or a size"):
+        size_of("buffer", size)
+    assert count_of(size) in (None, 0)
