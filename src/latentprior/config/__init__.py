@@ -1,6 +1,17 @@
 """Every option of the package, as frozen dataclasses: the command line, YAML files and Python read the same ones."""
 
-from latentprior.config.base import GRIDS, SOLVERS, Grid, Side, Solver, count_of, from_dict, to_dict
+from latentprior.config.base import (
+    GRIDS,
+    SOLVERS,
+    Grid,
+    Side,
+    Solver,
+    beside,
+    count_of,
+    from_dict,
+    settings_of,
+    to_dict,
+)
 from latentprior.config.data import (
     SMOLLM2,
     DocumentKind,
@@ -51,7 +62,9 @@ __all__ = [
     "TextConfig",
     "TextSource",
     "TrainConfig",
+    "beside",
     "count_of",
     "from_dict",
+    "settings_of",
     "to_dict",
 ]

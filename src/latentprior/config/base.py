@@ -140,6 +140,20 @@ def moved(option: str) -> InputError | None:
     return InputError(f"{option} has become {new}: --{new} says where all of a command computes") if new else None
 
 
+def beside(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
+    """A field that decides no result: where it goes, what is shown, how fast it comes. See `settings_of`."""
+    if default_factory is dataclasses.MISSING:
+        return dataclasses.field(default=default, metadata={"beside": True})
+    return dataclasses.field(default_factory=default_factory, metadata={"beside": True})
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The values that decide a result, JSON-ready, nested ones included: two runs that agree in them are one run."""
+    decisive = [f.name for f in dataclasses.fields(config) if not f.metadata.get("beside")]
+    values = {name: getattr(config, name) for name in decisive}
+    return {name: settings_of(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain, JSON-ready values."""
     return dataclasses.asdict(config)

@@ -13,7 +13,6 @@ from torch import nn
 
 from latentprior.config import NeuronsConfig, to_dict
 from latentprior.data import text, tokens
-from latentprior.data.store.manifest import check_settings
 from latentprior.data.text import Document
 from latentprior.data.text_files import text_settings
 from latentprior.lm.hooks import Hookpoint
@@ -33,6 +32,7 @@ from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, silent, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.settings import check_settings
 
 CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from latentprior.config import ProbeConfig, to_dict
 from latentprior.data import corpus
-from latentprior.data.store.manifest import MANIFEST, check_settings
+from latentprior.data.store.manifest import MANIFEST
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
@@ -31,6 +31,7 @@ from latentprior.utils.files import replace_text
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
 # May differ between runs that continue each other.

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,31 +230,6 @@ def safetensors_header(name: str, dtype: str, shape: Sequence[int], size: int) -
     header = json.dumps({name: entry}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % 64)  # rows begin at a cache line
     return struct.pack("<Q", len(header)) + header
-
-
-def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
-    """Where two JSON values differ, in words."""
-    if isinstance(stored, list) and isinstance(given, list):
-        stored, given = dict(enumerate(stored)), dict(enumerate(given))
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in stored | given:
-            yield from differences(stored.get(key), given.get(key), f"{name}.{key}".lstrip("."))
-    elif stored != given and not (stored is None and name.endswith(".weights")):  # older stores hold no digest
-        yield f"{name} is {stored!r} in the store and {given!r} now"
-
-
-def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:
-    """Refuse to mix what `folder` holds with what other settings would give.
-
-    Args:
-        what: is in the folder.
-        stored, given: the settings of then and of now, JSON-ready.
-
-    Raises:
-        InputError: they differ; the first difference is named.
-    """
-    if difference := next(differences(stored, json.loads(json.dumps(given))), None):
-        raise InputError(f"{folder} holds {what} with other settings: {difference}; choose another --output")
 
 
 def damaged(path: Path, reason: object) -> InputError:

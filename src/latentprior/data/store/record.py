@@ -14,7 +14,7 @@ from latentprior.config import RecordConfig, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
 from latentprior.data.sinks import sink_threshold
-from latentprior.data.store.manifest import MANIFEST, differences
+from latentprior.data.store.manifest import MANIFEST
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter, holds_a_store, remove_leftovers
 from latentprior.data.text_files import text_settings
@@ -24,6 +24,7 @@ from latentprior.lm.loading import load_llm
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
+from latentprior.utils.settings import differences
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
