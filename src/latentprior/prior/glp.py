@@ -317,7 +317,7 @@ class GLP(nn.Module):
             layer: which of the prior's layers; all by default.
             positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
                 "generated", only the tokens after the prompt; a number, from that position on; or a boolean mask
-                [B, columns of the prompt] (`latentprior.rewrite.Positions`).
+                [B, columns of the prompt] (`latentprior.lm.edits.Positions`).
             edit: changes the activations [N, d] before they are repaired, for example ``lambda x: x + a * w``.
             paired: repair the edit against the unedited activation (`project`'s `reference`).
             check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
@@ -329,8 +329,8 @@ class GLP(nn.Module):
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Raises:
-            InputError: a model, layer or width that the prior was not trained on; see `latentprior.rewrite.rewrite` for
-                forward passes that cannot be followed and for leaving the context with nothing edited.
+            InputError: a model, layer or width that the prior was not trained on; a forward pass that cannot be followed, or
+                nothing edited on leaving the context: see `latentprior.lm.edits.edit_positions`.
         """
         several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()
