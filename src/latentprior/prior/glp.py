@@ -28,8 +28,9 @@ from latentprior.prior import files as pretrained
 from latentprior.prior import flow, repair
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.repository import fetch
 from latentprior.utils.errors import InputError
-from latentprior.utils.hub import fetch, upload
+from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -329,8 +330,8 @@ class GLP(nn.Module):
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Raises:
-            InputError: a model, layer or width that the prior was not trained on; a forward pass that cannot be followed, or
-                nothing edited on leaving the context: see `latentprior.lm.edits.edit_positions`.
+            InputError: a model, layer or width that the prior was not trained on; what `latentprior.lm.edits.edit_positions`
+                refuses in the forward pass and on leaving the context with nothing edited.
         """
         several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()

@@ -35,7 +35,7 @@ from latentprior.training.times import most_distinct
 from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.online import cache_only
+from latentprior.utils.hub import cache_only
 from latentprior.utils.provenance import stamp
 
 if TYPE_CHECKING:
