@@ -25,6 +25,7 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError
+from latentprior.utils.settings import differences
 
 WIDTH = 8
 SHARD_ROWS = 16
@@ -669,5 +670,5 @@ def test_a_folder_without_a_store_is_one_line(tmp_path):
 def test_a_store_of_before_hookpoints_knew_their_weights_is_continued():
     here = Hookpoint("org/m", 2, 8, weights="ab").to_dict()
     older = here | {"weights": None}
-    assert not [*files.differences({"hookpoints": [older]}, {"hookpoints": [here]})]
-    assert [*files.differences({"hookpoints": [here]}, {"hookpoints": [here | {"weights": "cd"}]})]
+    assert not [*differences({"hookpoints": [older]}, {"hookpoints": [here]})]
+    assert [*differences({"hookpoints": [here]}, {"hookpoints": [here | {"weights": "cd"}]})]

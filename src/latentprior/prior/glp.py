@@ -330,8 +330,8 @@ class GLP(nn.Module):
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Raises:
-            InputError: a model, layer or width that the prior was not trained on; what `latentprior.lm.edits.edit_positions`
-                refuses in the forward pass and on leaving the context with nothing edited.
+            InputError: a model, layer or width that the prior was not trained on; in the forward pass, and on leaving
+                the context with nothing edited, what `latentprior.lm.edits.edit_positions` refuses.
         """
         several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()

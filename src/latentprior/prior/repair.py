@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.lm.edits import EditCounts, EditedPositions, EditFunction, Positions, edit_positions
-from latentprior.lm.hooks import Hookpoint
-from latentprior.utils.errors import InputError, unknown
+from latentprior.lm.hooks import Hookpoint, at_layers
+from latentprior.utils.errors import InputError
 from latentprior.utils.random import Seed, keyed_generator, seed_of
 
 
@@ -83,12 +83,7 @@ def hookpoints_on(
     """
     if not hookpoints:
         raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
-    wanted = [h.layer for h in hookpoints] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    by_layer = {h.layer: h for h in hookpoints}
-    for layer in wanted:
-        if layer not in by_layer:
-            raise unknown("layer", layer, by_layer)
-    chosen = [by_layer[layer] for layer in wanted]
+    chosen = at_layers(hookpoints, [layers] if isinstance(layers, int) else layers)
     for hookpoint in chosen:
         hookpoint.check(model, check_model=check_model)
     return chosen

@@ -28,7 +28,7 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import check_folder
-from latentprior.utils.settings import differences
+from latentprior.utils.settings import check_settings
 
 POLL = 0.2  # seconds before the second look for a release
 
@@ -95,8 +95,7 @@ class StoreWriter:
                 raise holds_a_store(self.folder)
             store = ActivationStore(self.folder)
             stored = {key: store.manifest[key] for key in files.SETTINGS}
-            if difference := next(differences(stored, self._settings), None):
-                raise InputError(f"cannot resume {self.folder}: {difference}")
+            check_settings(self.folder, "an activation store", stored, self._settings)
             self._manifest, self.moments = store.manifest, store.moments()
         else:
             self._manifest = files.empty_manifest(self._settings)
