@@ -27,7 +27,7 @@ from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import check_folder
+from latentprior.utils.files import PARTIAL, check_folder
 from latentprior.utils.settings import check_settings
 
 POLL = 0.2  # seconds before the second look for a release
@@ -289,7 +289,9 @@ class StoreWriter:
 
 def remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Remove what a kill left behind in a store and what its manifest no longer lists."""
-    patterns = ["shard-*.tmp", "statistics*.tmp", f"{files.MANIFEST}.tmp", "statistics-*.safetensors"]
+    patterns = ["statistics-*.safetensors"]
+    for ending in (PARTIAL, ".tmp"):  # older versions wrote under the latter
+        patterns += [f"shard-*{ending}", f"statistics*{ending}", f"{files.MANIFEST}{ending}"]
     if manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
         patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
     listed = files.listed_files(manifest)
