@@ -1,6 +1,6 @@
 """Steering: directions, edits of a running model, their repair by a prior, and what both do to concept and fluency."""
 
-from latentprior.steer.collect import labelled_direction, paired_direction, persona_direction
+from latentprior.steer.from_texts import labelled_direction, paired_direction, persona_direction
 from latentprior.steer.direction import Direction, read_direction, write_direction
 from latentprior.steer.estimate import difference_of_means, paired_pca, probe_normal, random_direction
 from latentprior.steer.features import describe_latents, sae_direction

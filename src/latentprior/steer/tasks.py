@@ -18,7 +18,7 @@ from latentprior.judge.concept import ConceptClassifier, Features, features_for
 from latentprior.lm.hooks import Hookpoint, find_blocks
 from latentprior.lm.loading import count_blocks
 from latentprior.sae.saelens import sae_at
-from latentprior.steer.collect import (
+from latentprior.steer.from_texts import (
     LabelledKind,
     labelled_direction,
     paired_direction,

@@ -8,13 +8,7 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
-from torch import Tensor
-
-from latentprior.data.activations import record_activations
-from latentprior.data.chat import prompt_ids, response_span
-from latentprior.lm.hooks import Hookpoint, edit
-from latentprior.steer import collect, estimate
-from latentprior.steer.collect import (
+from latentprior.steer.from_texts import (
     labelled_direction,
     paired_direction,
     persona_conversations,
@@ -22,6 +16,12 @@ from latentprior.steer.collect import (
     response_activations,
     text_activations,
 )
+from torch import Tensor
+
+from latentprior.data.activations import record_activations
+from latentprior.data.chat import prompt_ids, response_span
+from latentprior.lm.hooks import Hookpoint, edit
+from latentprior.steer import estimate, from_texts
 from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.traits import TRAITS, Trait
 from latentprior.utils.errors import InputError
@@ -372,9 +372,9 @@ def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_to
 
 def test_no_two_system_prompts_of_any_two_seeds_draw_alike(monkeypatch):
     seeds = []
-    monkeypatch.setattr(collect, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
+    monkeypatch.setattr(from_texts, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
     for seed in range(10):
-        collect.persona_answers(None, None, tiny_trait(), seed=seed)
+        from_texts.persona_answers(None, None, tiny_trait(), seed=seed)
     assert len(seeds) == len(set(seeds)) == 10 * 3
 
 
@@ -388,7 +388,7 @@ def test_empty_answers_are_left_out_and_counted(tiny_llm, tiny_tokenizer, monkey
             talks[0][-1]["content"] = ""
         return talks
 
-    monkeypatch.setattr(collect, "persona_conversations", silent)
+    monkeypatch.setattr(from_texts, "persona_conversations", silent)
     silenced = "Shout."
     direction = persona_direction(model, tiny_tokenizer, tiny_trait(), point, max_new_tokens=4)
     assert direction.provenance["positive"] == 3 and direction.provenance["empty"] == 1
