@@ -52,7 +52,7 @@ def rater_of(config: SteerConfig) -> Rater:
             "kind": kind,
             "failed": ratings.failed,
             "calls": ratings.calls,
-            "troubles": dict(ratings.troubles),
+            "troubles": dict(ratings.failures),
         }
 
     return rate
