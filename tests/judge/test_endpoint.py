@@ -25,10 +25,11 @@ from latentprior.data.prompts import Prompts
 from latentprior.judge import Cost, EndpointJudge, RatingRequest, endpoint_key
 from latentprior.judge.answers import Malformed
 from latentprior.judge.cache import read_cache
+from latentprior.judge.endpoint import endpoint_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.steer import Direction
-from latentprior.steer.rate import rater_of
-from latentprior.steer.tasks import Case
+from latentprior.steer.rate import rate_texts
+from latentprior.steer.tasks import SteeringTask
 from latentprior.utils.errors import InputError
 
 KEY = "sk-very-secret"
@@ -382,7 +383,7 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     hookpoint = Hookpoint("tiny", 1, 4)
     prompts = Prompts(["p"], torch.tensor([[1]]), torch.tensor([[True]]))
     direction = Direction.of(torch.ones(4), hookpoint, "praise", "random")
-    case = Case(direction, prompts, lambda texts: np.zeros(len(texts)), {}, "much praise")
+    task = SteeringTask(direction, prompts, lambda texts: np.zeros(len(texts)), {}, "much praise")
     texts = ["a", "b", "bad", "a"]
     columns = {"direction": ["praise"] * 4, "prompt_text": ["p"] * 4, "text": texts, "concept": [0.1, 0.2, 0.3, 0.4]}
     judge = JudgeConfig(url=server.url, model="judge-1", key_variable="JUDGE_KEY", timeout=LONG, input_price=1.0)
@@ -391,8 +392,8 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     def phase(name: str):
         return lambda done, total, figures: shown.append((done, total, dict(figures)))
 
-    rate = rater_of(SteerConfig(judge=judge, output=str(tmp_path)))
-    table, found = rate(pa.table(columns), [case], phase)
+    config, endpoint = SteerConfig(judge=judge), endpoint_of(judge, tmp_path / "ratings.jsonl")
+    table, found = rate_texts(config, endpoint, pa.table(columns), [task], phase)
     assert table["concept"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["fluency"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["concept_offline"].to_pylist() == [0.1, 0.2, 0.3, 0.4]
@@ -401,17 +402,18 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     assert server.paid == {"a": 2, "b": 2, "bad": 0}
     assert any("much praise" in body["messages"][1]["content"] for body in server.bodies)
     calls = server.calls.total()
-    again, _ = rate(pa.table(columns), [case], phase)
+    again, _ = rate_texts(config, endpoint, pa.table(columns), [task], phase)
     assert again.equals(table) and server.calls.total() == calls + 2  # only what failed
     assert (tmp_path / "ratings.jsonl").is_file()
 
 
 def test_without_an_endpoint_nothing_is_rated():
     table = pa.table({"concept": [0.5]})
-    assert rater_of(SteerConfig())(table, [], lambda name: lambda *_: None) == (table, None)
+    assert endpoint_of(JudgeConfig(), "ratings.jsonl") is None
+    assert rate_texts(SteerConfig(), None, table, [], lambda name: lambda *_: None) == (table, None)
 
 
 def test_a_missing_key_is_found_before_anything_runs(monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(InputError, match="JUDGE_KEY"):
-        rater_of(SteerConfig(judge=JudgeConfig(url="http://127.0.0.1:1/v1", model="m", key_variable="JUDGE_KEY")))
+        endpoint_of(JudgeConfig(url="http://127.0.0.1:1/v1", model="m", key_variable="JUDGE_KEY"), "ratings.jsonl")

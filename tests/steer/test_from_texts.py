@@ -8,6 +8,13 @@ from dataclasses import replace
 import jaxtyping
 import pytest
 import torch
+from torch import Tensor
+
+from latentprior.data.activations import record_activations
+from latentprior.data.chat import prompt_ids, response_span
+from latentprior.lm.hooks import Hookpoint, edit
+from latentprior.steer import estimate, from_texts
+from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.from_texts import (
     labelled_direction,
     paired_direction,
@@ -16,13 +23,6 @@ from latentprior.steer.from_texts import (
     response_activations,
     text_activations,
 )
-from torch import Tensor
-
-from latentprior.data.activations import record_activations
-from latentprior.data.chat import prompt_ids, response_span
-from latentprior.lm.hooks import Hookpoint, edit
-from latentprior.steer import estimate, from_texts
-from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.traits import TRAITS, Trait
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator, seed_of

@@ -27,7 +27,7 @@ _FOR_ALL = frozenset({301, 302, 303, 307, 308, 401, 402, 404, 405})
 
 
 class PostError(Exception):
-    """A request failed, as the one-line message says; `failure`: HTTP status, "time-out", "connection" or "not JSON"."""
+    """A request failed; the message is one line, `failure` an HTTP status, "time-out", "connection" or "not JSON"."""
 
     def __init__(self, failure: str, message: str) -> None:
         super().__init__(message)
