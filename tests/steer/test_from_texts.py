@@ -14,7 +14,7 @@ from latentprior.data.activations import record_activations
 from latentprior.data.chat import prompt_ids, response_span
 from latentprior.lm.hooks import Hookpoint, edit
 from latentprior.steer import estimate, from_texts
-from latentprior.steer.direction import read_direction, write_direction
+from latentprior.steer.direction import Direction, read_direction, write_direction
 from latentprior.steer.from_texts import (
     labelled_direction,
     paired_direction,
@@ -135,6 +135,43 @@ def test_sinks_are_not_averaged_but_read_as_a_last_token(tiny_llm, tiny_tokenize
     kept[[0, 3]] = False
     torch.testing.assert_close(with_sink(3, "mean"), hidden[kept].mean(0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(with_sink(-1, "last"), 1000 * hidden[-1], atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_a_direction_of_two_lists_of_texts_is_the_labelled_one_and_knows_the_mean_norm(tiny_llm, tiny_tokenizer, read):
+    model = tiny_llm()
+    positive, negative = TEXTS[:3], TEXTS[3:]
+    found = Direction.from_texts(model, tiny_tokenizer, positive, negative, layer=1, read=read, name="happy")
+    point = Hookpoint.of(model, 1)
+    expected = labelled_direction(model, tiny_tokenizer, TEXTS, [1, 1, 1, 0, 0], point, read=read, name="happy")
+    assert torch.equal(found.vector, expected.vector) and found.hookpoint == point and found.name == "happy"
+    assert found.provenance == expected.provenance and found.provenance["positive"] == 3
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), point)[1:] for text in TEXTS]
+    assert found.mean_norm == pytest.approx(float(torch.cat(rows).norm(dim=1).mean()), rel=1e-5)
+    default = Direction.from_texts(model, tiny_tokenizer, negative, positive, layer=1, read=read)
+    torch.testing.assert_close(default.vector, -found.vector)
+
+
+def test_sinks_are_not_in_the_mean_norm(tiny_llm, tiny_tokenizer):
+    model = tiny_llm()
+
+    def grow(hidden: Tensor) -> Tensor:
+        hidden[:, 3] *= 1000
+        return hidden
+
+    with edit(model, {1: grow}):
+        found = Direction.from_texts(model, tiny_tokenizer, TEXTS[1:2], TEXTS[4:], layer=1)
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), found.hookpoint) for text in (TEXTS[1], TEXTS[4])]
+    kept = torch.cat([torch.cat([row[1:3], row[4:]]) for row in rows])
+    assert found.mean_norm == pytest.approx(float(kept.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_a_text_in_place_of_a_list_is_refused(tiny_llm, tiny_tokenizer):
+    for sides in (("one", ["two"]), (["one"], "two")):
+        with pytest.raises(InputError, match="lists"):
+            Direction.from_texts(tiny_llm(), tiny_tokenizer, *sides, layer=1)
+    with pytest.raises(InputError, match="both classes"):
+        Direction.from_texts(tiny_llm(), tiny_tokenizer, ["one"], [], layer=1)
 
 
 def test_bad_texts_are_one_line(tiny_llm, tiny_tokenizer):

@@ -98,7 +98,7 @@ def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookp
         name = f"sentiment, {kind.replace('_', ' ')}"
         if kind == "pca":
             pairs = [[frame.format(text) for text in texts[: half // 2]] for frame in FRAMES]
-            return paired_direction(*common, *pairs, hookpoint, name=name, max_length=MAX_LENGTH)
+            return paired_direction(*common, pairs[0], pairs[1], hookpoint, name=name, max_length=MAX_LENGTH)
         if kind == "persona":
             options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "seed": config.seed}
             return persona_direction(*common, SENTIMENT, hookpoint, name=name, **options)
