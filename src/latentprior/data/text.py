@@ -52,8 +52,7 @@ def documents(config: TextConfig) -> Iterator[Document]:
     first of equals, so that none is ever a whole document behind its share, until the first ends.
 
     Raises:
-        InputError: at the call, a source that does not exist or cannot be read, lacks the column, holds no document of
-            the chosen part, or is there twice; later on, a file that cannot be read. All name the source.
+        InputError: a source that cannot be read, lacks the column, is named twice, or holds no document of this split.
     """
     return Reader(config)
 
@@ -67,15 +66,7 @@ class Reader(Iterator[Document]):
     """
 
     def __init__(self, config: TextConfig, *, state: Mapping[str, Any] | None = None) -> None:
-        """Open the sources; raises as `documents`.
-
-        Args:
-            config: which documents.
-            state: what `state` of a reader with the same `config` gave.
-
-        Raises:
-            InputError: also, a state of other sources.
-        """
+        """Open the sources, at the position that `state()` of a reader with the same `config` gave."""
         chosen = config.mix or [
             TextSource(config.dataset, config.subset, config.split, config.column, documents=config.documents)
         ]
@@ -135,7 +126,7 @@ def _is_wanted(record: _Record, config: TextConfig) -> bool:
 
 
 def is_heldout(text: str, share: float) -> bool:
-    """Whether `text` belongs to the `share` of all texts that is kept from training."""
+    """Whether `text` is in the held-out split, the `share` of all texts that is kept from training."""
     digest = blake2b(text.encode(), digest_size=8, person=b"heldout").digest()
     return int.from_bytes(digest) < share * 2**64
 

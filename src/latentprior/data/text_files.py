@@ -23,7 +23,7 @@ BEGINNING = 2**20  # characters of a file in which "auto" looks for blank lines
 
 
 def kind(path: Path) -> str:
-    """The file's ending, lower case, without the one of its compression."""
+    """The file's ending in lower case, that of its compression left out."""
     return Path(path.name.lower().removesuffix(".zst").removesuffix(".gz")).suffix
 
 
