@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latentprior.data.activations import activations, model_inputs
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import SINK_FACTOR, sink_threshold
 from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
 from latentprior.doctor.patient import (
     PUSH,
@@ -114,7 +114,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _norms(patient: Patient) -> str:
     recorded, first = patient.norms
     median = float(recorded.median())
-    sinks = int((recorded > SINK_FACTOR * median).sum())
+    sinks = int((recorded > sink_threshold(median)).sum())
     limit = f"over {SINK_FACTOR} times the median norm, {median:.3g}"
     rest = f"first positions, which are never recorded, up to {float(first.max()):.3g}"
     return f"all finite in {named(patient.model.dtype)}; {sinks} of {len(recorded)} {limit}; {rest}"

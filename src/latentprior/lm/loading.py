@@ -36,8 +36,7 @@ def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[Pr
             one, else the CPU.
 
     Raises:
-        InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
-            trusted.
+        InputError: no such model, file or device; weights that are not safetensors; code of the model's own.
     """
     device = resolve_device(device)
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -55,11 +54,7 @@ def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[Pr
 
 
 def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that `config` names.
-
-    Raises:
-        InputError: no such model, or a tokenizer with code of its own that is not trusted.
-    """
+    """The tokenizer of the model that `config` names."""
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config), **_options(config))
     tokenizer.name_or_path = config.model
@@ -67,11 +62,7 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
 
 
 def count_blocks(config: LLMConfig) -> int:
-    """How many decoder blocks the model that `config` names has; its weights are not read.
-
-    Raises:
-        InputError: no such model, or one with code of its own that is not trusted.
-    """
+    """How many decoder blocks the model that `config` names has; its weights are not read."""
     with _loading(config):
         loaded = AutoConfig.from_pretrained(_source(config), **_options(config))
     return loaded.get_text_config(decoder=True).num_hidden_layers
@@ -137,7 +128,7 @@ def _loading(config: LLMConfig) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it runs code of its own; if you trust that code, set trust_remote_code to true"
         else:
-            reason = _reason(error)
+            reason = shorten(str(error), 300)
         raise InputError(f"cannot load the model {config.model!r}: {reason}") from error
 
 
@@ -151,8 +142,3 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    """The beginning of a message, on one line."""
-    return shorten(str(error), 300)

@@ -21,7 +21,7 @@ from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replace_text, replaced
 
 FORMAT = 1
-WHITENED_FORMAT = 2  # has the normalizer's basis, which a reader of format 1 would leave out without a word
+WHITENED_FORMAT = 2  # has the normalizer's basis; what knows format 1 alone refuses it rather than ignore the basis
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 

@@ -173,11 +173,7 @@ def _recorded(
 
 
 def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:
-    """`recorded`, unchanged, once the first rows have set each layer's median norm (unless a resumed store knows it).
-
-    Raises:
-        InputError: a layer without a row to calibrate on.
-    """
+    """`recorded`, once its first rows have set each layer's median norm, unless a resumed store knows it."""
     medians = writer.moments.median_norm
     if writer.sink_thresholds:
         yield from recorded
@@ -194,7 +190,7 @@ def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[N
     for i, layer in enumerate(writer.moments.layers):
         norms = rows.at_layer(layer).norms()
         medians[i] = norms.median()
-        writer.sink_thresholds[layer] = sink_threshold(norms)
+        writer.sink_thresholds[layer] = sink_threshold(float(medians[i]))
     while held:
         yield held.popleft()
     yield from recorded
