@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 SINK_FACTOR = 10
@@ -12,3 +12,12 @@ SINK_FACTOR = 10
 def sink_threshold(norms: Float[Tensor, " n"]) -> float:
     """The norm over which a row is an attention sink: 10 times the median."""
     return SINK_FACTOR * float(norms.median())
+
+
+def sinks_in(hidden: Float[Tensor, "*n d"], typical_norm: float) -> Bool[Tensor, "*n"]:
+    """Which activations are attention sinks.
+
+    Args:
+        typical_norm: median norm of their layer or, where that is not known, its mean norm without sinks.
+    """
+    return hidden.float().norm(dim=-1) > SINK_FACTOR * typical_norm
