@@ -29,6 +29,6 @@ class Trait:
     """More of the kind, for evaluation only."""
 
 
-_TRAITS = json.loads(files(__package__).joinpath("traits.json").read_text(encoding="utf-8"))
+_TRAITS = json.loads(files("latentprior.steer").joinpath("traits.json").read_text(encoding="utf-8"))
 TRAITS = {values["name"]: Trait(**values) for values in _TRAITS}
 SENTIMENT = TRAITS.pop("positive")  # no persona: it makes a direction of the sentiment experiment
