@@ -1,4 +1,4 @@
-"""Directions from text: activations of texts and of chat responses at one hookpoint, one row each, then an estimator.
+"""Directions from texts and from chat responses: activations at one hookpoint, one row each, then an estimator.
 
 A row is the mean over a span of tokens. The first position is never in it, nor are attention sinks: tokens whose norm
 is over 10 times the median norm of their own text, so that a row is the same whatever texts come with it.
@@ -29,7 +29,21 @@ from latentprior.utils.random import keyed_generator, seed_of
 Read = Literal["last", "mean"]
 LabelledKind = Literal["difference_of_means", "probe", "random", "shuffled"]
 PairedKind = Literal["pca", "difference_of_means"]
-MAX_RESPONSE_LENGTH = 2048
+
+
+class SpanMeans(NamedTuple):
+    """What was read of some texts."""
+
+    x: Float[Tensor, "n d"]
+    """Mean activation over a span of each text, float32."""
+    norms: float
+    """Sum of the norms at all positions but first ones and attention sinks, in a span or not."""
+    positions: int
+
+
+def mean_norm_of(*parts: SpanMeans) -> float:
+    """Mean norm of an activation, the unit of strength."""
+    return sum(part.norms for part in parts) / sum(part.positions for part in parts)
 
 
 def text_activations(
@@ -41,8 +55,8 @@ def text_activations(
     read: Read = "last",
     max_length: int = 128,
     batch_tokens: int = 4096,
-) -> Float[Tensor, "n d"]:
-    """Activations [N, d] of `texts` at `hookpoint`, float32, one row each and in their order.
+) -> SpanMeans:
+    """Activations of `texts` at `hookpoint`, one row each and in their order.
 
     Args:
         read: "last", the last token; "mean", the mean over all tokens but the first and attention sinks.
@@ -53,18 +67,6 @@ def text_activations(
         InputError: no texts, or some without a token after the first position (none is dropped: rows keep matching
             their labels); another model, layer or width; texts longer than the model's context; an unknown `read`.
     """
-    return _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens).x
-
-
-def _read_texts(
-    model: Any,
-    tokenizer: Any,
-    texts: Sequence[str],
-    hookpoint: Hookpoint,
-    read: Read,
-    max_length: int,
-    batch_tokens: int,
-) -> _SpanMeans:
     if read not in get_args(Read):
         raise unknown("read", read, get_args(Read))
     if isinstance(texts, str) or not len(texts):
@@ -89,10 +91,10 @@ def response_activations(
     conversations: Sequence[Conversation],
     hookpoint: Hookpoint,
     *,
-    max_length: int = MAX_RESPONSE_LENGTH,
+    max_length: int = 2048,
     batch_tokens: int = 4096,
-) -> Float[Tensor, "n d"]:
-    """Mean activation [N, d] over the tokens of each conversation's last response, float32.
+) -> SpanMeans:
+    """Mean activation over the tokens of each conversation's last response.
 
     The tokens are those of the response's text; what the chat template puts around it is context only.
 
@@ -105,17 +107,6 @@ def response_activations(
         InputError: no conversations; one without a response, whose response lies beyond `max_length`, or whose
             response the chat template changes; no chat template; another model, layer or width.
     """
-    return _read_responses(model, tokenizer, conversations, hookpoint, max_length, batch_tokens).x
-
-
-def _read_responses(
-    model: Any,
-    tokenizer: Any,
-    conversations: Sequence[Conversation],
-    hookpoint: Hookpoint,
-    max_length: int,
-    batch_tokens: int,
-) -> _SpanMeans:
     if not conversations:
         raise InputError("response activations need at least one conversation")
     hookpoint.check(model)
@@ -233,20 +224,20 @@ def persona_direction(
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
-    sides: list[_SpanMeans] = []
+    sides: list[SpanMeans] = []
     empty = 0
     for side in answers or persona_answers(model, tokenizer, trait, seed=seed, **options):
         given = [conversation for conversation in side if conversation[-1]["content"]]
         if not given:
             raise InputError(f"the model gave only empty answers for the trait {trait.name!r}: raise max_new_tokens")
-        sides.append(_read_responses(model, tokenizer, given, hookpoint, MAX_RESPONSE_LENGTH, batch_tokens))
+        sides.append(response_activations(model, tokenizer, given, hookpoint, batch_tokens=batch_tokens))
         empty += len(side) - len(given)
     return Direction.of(
         estimate.mean_difference(*(side.x for side in sides)),
         hookpoint,
         name or trait.name,
         "persona",
-        mean_norm=_mean_norm(*sides),
+        mean_norm=mean_norm_of(*sides),
         trait=trait.name,
         positive=len(sides[0].x),
         negative=len(sides[1].x),
@@ -291,16 +282,17 @@ def labelled_direction(
     if kind == "random":
         return Direction.of(estimate.random_direction(hookpoint.width, seed), hookpoint, name, kind, seed=seed)
     positive = estimate.binary_labels(labels, len(texts))
-    found = _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens)
-    made: dict[str, Any] = {"positive": int(positive.sum()), "negative": int((~positive).sum()), "read": read}
-    made["max_length"], x = max_length, found.x
+    options: dict[str, Any] = {"read": read, "max_length": max_length}
+    found = text_activations(model, tokenizer, texts, hookpoint, batch_tokens=batch_tokens, **options)
+    made: dict[str, Any] = {"positive": int(positive.sum()), "negative": int((~positive).sum()), **options}
+    x = found.x
     if kind == "probe":
         vector, made["l2"] = estimate.probe_normal(x, positive, l2=l2), l2
     elif kind == "shuffled":
         vector, made["seed"] = estimate.shuffled_mean_difference(x, positive, seed), seed
     else:
         vector = estimate.mean_difference(x[positive], x[~positive])
-    return Direction.of(vector, hookpoint, name, kind, mean_norm=_mean_norm(found), **made)
+    return Direction.of(vector, hookpoint, name, kind, mean_norm=mean_norm_of(found), **made)
 
 
 def paired_direction(
@@ -330,23 +322,11 @@ def paired_direction(
     if len(positives) != len(negatives):
         raise InputError(f"pairs need as many positives as negatives, got {len(positives)} and {len(negatives)}")
     pairs, texts = len(positives), [*positives, *negatives]
-    found = _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens)
+    options: dict[str, Any] = {"read": read, "max_length": max_length}
+    found = text_activations(model, tokenizer, texts, hookpoint, batch_tokens=batch_tokens, **options)
     sides = found.x[:pairs], found.x[pairs:]
     vector = estimate.paired_pca(*sides) if kind == "pca" else estimate.mean_difference(*sides)
-    made: dict[str, Any] = {"pairs": pairs, "read": read, "max_length": max_length}
-    return Direction.of(vector, hookpoint, name, kind, mean_norm=_mean_norm(found), **made)
-
-
-class _SpanMeans(NamedTuple):
-    x: Float[Tensor, "n d"]
-    """Mean activation over the span of each row."""
-    norms: float
-    """Sum of the norms at all positions but first ones and attention sinks, whether in a span or not."""
-    positions: int
-
-
-def _mean_norm(*parts: _SpanMeans) -> float:
-    return sum(part.norms for part in parts) / sum(part.positions for part in parts)
+    return Direction.of(vector, hookpoint, name, kind, mean_norm=mean_norm_of(found), pairs=pairs, **options)
 
 
 def _span_means(
@@ -356,7 +336,7 @@ def _span_means(
     spans: list[Span],
     hookpoint: Hookpoint,
     batch_tokens: int,
-) -> _SpanMeans:
+) -> SpanMeans:
     """Mean activation over a span of each row of token ids; sinks count only where the span holds nothing else."""
     means, total, positions = torch.empty(len(rows), hookpoint.width), 0.0, 0
     batches = _batches(rows, padding_id(tokenizer), batch_tokens)
@@ -370,7 +350,7 @@ def _span_means(
             chosen = inside & ordinary
             means[doc] = batch.x[chosen if chosen.any() else inside].double().mean(dim=0)
             total, positions = total + float(norms[ordinary].double().sum()), positions + int(ordinary.sum())
-    return _SpanMeans(means, total, positions)
+    return SpanMeans(means, total, positions)
 
 
 def _batches(rows: list[list[int]], filler: int, batch_tokens: int) -> Iterator[TokenBatch]:
