@@ -182,6 +182,16 @@ class Normalizer(nn.Module):
         limit = SINK_FACTOR * self.median_norm[self.rows(layer)]
         return _wide(x).norm(dim=-1) > limit  # false against nan
 
+    def norm_unit(self, layer: int | None = None) -> float:
+        """The mean norm of the layer's activations, the unit of steering strength.
+
+        Where it is not known, as in official checkpoints, the root mean square norm ``sqrt(sum(mean^2 + var))`` stands
+        for it: larger by a factor of about ``1 + CV^2 / 2``, with CV the norms' coefficient of variation.
+        """
+        row = self.rows(layer if len(self.layers) > 1 else None)
+        known = float(self.mean_norm[row])
+        return known if known > 0 else float((self.mean[row].square() + self.var[row]).sum().sqrt())
+
     def rows(self, layer: Int[Tensor, " ..."] | int | None) -> Tensor | int:
         """The statistics' row of each layer."""
         if layer is None:
