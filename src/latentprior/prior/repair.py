@@ -108,12 +108,13 @@ class RunningRepair:
                 self._prior.to(edited.device)
         self._moved = True
         noise = self._noise(site, edited.shape[-1])
-        projected = self._prior.project(self._each(edited), reference=self._each(reference), noise=noise, **options)
-        return projected if self._samples == 1 else projected.unflatten(0, (self._samples, -1)).mean(dim=0)
-
-    def _each(self, x: Tensor | None) -> Tensor | None:
-        """A copy for each sample, sample-major."""
-        return x if x is None or self._samples == 1 else x.repeat(self._samples, 1)
+        if self._samples == 1:
+            return self._prior.project(edited, reference=reference, noise=noise, **options)
+        reference = None if reference is None else reference.repeat(self._samples, 1)
+        projected = self._prior.project(
+            edited.repeat(self._samples, 1), reference=reference, noise=noise, **options
+        )  # sample-major
+        return projected.unflatten(0, (self._samples, -1)).mean(dim=0)
 
 
 def hookpoints_on(
