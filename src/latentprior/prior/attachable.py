@@ -82,7 +82,7 @@ class Attachable(nn.Module):
 
         Raises:
             InputError: a model, layer or width that the prior was not trained on; forward passes that cannot be
-                followed, and leaving the context with nothing edited (`latentprior.lm.edits.rewrite`).
+                followed, and leaving the context with nothing edited (`latentprior.lm.edits.edit_positions`).
 
         Examples:
             >>> with glp.attach(model, t_start=0.3, generator=0) as counts:

@@ -24,9 +24,10 @@ from latentprior.prior import flow
 from latentprior.prior.attachable import Attachable
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.repository import fetch
 from latentprior.prior.sampler import by_row, integrate, vectors_by_row
 from latentprior.utils.errors import InputError
-from latentprior.utils.hub import fetch, upload
+from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from latentprior.config import Side
-from latentprior.lm.edits import EditCounts, Positions, Rewriter, Site, rewrite
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.edits import EditCounts, EditedPositions, EditFunction, Positions, edit_positions
+from latentprior.lm.hooks import Hookpoint, at_layers
 from latentprior.prior.denoiser import Denoiser
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.random import Seed, keyed_generator, seed_of
 
 
@@ -32,7 +32,7 @@ class PositionNoise:
 
     A position gets the same noise however often it is computed and whatever else is in the batch: generation without a
     cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one prompt,
-    such as copies of it under several strengths, share their noise. Where a site does not know its prompts, the row's
+    such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the row's
     index stands for them.
 
     Args:
@@ -49,16 +49,16 @@ class PositionNoise:
         self._blocks: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()  # (layer, prompt, block) -> noise
         self._bytes = 0
 
-    def __call__(self, site: Site, width: int) -> Tensor:
-        """Noise [samples N, width] of the rows of `site`, sample-major."""
-        row, position = site.row.tolist(), site.position.cpu()
+    def __call__(self, at: EditedPositions, width: int) -> Tensor:
+        """Noise [samples N, width] of the rows of `at`, sample-major."""
+        row, position = at.row.tolist(), at.position.cpu()
         position = torch.zeros_like(position) if self._shared else position
-        prompts = row if site.prompts is None else [site.prompts[i] for i in row]
+        prompts = row if at.prompts is None else [at.prompts[i] for i in row]
         keys = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
         blocks = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        noise = torch.stack([self._block(site.layer, *key, width) for key in blocks], dim=1)
+        noise = torch.stack([self._block(at.layer, *key, width) for key in blocks], dim=1)
         chosen = noise[:, [blocks[key] for key in keys], position % self.BLOCK]
-        return chosen.flatten(0, 1).to(site.row.device)
+        return chosen.flatten(0, 1).to(at.row.device)
 
     def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
         """Noise [samples, positions, width]."""
@@ -101,13 +101,15 @@ class RunningRepair:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def __call__(self, edited: Tensor, site: Site, *, reference: Tensor | None = None, **options: Any) -> Tensor:
+    def __call__(
+        self, edited: Tensor, at: EditedPositions, *, reference: Tensor | None = None, **options: Any
+    ) -> Tensor:
         """``prior.project(edited, ...)`` [N, d] with the noise of the positions; `options` hold for all rows."""
         if not self._moved and isinstance(self._prior, nn.Module):
             with torch.inference_mode(False):  # weights moved in inference mode could not be used outside it
                 self._prior.to(edited.device)
         self._moved = True
-        noise = self._noise(site, edited.shape[-1])
+        noise = self._noise(at, edited.shape[-1])
         if self._samples == 1:
             return self._prior.project(edited, reference=reference, noise=noise, **options)
         reference = None if reference is None else reference.repeat(self._samples, 1)
@@ -127,12 +129,7 @@ def hookpoints_on(
     """
     if not hookpoints:
         raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
-    wanted = [h.layer for h in hookpoints] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    by_layer = {h.layer: h for h in hookpoints}
-    for layer in wanted:
-        if layer not in by_layer:
-            raise unknown("layer", layer, by_layer)
-    chosen = [by_layer[layer] for layer in wanted]
+    chosen = at_layers(hookpoints, [layers] if isinstance(layers, int) else layers)
     for hookpoint in chosen:
         hookpoint.check(model, check_model=check_model)
     return chosen
@@ -153,7 +150,7 @@ def attach(
     sinks: Callable[[Tensor, int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[EditCounts]:
-    """See `GLP.attach`, whose implementation this is; `sinks` as in `rewrite`."""
+    """See `GLP.attach`, whose implementation this is; `sinks` as in `edit_positions`."""
     if paired and edit is None:
         raise InputError("paired repair compares an activation with its edit: give `edit`")
     chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)
@@ -166,11 +163,11 @@ def attach(
 
     with RunningRepair(prior, seed_of(generator), samples=samples) as repair:
 
-        def repaired(x: Tensor, site: Site) -> Tensor:
+        def repaired(x: Tensor, at: EditedPositions) -> Tensor:
             edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
-            layer = site.layer if several else None
-            return repair(edited, site, reference=x if paired else None, layer=layer, **options)
+            layer = at.layer if several else None
+            return repair(edited, at, reference=x if paired else None, layer=layer, **options)
 
-        rewriters: dict[int, Rewriter] = {h.layer: repaired for h in chosen}
-        with rewrite(model, rewriters, positions=positions, side=sides.pop(), sinks=sinks) as counts:
+        edits: dict[int, EditFunction] = {h.layer: repaired for h in chosen}
+        with edit_positions(model, edits, positions=positions, side=sides.pop(), sinks=sinks) as counts:
             yield counts
