@@ -6,8 +6,12 @@ import copy
 import doctest
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -326,6 +330,13 @@ def test_a_result_without_rows_is_one_row():
     assert "&lt;b&gt;" in result._repr_html_() and "<b>" not in result._repr_html_()
 
 
+def test_rows_inside_rows_have_the_outer_values():
+    values = {"summary": {"directions": [{"direction": d, "points": [{"strength": 1}, {"strength": 2}]} for d in "ab"]}}
+    frame = Result(values, table="summary.directions.points").to_pandas()
+    assert frame.to_dict("list") == {"direction": ["a", "a", "b", "b"], "strength": [1, 2, 1, 2]}
+    assert Result(values).tables() == ["summary.directions", "summary.directions.points"]
+
+
 def test_a_result_can_be_copied():
     result = Result({"rows": [{"a": {"b": 1}}]}, table="rows")
     for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
@@ -338,37 +349,54 @@ def test_without_pandas_the_reason_is_named(monkeypatch):
         Result({"a": 1}).to_pandas()
 
 
-# the examples of the docstrings
+# the examples of the reference
 
-DATA = {"ActivationBatch", "InputError", "hooks", "__version__"}  # not called by who reads the reference
-EXAMPLES = {name: getattr(lp, name) for name in lp.__all__ if name not in DATA}
-EXAMPLES |= {f"GLP.{name}": getattr(lp.GLP, name) for name in ("attach", "steer")}
+PAGES = sorted((Path(__file__).parent.parent / "docs" / "reference").glob("*.md"))
+DOCUMENTED = [name for page in PAGES for name in re.findall(r"^::: latentprior\.(\S+)", page.read_text(), re.M)]
+ON_PAGES = (
+    "ActivationBatch",
+    "Direction",
+    "Edit",
+    "Hookpoint",
+    "PriorRepair",
+    "frechet_distance",
+    "record_activations",
+)
+IN_DOCSTRINGS = [name for name in lp.__all__ if name not in (*ON_PAGES, "InputError", "__version__", "hooks")]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_of_each_public_docstring_runs(name, request, tmp_path, monkeypatch):
-    if name == "load_llm" and not request.getfixturevalue("has_assets"):
-        pytest.skip("needs the packages of requirements-assets.txt")
+def test_every_public_name_is_in_the_reference():
+    assert {*lp.__all__} - {*DOCUMENTED} == {"InputError", "__version__", "hooks"}
+
+
+@pytest.fixture
+def shared(llm, store, glp, texts, direction, tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the examples take for granted; they run in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = request.getfixturevalue("llm")
-    store, glp = request.getfixturevalue("store"), request.getfixturevalue("glp")
-    glp.save_pretrained("runs/prior" if name == "GLP" else "kept")
-    if name == "ActivationStore":
-        lp.record(model, tokenizer, request.getfixturevalue("texts"), layers=[LAYER], output="runs/acts")
-    shared = {
-        "lp": lp,
-        "torch": torch,
-        "model": model,
-        "tokenizer": tokenizer,
-        "texts": request.getfixturevalue("texts"),
-        "positive": ["What a wonderful day.", "I love this film."],
-        "negative": ["What a terrible day.", "I hate this film."],
-        "store": store,
-        "glp": glp,
-        "direction": request.getfixturevalue("direction"),
-    }
-    example = doctest.DocTestParser().get_doctest(EXAMPLES[name].__doc__, shared, name, None, None)
-    assert example.examples, f"the docstring of {name} has no example"
+    positive, negative = ["What a wonderful day.", "I love this."], ["What a terrible day.", "I hate this."]
+    named = {"model": llm[0], "tokenizer": llm[1], "texts": texts, "positive": positive, "negative": negative}
+    return named | {"lp": lp, "torch": torch, "store": store, "glp": glp, "direction": direction}
+
+
+def run_examples(text: str, name: str, shared: dict[str, Any]) -> None:
+    examples = doctest.DocTestParser().get_doctest(text, shared, name, None, None)
+    assert examples.examples, f"no example in {name}"
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=report.append)
     assert not report, "".join(report)
+
+
+@pytest.mark.parametrize("name", [*IN_DOCSTRINGS, "GLP.attach", "GLP.steer"])
+def test_the_example_of_a_docstring_runs(name, shared, has_assets):
+    if name == "load_llm" and not has_assets:
+        pytest.skip("needs the packages of requirements-assets.txt")
+    if name == "GLP":
+        shared["glp"].save_pretrained("runs/prior")
+    if name == "ActivationStore":
+        shutil.copytree(shared["store"].folder, "runs/acts")
+    run_examples(attrgetter(name)(lp).__doc__, name, shared)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text()], ids=lambda page: page.stem)
+def test_the_examples_of_a_reference_page_run(page, shared):
+    run_examples(page.read_text(), page.name, shared)

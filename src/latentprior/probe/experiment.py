@@ -31,6 +31,7 @@ from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.results import Result
 from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
@@ -38,12 +39,12 @@ Json = dict[str, Any]
 FREE = ("output", "recording", "tasks", "batch_tokens", "device", "llm")
 
 
-def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Json:
+def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
     """Load the language model if anything has to be recorded, and run the benchmark (`benchmark`)."""
     return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Json:
+def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
     """Record the tasks, probe every source on each, and write ``probe.json`` with tables beside it.
 
     Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
@@ -61,7 +62,7 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
             probed; a folder that another process writes.
     """
     with locked(config.output) as folder:
-        return _benchmark(config, llm, folder, phase)
+        return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
 
 
 def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:

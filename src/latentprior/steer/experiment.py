@@ -29,9 +29,10 @@ from latentprior.utils.files import check_folder, replace_text, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.results import Result
 
 
-def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
+def steer(config: SteerConfig, *, phase: Phase = unseen) -> Result:
     """Load the language model and run the experiment (`experiment`).
 
     Raises:
@@ -40,7 +41,7 @@ def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     return experiment(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> dict[str, Any]:
+def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
     """Run the experiment and write ``results.parquet`` and ``steer.json`` into ``config.output``.
 
     Everything that is there already is kept: the same call continues an interrupted one, and opens a finished one.
@@ -63,7 +64,8 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     directions = check_named(config, hookpoint)
     with locked(config.output) as folder:
         result = finished(config, priors, directions, folder)
-        return result or _run(config, llm, priors, hookpoint, rate, phase)
+        result = result or _run(config, llm, priors, hookpoint, rate, phase)
+    return Result(result, table="summary.directions.methods.points")
 
 
 def _run(

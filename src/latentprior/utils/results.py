@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,13 @@ class Result(dict[str, Any]):
         return {key: _plain(value) for key, value in self.items()}
 
     def tables(self) -> list[str]:
-        """Dotted names of the lists of rows in this result."""
-        return [name for name, _ in _tables(self)]
+        """Dotted names of the lists of rows in this result, such as "summary.directions.methods.points"."""
+        return list(_tables(self))
 
     def to_pandas(self, table: str | None = None) -> DataFrame:
         """A list of rows as a data frame; nested values have dotted names, such as "frechet.total".
+
+        Rows of a list inside another list's rows have the outer row's values in columns beside their own.
 
         Args:
             table: which one of `tables`; by default the main one, or all values as one row if there is none.
@@ -72,7 +73,7 @@ class Result(dict[str, Any]):
         return pandas.DataFrame([_flat(row) for row in self._rows(table)])
 
     def _rows(self, table: str | None) -> list[dict[str, Any]]:
-        tables = dict(_tables(self))
+        tables = _tables(self)
         wanted = table or self._table or next(iter(tables), None)
         if wanted is None or table is None and wanted not in tables:
             return [self]
@@ -109,17 +110,22 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _tables(values: dict[str, Any], above: str = "") -> list[tuple[str, list[dict[str, Any]]]]:
-    """All lists of dictionaries, by dotted name."""
+def _tables(values: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """All lists of dictionaries by dotted name; rows of a list inside a row have the outer row's single values, too."""
+    tables: dict[str, list[dict[str, Any]]] = {}
 
-    def found() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    def add(values: dict[str, Any], above: str, outer: dict[str, Any]) -> None:
         for key, value in values.items():
             if isinstance(value, dict):
-                yield from _tables(value, f"{above}{key}.")
+                add(value, f"{above}{key}.", outer)
             elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-                yield f"{above}{key}", value
+                tables.setdefault(f"{above}{key}", []).extend(outer | row for row in value)
+                for row in value:
+                    single = {name: item for name, item in row.items() if not isinstance(item, (dict, list))}
+                    add(row, f"{above}{key}.", outer | single)
 
-    return list(found())
+    add(values, "", {})
+    return tables
 
 
 def _flat(row: dict[str, Any], above: str = "") -> dict[str, Any]:
