@@ -87,11 +87,7 @@ def _load(config: LLMConfig, device: torch.device) -> tuple[PreTrainedModel, Pre
 
 
 def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that `config` names.
-
-    Raises:
-        InputError: no such model, or a tokenizer with code of its own that is not trusted.
-    """
+    """The tokenizer of the model that `config` names."""
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config), **_options(config))
     tokenizer.name_or_path = config.model
@@ -99,11 +95,7 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
 
 
 def count_blocks(config: LLMConfig) -> int:
-    """How many decoder blocks the model that `config` names has; its weights are not read.
-
-    Raises:
-        InputError: no such model, or one with code of its own that is not trusted.
-    """
+    """How many decoder blocks the model that `config` names has; its weights are not read."""
     with _loading(config):
         loaded = AutoConfig.from_pretrained(_source(config), **_options(config))
     return loaded.get_text_config(decoder=True).num_hidden_layers

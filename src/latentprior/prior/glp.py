@@ -256,7 +256,7 @@ class GLP(Attachable):
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
         times = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
         z_t = flow.interpolate(z_0, eps, times)
-        factors = self.denoiser.gathered(times, self._layers(layer, x.shape[:-1]))
+        factors = self.denoiser.row_factors(times, self._layers(layer, x.shape[:-1]))
         stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
         return stacked.reshape(*x.shape[:-1], *stacked.shape[1:])
 

@@ -77,7 +77,7 @@ class PositionNoise:
 class RunningRepair:
     """Projects activations of a running model; what `attach` and steering's `PriorRepair` have in common.
 
-    While it is open the prior's time path is computed once (`Denoiser.remembering`), as every decoding step projects at
+    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at
     the same few times. The prior moves to the device of the first activations; what comes later from other devices it
     moves itself.
 
@@ -95,7 +95,7 @@ class RunningRepair:
 
     def __enter__(self) -> RunningRepair:
         if isinstance(denoiser := getattr(self._prior, "denoiser", None), Denoiser):
-            self._open.enter_context(denoiser.remembering())
+            self._open.enter_context(denoiser.caching())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,11 +122,7 @@ class RunningRepair:
 def hookpoints_on(
     hookpoints: Sequence[Hookpoint], model: nn.Module, layers: Sequence[int] | int | None, *, check_model: bool
 ) -> list[Hookpoint]:
-    """The hookpoints to use on `model`, checked before anything runs.
-
-    Raises:
-        InputError: the prior knows no hookpoint, not this layer, or was trained on another model or width.
-    """
+    """The hookpoints to use on `model`, checked before anything runs."""
     if not hookpoints:
         raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
     chosen = at_layers(hookpoints, [layers] if isinstance(layers, int) else layers)

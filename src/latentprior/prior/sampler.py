@@ -30,11 +30,11 @@ def integrate(
         held: directions [N, d], and the components [N] along them that the data prediction keeps.
     """
     times = sorted(set(schedule.times()))
-    tables = denoiser.tables(times)
+    tables = denoiser.cached_factors(times)
     row_of = {t: i for i, t in enumerate(times)}
 
     def integrate_part(part: Tensor, part_layers: Tensor | None, *part_held: Tensor) -> Tensor:
-        extra = None if part_layers is None else denoiser.gathered_layers(part_layers)
+        extra = None if part_layers is None else denoiser.layer_factors(part_layers)
 
         def velocity(z_t: Tensor, t: float) -> Tensor:
             i = row_of[t]

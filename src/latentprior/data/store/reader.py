@@ -32,11 +32,7 @@ class Shard:
     def __init__(
         self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
     ) -> None:
-        """Open and check the shard that a manifest lists as `entry`.
-
-        Raises:
-            InputError: a file is missing or is not what was written.
-        """
+        """Open and check the shard that a manifest lists as `entry`."""
         self._rows, self._width, self._dtype = entry["rows"], width, dtype
         self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
         self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
@@ -80,11 +76,7 @@ class Shard:
         return rows
 
     def column(self, name: str) -> np.ndarray:
-        """One column of the metadata, [rows].
-
-        Raises:
-            InputError: a damaged file.
-        """
+        """One column of the metadata, [rows]."""
         try:
             # Not read_table: that would take a folder called "layer=15" for a column.
             column = pq.ParquetFile(self._metadata).read(columns=[name])[name].to_numpy()
@@ -126,9 +118,6 @@ class ActivationStore:
             folder: the store.
             verify: "size" checks that all files are there, their sizes and headers; "full" their SHA-256 too,
                 which reads everything.
-
-        Raises:
-            InputError: no store, a newer format, or a missing or damaged file, which is named.
         """
         if verify not in ("size", "full"):
             raise unknown("verify", verify, ("size", "full"))
@@ -180,9 +169,6 @@ class ActivationStore:
         """Moments of all rows for each layer, also of those that a disk budget has removed since.
 
         They are read once: a recorder that goes on replaces the file.
-
-        Raises:
-            InputError: the statistics are damaged or belong to other rows.
         """
         if self._statistics is None:
             path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
@@ -204,9 +190,6 @@ class ActivationStore:
 
         Returns:
             [n, d] in the stored dtype.
-
-        Raises:
-            IndexError: an index outside the store.
         """
         self._check_indices(indices)
         wanted = indices.numpy()
@@ -230,10 +213,6 @@ class ActivationStore:
 
         Returns:
             four [n] int64 tensors: layer, doc, position, token.
-
-        Raises:
-            IndexError: an index outside the store.
-            InputError: a damaged file.
         """
         self._check_indices(indices)
         layer, doc, position, token = (
@@ -246,20 +225,12 @@ class ActivationStore:
 
         Args:
             indices: [n] int64.
-
-        Raises:
-            IndexError: an index outside the store.
-            InputError: a damaged file.
         """
         layer, doc, position, token = self.metadata(indices)
         return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
 
     def rows_at(self, layers: Sequence[int]) -> Tensor:
-        """Numbers [n] int64 of the rows of `layers`, in the store's order.
-
-        Raises:
-            InputError: a layer that the store does not have, or a damaged file.
-        """
+        """Numbers [n] int64 of the rows of `layers`, in the store's order."""
         check_recorded(layers, self.layers)
         if set(layers) == set(self.layers):
             return torch.arange(len(self))

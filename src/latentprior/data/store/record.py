@@ -193,11 +193,7 @@ def _recorded(
 
 
 def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:
-    """`recorded`, unchanged, once the first rows have set each layer's median norm (unless a resumed store knows it).
-
-    Raises:
-        InputError: a layer without a row to calibrate on.
-    """
+    """`recorded`, once its first rows have set each layer's median norm (unless a resumed store knows it)."""
     medians = writer.moments.median_norm
     if writer.sink_thresholds:
         yield from recorded
