@@ -173,15 +173,15 @@ def test_a_cache_under_an_unknown_name(tiny_llm, tiny_tokenizer):
 
 
 def test_positions_that_are_read_wrongly_under_a_cache(tiny_llm, tiny_tokenizer, monkeypatch):
-    rewrite = patient.rewrite
+    edit_positions = patient.edit_positions
 
-    def shifted(model, rewriters):
-        def late(rewriter):
-            return lambda x, site: rewriter(x, replace(site, position=site.position + (len(x) == site.batch)))
+    def shifted(model, edits):
+        def late(edit):
+            return lambda x, at: edit(x, replace(at, position=at.position + (len(x) == at.batch)))
 
-        return rewrite(model, {layer: late(rewriter) for layer, rewriter in rewriters.items()})
+        return edit_positions(model, {layer: late(edit) for layer, edit in edits.items()})
 
-    monkeypatch.setattr(patient, "rewrite", shifted)
+    monkeypatch.setattr(patient, "edit_positions", shifted)
     failed = failing(examine(tiny_llm(), tiny_tokenizer))
     assert failed[CACHED].startswith("under a push, generation with a key-value cache differs from generation without")
 
@@ -282,7 +282,7 @@ def test_an_edit_that_never_happens(tiny_llm, tiny_tokenizer, monkeypatch):
         yield EditCounts()
 
     monkeypatch.setattr(checks, "attach", idle)
-    monkeypatch.setattr(patient, "rewrite", idle)
+    monkeypatch.setattr(patient, "edit_positions", idle)
     failed = failing(examine(tiny_llm(), tiny_tokenizer))
     assert failed.keys() == {IDENTITY, CACHED, PADDING}
     assert failed[IDENTITY].startswith("0 positions were edited instead of 62")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latentprior.data.activations import model_inputs
 from latentprior.data.text import Document
 from latentprior.data.tokens import TokenBatch, encode, pad, padding_id, tokenize
-from latentprior.lm.edits import Site, rewrite
+from latentprior.lm.edits import EditedPositions, edit_positions
 from latentprior.lm.hooks import Hookpoint, find_blocks, run_cut
 from latentprior.prior.glp import GLP
 from latentprior.prior.repair import hookpoints_on
@@ -156,12 +156,12 @@ class Patient:
         directions = PUSH * float(self.norms[0].median()) * directions
         count = 0
 
-        def push(x: Tensor, site: Site) -> Tensor:
+        def push(x: Tensor, at: EditedPositions) -> Tensor:
             nonlocal count
             count += len(x)
-            return x + directions.to(x)[site.position % NEW]
+            return x + directions.to(x)[at.position % NEW]
 
-        with rewrite(self.model, {self.layer: push}):
+        with edit_positions(self.model, {self.layer: push}):
             found = self.generate(rows, cache=cache)
         require_edits(count, rows, cache=cache)
         return found

@@ -27,7 +27,7 @@ from latentprior.probe.summary import summarise
 from latentprior.probe.tasks import Task, Unfit, find_task
 from latentprior.sae.saelens import sae_at
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
@@ -236,6 +236,8 @@ def write_tables(folder: Path, results: Sequence[Json]) -> None:
     probes = [{"task": task["task"], "family": task["family"], **row} for task in results for row in task["rows"]]
     winners = [{"task": task["task"], **row} for task in results for row in task["winners"]]
     table = pa.Table.from_pylist(probes)
-    pq.write_table(table, folder / "probes.parquet", compression="zstd")
-    pyarrow.csv.write_csv(table, folder / "probes.csv")
-    pq.write_table(pa.Table.from_pylist(winners), folder / "winners.parquet", compression="zstd")
+    for name, rows in (("probes", table), ("winners", pa.Table.from_pylist(winners))):
+        with replaced(folder / f"{name}.parquet") as partial:
+            pq.write_table(rows, partial, compression="zstd")
+    with replaced(folder / "probes.csv") as partial:
+        pyarrow.csv.write_csv(table, partial)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from latentprior.config import SAEConfig, settings_of
 from latentprior.data.store.reader import ActivationStore
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.sae.sae import CONFIG, SAE
 from latentprior.sae.saelens import read_sae
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
 
@@ -109,9 +109,7 @@ def train_sae(
     Raises:
         InputError: the extra `[sae]` is not installed, a layer that the store does not have, a store smaller than `k`.
     """
-    hookpoint = next((h for h in store.hookpoints if h.layer == layer), None)
-    if hookpoint is None:
-        raise unknown("layer", layer, store.layers)
+    hookpoint = at_layer(store.hookpoints, layer, store.folder)
     variance = float(store.moments().variance()[store.layers.index(layer)].sum())
     if not variance > 0:
         raise InputError(f"{store.folder} holds no activations of layer {layer} to train an SAE on, or equal ones")

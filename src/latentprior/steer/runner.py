@@ -34,7 +34,7 @@ from latentprior.steer.intervention import Edit, steering
 from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.tasks import Case
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.progress import Report, silent
 from latentprior.utils.provenance import versions
 
@@ -242,9 +242,8 @@ def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Repo
             name = cell.case.direction.name
             _refuse_unchanged(cell.method, name, table, unsteered[name], counts)
         if counts is not None:
-            partial = path.with_suffix(".partial")
-            pq.write_table(table, partial, compression="zstd")
-            partial.replace(path)
+            with replaced(path) as partial:
+                pq.write_table(table, partial, compression="zstd")
         tables.append(table)
     report(len(wanted), len(wanted), {})
     return pa.concat_tables(tables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -24,7 +23,7 @@ from latentprior.lm.loading import load_llm
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
-from latentprior.utils.settings import differences
+from latentprior.utils.settings import check_settings
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
@@ -84,9 +83,7 @@ def _kept(config: RecordConfig) -> ActivationStore:
         "source": {name: value for name, value in store.manifest["source"].items() if name != "blocks"},
     }
     wanted = {"layers": _layers(config), "side": config.side, "dtype": config.dtype, "shard_rows": config.shard_rows}
-    wanted["source"] = json.loads(json.dumps(source(config)))
-    if difference := next(differences(known, wanted), None):
-        raise InputError(f"cannot resume {config.output}: {difference}")
+    check_settings(config.output, "an activation store", known, wanted | {"source": source(config)})
     return store
 
 
