@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from latentprior.config import ProbeConfig, to_dict
+from latentprior.config import ProbeConfig, settings_of, to_dict
 from latentprior.data import corpus
 from latentprior.data.store.manifest import MANIFEST
 from latentprior.lm.hooks import Hookpoint
@@ -35,8 +35,6 @@ from latentprior.utils.results import Result
 from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
-# May differ between runs that continue each other.
-FREE = ("output", "recording", "tasks", "batch_tokens", "device", "llm")
 
 
 def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
@@ -212,8 +210,7 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
     Raises:
         InputError: the folder holds results with other settings; the first difference is named.
     """
-    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    settings["model"] = config.llm.model
+    settings = settings_of(config) | {"model": config.llm.model}
     settings["heldout_loss"] = {name: heldout_loss(glp) for name, glp in priors.items()}
     path = folder / "settings.json"
     if path.exists():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentprior.config import RecordConfig, to_dict
+from latentprior.config import RecordConfig, settings_of
 from latentprior.data import text, tokens
 from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
 from latentprior.data.sinks import sink_threshold
@@ -159,10 +159,8 @@ def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> Activ
 
 
 def source(config: RecordConfig) -> dict[str, Any]:
-    """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
-    values = to_dict(config)
-    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
-        del values[key]
+    """What decides the rows of a store."""
+    values = settings_of(config)
     values["text"] = text_settings(config.text)
     # As before there were mixtures and chunks, so that older recordings can be resumed.
     if not config.text.mix:
