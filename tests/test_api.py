@@ -353,15 +353,8 @@ def test_without_pandas_the_reason_is_named(monkeypatch):
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "reference").glob("*.md"))
 DOCUMENTED = [name for page in PAGES for name in re.findall(r"^::: latentprior\.(\S+)", page.read_text(), re.M)]
-ON_PAGES = (
-    "ActivationBatch",
-    "Direction",
-    "Edit",
-    "Hookpoint",
-    "PriorRepair",
-    "frechet_distance",
-    "record_activations",
-)
+ON_PAGES = ("ActivationBatch", "Direction", "Edit", "Hookpoint", "PriorRepair", "frechet_distance")
+ON_PAGES += ("record_activations", "steering")
 IN_DOCSTRINGS = [name for name in lp.__all__ if name not in (*ON_PAGES, "InputError", "__version__", "hooks")]
 
 
