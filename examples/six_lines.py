@@ -1,6 +1,6 @@
 """From a language model to repaired, steered text in six lines.
 
-python examples/steer_in_six_lines.py [--activations 100000] [--folder runs/six-lines]
+python examples/six_lines.py [--activations 100000] [--folder runs/six-lines]
 """
 
 from __future__ import annotations
