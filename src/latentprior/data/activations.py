@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.data import tokens
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
 from latentprior.data.text import Document
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm import hooks
@@ -240,6 +240,6 @@ def split_sinks(batch: ActivationBatch, median_norm: Mapping[int, float]) -> tup
     limit, layers = torch.empty(len(batch)), batch.layer.unique().tolist()
     hooks.check_recorded(layers, median_norm)
     for layer in layers:
-        limit[batch.layer == layer] = SINK_FACTOR * median_norm[layer]
+        limit[batch.layer == layer] = sink_threshold(median_norm[layer])
     sink = batch.norms().cpu() > limit
     return batch.select(~sink), batch.select(sink)

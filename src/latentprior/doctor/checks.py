@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentprior.data.activations import activations, model_inputs
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import SINK_FACTOR, sink_threshold
 from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
 from latentprior.doctor.subject import (
     PUSH,
@@ -126,7 +126,7 @@ def _recorded(subject: Subject, hidden: Tensor) -> tuple[int, float]:
 def _norms(subject: Subject) -> str:
     recorded, first = subject.norms
     median = float(recorded.median())
-    sinks = int((recorded > SINK_FACTOR * median).sum())
+    sinks = int((recorded > sink_threshold(median)).sum())
     limit = f"over {SINK_FACTOR} times the median norm, {median:.3g}"
     rest = f"first positions, which are never recorded, up to {float(first.max()):.3g}"
     return f"all finite in {dtype_name(subject.model.dtype)}; {sinks} of {len(recorded)} {limit}; {rest}"

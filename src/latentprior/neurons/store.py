@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from latentprior.data.store.manifest import damaged
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, replaced, sync_folder
+from latentprior.utils.files import replace_text, replaced, sync
 
 INFO = "neurons.json"
 UNITS = "units.parquet"
@@ -252,7 +252,7 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
             # Without neurons.json there is no store: a kill from here on leaves none rather than a mixed one.
             for name in (INFO, DESCRIPTIONS):
                 (folder / name).unlink(missing_ok=True)
-            sync_folder(folder)
+            sync(folder)
         replace_text(folder / INFO, json.dumps(info, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentprior.data.moments import Moments
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
 from latentprior.lm.hooks import check_recorded
 from latentprior.utils.devices import to_device
 from latentprior.utils.errors import InputError
@@ -179,7 +179,7 @@ class Normalizer(nn.Module):
     def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """Which activations are attention sinks: ``[..., d] -> bool [...]``; none where the median is unknown."""
         self.check_width(x)
-        limit = SINK_FACTOR * self.median_norm[self.rows(layer)]
+        limit = sink_threshold(self.median_norm[self.rows(layer)])
         return _wide(x).norm(dim=-1) > limit  # false against nan
 
     def norm_unit(self, layer: int | None = None) -> float:

@@ -350,7 +350,7 @@ def _span_means(
             start, stop = spans[doc]
             mine = batch.doc == doc
             inside = mine & (batch.position >= start) & (batch.position < stop)
-            ordinary = inside & (norms <= sink_threshold(norms[mine]))
+            ordinary = inside & (norms <= sink_threshold(float(norms[mine].median())))
             means[doc] = batch.x[ordinary if ordinary.any() else inside].double().mean(dim=0)
     return means
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentprior.config import Side
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
 from latentprior.lm.edits import (
     EditCounts,
     EditedPositions,
@@ -137,7 +137,7 @@ def steering(
         by_side.setdefault(side, {})[layer] = _Steering(pushes, repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
-        return hidden.float().norm(dim=-1) > SINK_FACTOR * units[layer]
+        return hidden.float().norm(dim=-1) > sink_threshold(units[layer])
 
     with ExitStack() as stack:
         if isinstance(repair, AbstractContextManager):

@@ -28,24 +28,20 @@ def check_file(path: str | Path) -> None:
     check_folder(Path(path).parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system can."""
-    _sync(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or of a folder the renames in it, to disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_files(folder: Path) -> None:
     """Flush every file below `folder` to disk, before a rename of `folder` that a power cut must not undo by half."""
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync(path, os.O_RDONLY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(path)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -75,7 +71,7 @@ def replaced(path: Path, *, flush: bool = True) -> Iterator[Path]:
         mode = partial.stat().st_mode
         yield partial
         if flush:
-            _sync(partial, os.O_RDWR)
+            sync(partial)
         partial.chmod(mode)
         os.replace(partial, path)
     except BaseException:
@@ -83,4 +79,4 @@ def replaced(path: Path, *, flush: bool = True) -> Iterator[Path]:
             partial.unlink()
         raise
     if flush:
-        sync_folder(path.parent)
+        sync(path.parent)

@@ -208,7 +208,7 @@ def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[N
     for i, layer in enumerate(writer.moments.layers):
         norms = rows.at_layer(layer).norms()
         medians[i] = norms.median()
-        writer.sink_thresholds[layer] = sink_threshold(norms)
+        writer.sink_thresholds[layer] = sink_threshold(float(medians[i]))
     while held:
         yield held.popleft()
     yield from recorded

@@ -115,7 +115,7 @@ def _official_to_store(config: ConvertConfig) -> dict[str, Any]:
     hookpoint = Hookpoint(config.model, layer, read.width)
     with StoreWriter(config.output, [hookpoint], source={"converted": config.source}) as writer:
         writer.moments.median_norm[0] = median
-        writer.sink_thresholds[layer] = sink_threshold(norms)
+        writer.sink_thresholds[layer] = sink_threshold(median)
         for number, part in enumerate(_parts(len(read))):
             batch, nonfinite = finite_rows(_unplaced(read.rows(part), layer))
             kept, sinks = split_sinks(batch, {layer: median})
