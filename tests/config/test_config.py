@@ -156,7 +156,7 @@ def test_shape_of_the_denoiser():
         (TrainConfig, {"recipe": {"lr": 1}}, "unknown recipe key 'lr'"),
         (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
         (TrainConfig, {"blocks": 0}, "TrainConfig.blocks must be positive"),
-        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown solver 'rk4'"),
+        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown EvaluateConfig.solvers 'rk4'"),
         (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
         (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
         (RepairConfig, {"steps": 0}, "RepairConfig.steps must be positive"),

@@ -19,6 +19,20 @@ GENERAL = {
     "--debug": "Show the traceback of an error.",
     "--help, --help-all": "This text; every option, explained in full.",
 }
+EXAMPLES = {
+    "doctor": "--llm.model Qwen/Qwen3-0.6B --prior runs/qwen/prior",
+    "record": "--llm.model Qwen/Qwen3-0.6B --layers 13 --text.dataset my_texts/ --output runs/activations",
+    "train": "--store runs/activations --heldout runs/heldout --activations 8M --output runs/prior",
+    "sample": "--prior runs/prior --n 1000 --output samples.safetensors",
+    "evaluate": "--prior runs/prior --heldout runs/heldout --train runs/activations --output runs/evaluation",
+    "steer": "--config examples/steer_sentiment.yaml --priors runs/demo/prior --prompts 20",
+    "convert": "--source runs/prior --to official --output runs/official",
+    "plan": "--llm.model 8B --blocks 6 --preset official --chip H100 --chips 8",
+    "sweep": "--store runs/activations --heldout runs/heldout --widths 288,576 --output runs/sweep",
+    "probe": "--priors runs/demo/prior --tasks 92_glue_sst2,my_task.csv --output runs/probe",
+    "neurons": "--prior runs/demo/prior --tokens 200k --output runs/neurons --html runs/neurons/site",
+    "demo": "--tiny",
+}
 
 
 def overview(commands: Mapping[str, Command]) -> str:
@@ -69,7 +83,8 @@ def _lines(name: str, command: Command, most: int | None) -> Iterator[str]:
     yield ""
     for option, text in GENERAL.items():
         yield from _row(option, text, COLUMN)
-    yield from ("", "example:", f"  latentprior {name} {command.example}".rstrip())
+    example = wrap(f"latentprior {name} {EXAMPLES[name]}", WIDTH - 8, break_on_hyphens=False)
+    yield from ("", "example:", "  " + " \\\n      ".join(example))
 
 
 def _explained(option: Option, *, whole: bool) -> list[str]:

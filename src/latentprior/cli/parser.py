@@ -20,12 +20,11 @@ ALIASES = {"from": "source"}  # `from` cannot be the name of a dataclass's field
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its options, what it does with them, and an example of its arguments."""
+    """A command: its options, and what it does with them."""
 
     config: type
     run: Callable[[Any], int | None]
     """Gives the exit status; None is success."""
-    example: str
 
     @property
     def about(self) -> str:

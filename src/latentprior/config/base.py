@@ -18,9 +18,9 @@ Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
 
-SOLVERS: tuple[Solver, ...] = ("euler", "midpoint", "heun", "ab2")
-SIDES: tuple[Side, ...] = ("output", "input", "mlp")
-GRIDS: tuple[Grid, ...] = ("uniform", "official")
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+SIDES: tuple[Side, ...] = get_args(Side)
+GRIDS: tuple[Grid, ...] = get_args(Grid)
 
 
 def typed(owner: object) -> None:
@@ -50,6 +50,17 @@ def positive(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         if value is not None and not value > 0:
             raise InputError(f"{type(owner).__name__}.{name} must be positive, got {value}")
+
+
+def choices(owner: object) -> None:
+    """Refuse a value of a field of type `Literal`, or of a list of it, that the type does not name."""
+    for name, kind in get_type_hints(type(owner)).items():
+        several = get_origin(kind) is list
+        choice = get_args(kind)[0] if several else kind
+        if get_origin(choice) is Literal:
+            for value in getattr(owner, name) if several else [getattr(owner, name)]:
+                if value not in get_args(choice):
+                    raise unknown(f"{type(owner).__name__}.{name}", value, get_args(choice))
 
 
 def one_of(owner: object, name: str, valid: tuple[str, ...]) -> None:
