@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from latentprior.config import Grid, Solver
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
 from latentprior.lm.edits import EditCounts, Positions
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import flow, repair
@@ -175,7 +175,7 @@ class Attachable(nn.Module):
             samples=samples,
             check_model=check_model,
             generator=generator,
-            sinks=lambda hidden, layer: hidden.float().norm(dim=-1) > SINK_FACTOR * unit,
+            sinks=lambda hidden, layer: hidden.float().norm(dim=-1) > sink_threshold(unit),
             t_start=t_start,
             steps=steps,
             solver=solver,
