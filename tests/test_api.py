@@ -91,7 +91,7 @@ def test_six_lines(llm_folder, texts, tmp_path):
     model, tokenizer = lp.load_llm(llm_folder)
     store = lp.record(model, tokenizer, texts, layers=[LAYER], output=tmp_path / "acts")
     glp = lp.train(store, output=tmp_path / "prior", preset="fast", activations=1024, blocks=1)
-    happy = lp.Direction.of(random_direction(32, 0), store.hookpoints[0], "happy", "random")
+    happy = lp.Direction.from_texts(model, tokenizer, ["I love it."], ["I hate it."], layer=LAYER)
     plain = generated(model)
     with glp.steer(model, happy, strength=3.0) as counts:
         steered = generated(model)
@@ -224,6 +224,7 @@ def test_an_unknown_mean_norm_is_taken_from_mean_and_variance(tiny_glp, store):
     known.mean_norm.fill_(float("nan"))
     assert known.norm_unit(LAYER) == pytest.approx(float(x.square().sum(dim=1).mean().sqrt()), rel=1e-5)
     assert known.norm_unit(LAYER) >= float(x.norm(dim=1).mean())
+    assert known.norm_unit(LAYER, otherwise=5.0) == 5.0
 
 
 def test_steer_refuses_what_does_not_fit(llm, glp, direction, tiny_llm, tiny_glp):

@@ -18,7 +18,7 @@ from latentprior.steer.estimate import (
     paired_pca,
     probe_normal,
     random_direction,
-    shuffled_difference,
+    shuffled_mean_difference,
 )
 from latentprior.utils.errors import InputError
 
@@ -194,14 +194,19 @@ def test_random_directions_are_uniform_and_repeat():
     torch.testing.assert_close(drawn.T @ drawn / 400, torch.eye(16) / 16, atol=0.02, rtol=0)
 
 
+def shuffled(x: Tensor, labels, seed: int) -> Tensor:
+    difference = shuffled_mean_difference(x, labels, seed)
+    return (difference / difference.norm()).float()
+
+
 def test_shuffled_difference_keeps_counts_and_forgets_labels():
     x, labels = normal(40, 5, seed=0).float(), [1] * 10 + [0] * 30
-    found = shuffled_difference(x, labels, 7)
+    found = shuffled(x, labels, 7)
     assert_unit(found, 5)
-    assert torch.equal(found, shuffled_difference(x, labels, 7))
-    assert not torch.equal(found, shuffled_difference(x, labels, 8))
+    assert torch.equal(found, shuffled(x, labels, 7))
+    assert not torch.equal(found, shuffled(x, labels, 8))
     # One-hot rows show which side each row is on: 10 rows count 1/10, 30 rows -1/30.
-    eye = shuffled_difference(torch.eye(40), labels, 7)
+    eye = shuffled(torch.eye(40), labels, 7)
     assert int((eye > 0).sum()) == 10 and int((eye < 0).sum()) == 30
     assert torch.equal(difference_of_means(x[eye > 0], x[eye < 0]), found)
     assert (eye[:10] > 0).sum() < 10
@@ -209,7 +214,7 @@ def test_shuffled_difference_keeps_counts_and_forgets_labels():
 
 def test_shuffled_difference_is_not_the_concept():
     x, labels, mean, _ = clusters(4000, 64)
-    cosines = [float(shuffled_difference(x, labels, seed).double() @ unit(mean)) for seed in range(20)]
+    cosines = [float(shuffled(x, labels, seed).double() @ unit(mean)) for seed in range(20)]
     assert abs(float(np.mean(cosines))) < 0.2
     assert float(difference_of_means(x[labels == 1], x[labels == 0]).double() @ unit(mean)) > 0.9
 
@@ -217,7 +222,7 @@ def test_shuffled_difference_is_not_the_concept():
 def test_nothing_touches_the_global_generator():
     x, labels, _, _ = clusters(40)
     before = torch.random.get_rng_state()
-    random_direction(4, 0), shuffled_difference(x, labels, 0), probe_normal(x, labels)
+    random_direction(4, 0), shuffled(x, labels, 0), probe_normal(x, labels)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -248,8 +253,8 @@ def test_bad_input_is_one_line():
         (lambda: probe_normal(holes, labels), "infinite or NaN"),
         (lambda: probe_normal(torch.ones(4, 4), labels), "all rows are equal"),
         (lambda: probe_normal(x, labels, l2=0.0), "l2 must be positive"),
-        (lambda: shuffled_difference(x, [1] * 4, 0), "both classes"),
-        (lambda: shuffled_difference(torch.ones(4, 4), labels, 0), "same mean"),
+        (lambda: shuffled(x, [1] * 4, 0), "both classes"),
+        (lambda: shuffled(torch.ones(4, 4), labels, 0), "same mean"),
         (lambda: random_direction(0, 0), "must be positive"),
     ]:
         with pytest.raises(InputError, match=message) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -338,6 +339,17 @@ def test_repair_is_called_once_for_each_layer_and_pass_at_edited_positions_only(
         assert at.row.tolist() == [0, 1, 2] and at.position.tolist() == (lengths + step // 2).tolist()
 
 
+def test_the_mean_norm_is_the_directions_own_by_default(tiny_llm):
+    model = tiny_llm()
+    own = replace(direction(), mean_norm=5.0)
+    with steering(model, [Edit(direction(), 0.5), Edit(own, 1.0)]):
+        found = generate(model)
+    with steering(model, [Edit(direction(), 0.5), Edit(own, 1.0)], mean_norm=5.0):
+        assert torch.equal(generate(model), found)
+    with pytest.raises(InputError, match="mean_norm"), steering(model, Edit(direction(), 1.0)):
+        pass
+
+
 def test_strength_zero_is_repaired_too(tiny_llm):
     model = tiny_llm()
     with steering(model, Edit(direction()), mean_norm=5.0, repair=lambda clean, edited, at, push: 2 * edited):
@@ -417,15 +429,15 @@ def test_units_and_positions_are_checked_before_anything_runs(tiny_llm, monkeypa
 
 def test_edits_are_checked_when_they_are_made(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(InputError, match="unknown kind of edit 'clip'; did you mean 'clamp'"):
+    with pytest.raises(InputError, match="'clip'.*'clamp'"):
         Edit(direction(), 1.0, "clip")
     for strength in (math.nan, -math.inf, torch.tensor([0.0, math.nan])):
-        with pytest.raises(InputError, match="the strength along 'random 0' is infinite or NaN"):
+        with pytest.raises(InputError, match="'random 0'"):
             Edit(direction(), strength)
     for strength in (torch.ones(2, 1), torch.ones(0), torch.tensor([True])):
-        with pytest.raises(InputError, match="a strength is a number or one for each row"):
+        with pytest.raises(InputError, match="strength"):
             Edit(direction(), strength)
-    with pytest.raises(InputError, match="an ablation has no strength"):
+    with pytest.raises(InputError, match="ablation"):
         Edit(direction(), torch.tensor([0.0, 1.0]), "ablate")
 
 
@@ -447,13 +459,13 @@ def test_what_does_not_fit_the_batch_is_refused_in_the_forward_pass(tiny_llm):
     model = tiny_llm()
     plain = model(IDS).logits
     with steering(model, Edit(direction(), torch.ones(2)), mean_norm=5.0):
-        with pytest.raises(InputError, match="the strength along 'random 0' has 2 rows, which does not fit a batch"):
+        with pytest.raises(InputError, match="'random 0' has 2 rows"):
             model(IDS)
     with steering(model, Edit(direction(), 1.0), mean_norm=5.0, positions=MASK[:2].bool()):
-        with pytest.raises(InputError, match="the mask of positions has 2 rows"):
+        with pytest.raises(InputError, match="2 rows"):
             model(IDS)
     with steering(model, Edit(direction(), 1.0), mean_norm=5.0, repair=lambda clean, edited, at, push: edited[:1]):
-        with pytest.raises(InputError, match=r"a repair must return activations \[18, 32\], got \[1, 32\]"):
+        with pytest.raises(InputError, match=r"\[18, 32\].*\[1, 32\]"):
             model(IDS)
     assert torch.equal(model(IDS).logits, plain)
 
@@ -462,7 +474,7 @@ def test_assisted_decoding_is_right_or_refused(tiny_llm):
     model = tiny_llm()
     for positions in ("last", "prompt", "generated", MASK[:1].bool()):
         with steering(model, Edit(direction(), 1.5), mean_norm=5.0, positions=positions):
-            with pytest.raises(InputError, match="assisted decoding .* hides where the prompt ends"):
+            with pytest.raises(InputError, match="assisted"):
                 generate(model, slice(0, 1), prompt_lookup_num_tokens=2)
     with steering(model, Edit(direction(), 1.5), mean_norm=5.0):
         expected = generate(model, slice(0, 1))

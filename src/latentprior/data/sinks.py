@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 SINK_FACTOR = 10
@@ -18,3 +19,8 @@ def sink_threshold(median_norm: Norm) -> Norm:
     A caller without that median puts in what is nearest to it: a text's own median, or the mean norm under steering.
     """
     return SINK_FACTOR * median_norm
+
+
+def sinks_in(hidden: Float[Tensor, "*n d"], typical_norm: float) -> Bool[Tensor, "*n"]:
+    """Which activations are attention sinks; `typical_norm` as in `sink_threshold`."""
+    return hidden.float().norm(dim=-1) > sink_threshold(typical_norm)

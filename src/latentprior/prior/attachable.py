@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from latentprior.config import Grid, Solver
-from latentprior.data.sinks import sink_threshold
+from latentprior.data.sinks import sinks_in
 from latentprior.lm.edits import EditCounts, Positions
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import flow, repair
@@ -27,6 +27,9 @@ class UnitDirection(Protocol):
 
     @property
     def hookpoint(self) -> Hookpoint: ...
+
+    @property
+    def mean_norm(self) -> float | None: ...  # of the activations it was made from
 
 
 class Attachable(nn.Module):
@@ -139,7 +142,7 @@ class Attachable(nn.Module):
             model: the language model; prior and direction are checked against it.
             direction: a `Direction` at the prior's hookpoint.
             strength: in multiples of the mean norm of the layer's activations.
-            mean_norm: by default the prior's own (`Normalizer.norm_unit`).
+            mean_norm: by default the prior's own, else the direction's (`Normalizer.norm_unit`).
             positions: as in `attach`.
             t_start: as in `project`.
             steps: as in `project`.
@@ -163,7 +166,7 @@ class Attachable(nn.Module):
             raise InputError(f"the direction belongs to {place}, this prior to {', '.join(map(str, self.hookpoints))}")
         place.check(model, check_model=check_model)
         flow.schedule(steps, t_start=t_start, solver=solver)
-        unit = self.normalizer.norm_unit(place.layer) if mean_norm is None else mean_norm
+        unit = mean_norm or self.normalizer.norm_unit(place.layer, otherwise=direction.mean_norm)
         push = strength * unit * direction.vector
         return repair.attach(
             self,
@@ -175,7 +178,7 @@ class Attachable(nn.Module):
             samples=samples,
             check_model=check_model,
             generator=generator,
-            sinks=lambda hidden, layer: hidden.float().norm(dim=-1) > sink_threshold(unit),
+            sinks=lambda hidden, layer: sinks_in(hidden, unit),
             t_start=t_start,
             steps=steps,
             solver=solver,

@@ -182,15 +182,15 @@ class Normalizer(nn.Module):
         limit = sink_threshold(self.median_norm[self.rows(layer)])
         return _wide(x).norm(dim=-1) > limit  # false against nan
 
-    def norm_unit(self, layer: int | None = None) -> float:
+    def norm_unit(self, layer: int | None = None, *, otherwise: float | None = None) -> float:
         """The mean norm of the layer's activations, the unit of steering strength.
 
-        Where it is not known, as in official checkpoints, the root mean square norm ``sqrt(sum(mean^2 + var))`` stands
-        for it: larger by a factor of about ``1 + CV^2 / 2``, with CV the norms' coefficient of variation.
+        Official checkpoints do not hold it. Then it is `otherwise`, or without that the root mean square norm
+        ``sqrt(sum(mean^2 + var))``, larger by about ``1 + CV^2 / 2`` with CV the norms' coefficient of variation.
         """
         row = self.rows(layer if len(self.layers) > 1 else None)
         known = float(self.mean_norm[row])
-        return known if known > 0 else float((self.mean[row].square() + self.var[row]).sum().sqrt())
+        return known if known > 0 else otherwise or float((self.mean[row].square() + self.var[row]).sum().sqrt())
 
     def rows(self, layer: Int[Tensor, " ..."] | int | None) -> Tensor | int:
         """The statistics' row of each layer."""

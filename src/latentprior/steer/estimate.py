@@ -20,20 +20,12 @@ _CONSTANT = 1e-7  # of a dimension's size: below it a float32 standard deviation
 
 
 def difference_of_means(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """The unit vector from the mean of `negative` to that of `positive` (paper, sentiment steering).
-
-    Raises:
-        InputError: no rows on one side, sides of different width, rows that are not finite, or equal means.
-    """
+    """The unit vector from the mean of `negative` to that of `positive` (paper, sentiment steering)."""
     return _unit(mean_difference(positive, negative))
 
 
 def mean_difference(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -> Float[Tensor, " d"]:
-    """`difference_of_means` before it is scaled: float64, in raw activation units.
-
-    Raises:
-        InputError: see `difference_of_means`.
-    """
+    """`difference_of_means` before it is scaled: float64, in raw activation units."""
     if not len(positive) or not len(negative):
         raise InputError(f"a difference of means needs both sides, got {len(positive)} and {len(negative)} rows")
     _check_widths(positive, negative)
@@ -50,10 +42,6 @@ def paired_pca(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -
     Differences are not centred: the component maximises their mean squared projection. That is repeng's "pca_center"
     and the PCA of steering-vectors; repeng's default, "pca_diff", centres the differences and so misses what all pairs
     share. The sign is such that the positive side projects higher on average (repeng: in most pairs).
-
-    Raises:
-        InputError: no pairs, sides of different length or width, rows that are not finite, or pairs without a
-            difference.
     """
     if not len(positive) or len(positive) != len(negative):
         raise InputError(f"paired PCA needs pairs, got {len(positive)} positive and {len(negative)} negative rows")
@@ -81,10 +69,6 @@ def probe_normal(x: Float[Tensor, "n d"], labels: Labels, *, l2: float = 1.0) ->
         labels: N labels, 0 or 1.
         l2: weight of the penalty ``l2 / 2 |w|^2`` beside the sum of the rows' log losses; scikit-learn's ``C``
             is ``1 / l2``.
-
-    Raises:
-        InputError: labels of one class, not 0 or 1, or of another number than rows; rows that are not finite or all
-            equal; an `l2` that is not positive.
     """
     if not l2 > 0:
         raise InputError(f"l2 must be positive, got {l2}")
@@ -104,42 +88,21 @@ def probe_normal(x: Float[Tensor, "n d"], labels: Labels, *, l2: float = 1.0) ->
 
 
 def random_direction(d: int, seed: int) -> Float[Tensor, " d"]:
-    """A direction drawn uniformly from the unit sphere of `d` dimensions: a control.
-
-    Raises:
-        InputError: a width below 1.
-    """
+    """A direction drawn uniformly from the unit sphere of `d` dimensions: a control."""
     if d < 1:
         raise InputError(f"the width of a direction must be positive, got {d}")
     return _unit(torch.randn(d, generator=keyed_generator(seed), dtype=torch.float64))
 
 
-def shuffled_difference(x: Float[Tensor, "n d"], labels: Labels, seed: int) -> Float[Tensor, " d"]:
-    """The difference of means after the labels were permuted among the rows: a control that keeps data and counts.
-
-    Raises:
-        InputError: labels of one class, not 0 or 1, or of another number than rows; rows that are not finite.
-    """
-    return _unit(shuffled_mean_difference(x, labels, seed))
-
-
 def shuffled_mean_difference(x: Float[Tensor, "n d"], labels: Labels, seed: int) -> Float[Tensor, " d"]:
-    """`shuffled_difference` before it is scaled: float64, in raw activation units.
-
-    Raises:
-        InputError: see `shuffled_difference`.
-    """
+    """`mean_difference` after the labels were permuted among the rows: a control that keeps data and counts."""
     positive = binary_labels(labels, len(x))
     positive = positive[torch.randperm(len(positive), generator=keyed_generator(seed))]
     return mean_difference(x[positive], x[~positive])
 
 
 def binary_labels(labels: Labels, rows: int) -> Bool[Tensor, " n"]:
-    """Labels as booleans on the CPU, checked to fit `rows` rows.
-
-    Raises:
-        InputError: labels of one class, not 0 or 1, or of another number than rows.
-    """
+    """Labels as booleans on the CPU, checked to be 0 and 1, both there, and one for each of `rows` rows."""
     values = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     if values.shape != (rows,):
         raise InputError(f"give one label for each row: got labels of shape {list(values.shape)} for {rows} rows")

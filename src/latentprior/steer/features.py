@@ -17,7 +17,7 @@ from latentprior.steer.direction import Direction
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import generator_of
 
-LEAST = 5  # rows on which a latent must be active to be drawn: what is active once or twice cannot be described
+LEAST = 5  # rows on which a latent must be active to be chosen: what is active once or twice cannot be described
 GAP = "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -60,13 +60,8 @@ class LatentDescription:
 
 
 def sae_direction(sae: SAE, latent: int, *, description: LatentDescription | None = None) -> Direction:
-    """The decoder row of a latent (paper, SAE features).
-
-    Raises:
-        InputError: no such latent, or one whose decoder row is zero.
-    """
-    if not 0 <= latent < sae.latents:
-        raise InputError(f"latent {latent} is out of range: this SAE has latents 0 to {sae.latents - 1}")
+    """The decoder row of a latent (paper, SAE features)."""
+    _check_latent(sae, latent)
     provenance: dict[str, Any] = {"latent": latent, "sae": sae.provenance}
     if description is not None:
         provenance["density"], provenance["tokens"] = description.density, description.tokens
@@ -88,17 +83,17 @@ def describe_latents(
     """What latents are active on.
 
     Args:
-        activations: a store, of which whole documents are drawn, or rows in memory; recorded where the SAE belongs. A
-            context is what was recorded of it: a row's neighbours in its document.
+        activations: a store, of which random whole documents are taken, or rows in memory; recorded where the SAE
+            belongs. A context is what was recorded of it: a row's neighbours in its document.
         tokenizer: of the language model.
-        latents: which ones, or how many to draw from those that are active on at least 5 rows.
+        latents: which ones, or how many at random of those that are active on at least 5 rows.
         examples: most examples of each.
         context: tokens to each side.
         rows: about how many rows of a store to look at.
-        seed: of what is drawn.
+        seed: of what is random.
 
     Returns:
-        in the order of `latents`; drawn ones in ascending order.
+        in the order of `latents`; random ones in ascending order.
 
     Raises:
         InputError: no activations of the SAE's layer, fewer active latents than asked for, or a latent out of range.
@@ -111,11 +106,9 @@ def describe_latents(
     batch = batch.select((batch.doc * (batch.position.max() + 1) + batch.position).argsort())
     indices, values = (part.cpu() for part in sae.encode(batch.x))
     counts = torch.bincount(indices[values > 0], minlength=sae.latents)
-    wanted = _draw(counts, latents, generator) if isinstance(latents, int) else list(latents)
     described = []
-    for latent in wanted:
-        if not 0 <= latent < sae.latents:
-            raise InputError(f"latent {latent} is out of range: this SAE has latents 0 to {sae.latents - 1}")
+    for latent in _active_latents(counts, latents, generator) if isinstance(latents, int) else latents:
+        _check_latent(sae, latent)
         strength = torch.where(indices == latent, values, 0).sum(dim=1)
         value, row = strength.topk(min(examples, int(counts[latent])))
         found = [_example(batch, r, v, context, tokenizer) for r, v in zip(row.tolist(), value.tolist(), strict=True)]
@@ -136,7 +129,12 @@ def _documents(store: ActivationStore, layer: int, rows: int, generator: torch.G
     return store.batch(chosen[(before < rows)[which]])
 
 
-def _draw(counts: Tensor, number: int, generator: torch.Generator) -> list[int]:
+def _check_latent(sae: SAE, latent: int) -> None:
+    if not 0 <= latent < sae.latents:
+        raise InputError(f"latent {latent} is out of range: this SAE has latents 0 to {sae.latents - 1}")
+
+
+def _active_latents(counts: Tensor, number: int, generator: torch.Generator) -> list[int]:
     active = (counts >= LEAST).nonzero().squeeze(1)
     if len(active) < number:
         raise InputError(f"only {len(active)} latents are active on at least {LEAST} rows, not {number}")

@@ -54,7 +54,7 @@ def read_foreign(
         tensor: which tensor of a safetensors file that holds several.
 
     Returns:
-        a direction of kind "file", of unit norm; the norm in the file is its `norm`.
+        a direction of kind "file"; the norm in the file is its `norm`.
 
     Raises:
         InputError: no such file, one that is damaged, unsafe or of another kind, no direction for this layer, or one
@@ -78,13 +78,10 @@ def read_foreign(
 
 
 def write_gguf(direction: Direction, path: str | Path, model_hint: str = "") -> Path:
-    """Write a direction, at the norm that it had, as a control vector that repeng reads.
+    """Write a direction, at the norm that it had, as a control vector that repeng and llama.cpp read.
 
     Args:
         model_hint: the model's `config.model_type`, by which repeng tells vectors of different families apart.
-
-    Raises:
-        InputError: a direction at the input of the first block, which repeng has no number for.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +102,7 @@ def write_gguf(direction: Direction, path: str | Path, model_hint: str = "") -> 
 
 
 def _block(hookpoint: Hookpoint) -> int:
-    """The block whose output is meant.
-
-    Raises:
-        InputError: the embeddings, which are no block's output.
-    """
+    """The block whose output is meant."""
     if hookpoint.side == "output":
         return hookpoint.layer
     if hookpoint.layer == 0:

@@ -1,4 +1,4 @@
-"""Steered continuations of many prompts under many strengths at once, and what happened to the activations."""
+"""Generating steered text, for many prompts and strengths at once, while watching what happens to the activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentprior.steer.intervention import Repair
 
 
 @torch.no_grad()
-def continued(
+def generate_continuations(
     model: Any,
     prompts: Prompts,
     copies: int,
@@ -29,8 +29,7 @@ def continued(
 ) -> tuple[Int64[Tensor, "rows new"], EditCounts]:
     """`copies` continuations of each prompt (rows prompt-major), greedy by default, inside `context`, and what it did.
 
-    The end-of-text token is not generated, so that all continuations have the same length and their likelihoods
-    compare.
+    The end-of-text token is not generated, so that all continuations have one length and their likelihoods compare.
 
     Args:
         share: run each prompt once for all its copies; only if `context` changes nothing before its last token.
@@ -45,11 +44,11 @@ def continued(
     return out[:, ids.shape[1] :].cpu(), counts
 
 
-class Trace:
-    """A repair that also measures, for each row of the batch, what is left of the edit (`steering`'s `repair`).
+class EditMonitor:
+    """A `Repair` that measures, for each row of the batch, what another one leaves of the edit.
 
     Args:
-        repair: what it passes on to; None leaves the edit as it is.
+        repair: the other one; None leaves the edit as it is.
         rows: rows of the batch.
         mean_norm: unit of `moved`.
         keep: of which call the activations are kept for `off_manifold`.

@@ -1,4 +1,4 @@
-"""Pushing the activations of a running model along directions: `Edit` says how, `steering` does it."""
+"""Editing the activations of a running model along directions: `Edit` says how, `steering` does it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentprior.config import Side
-from latentprior.data.sinks import sink_threshold
+from latentprior.data.sinks import sinks_in
 from latentprior.lm.edits import (
     EditCounts,
     EditedPositions,
@@ -42,10 +42,6 @@ class Edit(ShortRepr):
     - "rotate": a turns towards w by the angle ``atan(r)``, in the plane of both, and keeps its norm; a negative
       strength turns it away. It stops at w or -w. An activation of norm m across w then points where adding ``r m w``
       would point it. One that lies along w stays as it is, as no plane is given.
-
-    Raises:
-        InputError: something other than a `Direction`, an unknown kind, a strength that is not finite or not a number
-            or [B], or one of an ablation.
     """
 
     direction: Direction
@@ -93,7 +89,7 @@ def steering(
     model: nn.Module,
     edits: Edit | Sequence[Edit],
     *,
-    mean_norm: float | Mapping[int, float],
+    mean_norm: float | Mapping[int, float] | None = None,
     positions: Positions = "all",
     repair: Repair | None = None,
     check_model: bool = True,
@@ -107,7 +103,8 @@ def steering(
     Args:
         model: a causal language model; each direction is checked against it before anything runs.
         edits: those of one hookpoint apply in the given order, those of several layers in the model's order.
-        mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer.
+        mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer. By
+            default that of the layer's directions (`Direction.mean_norm`), the first that knows it.
         positions: which positions; see `latentprior.lm.edits.Positions`.
         repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
             at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
@@ -121,23 +118,27 @@ def steering(
             norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
             the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
             on leaving the context with nothing edited: what `latentprior.lm.edits.edit_positions` refuses.
+
+    Examples:
+        >>> with lp.steering(model, lp.Edit(direction, 0.8), mean_norm=5.0) as counts:
+        ...     ids = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=3)
+        >>> counts.edited > 0
+        True
     """
     check_positions(positions)
-    edits = list(edits) if isinstance(edits, Sequence) else [edits]
-    places: dict[tuple[Side, int], list[Edit]] = {}
-    for edit in edits:
+    by_place: dict[tuple[Side, int], list[Edit]] = {}
+    for edit in edits if isinstance(edits, Sequence) else [edits]:
         if not isinstance(edit, Edit):
             raise InputError(f"steering takes edits, got {type(edit).__name__}: use Edit(direction, strength)")
         edit.direction.check(model, check_model=check_model)
-        places.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
+        by_place.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
+    units = {layer: _unit(mean_norm, layer, here) for (_, layer), here in by_place.items()}
     by_side: dict[Side, dict[int, EditFunction]] = {}
-    units = {layer: _unit(mean_norm, layer) for _, layer in places}
-    for (side, layer), here in places.items():
-        pushes = [_Push(edit, units[layer]) for edit in here]
-        by_side.setdefault(side, {})[layer] = _Steering(pushes, repair)
+    for (side, layer), here in by_place.items():
+        by_side.setdefault(side, {})[layer] = _EditsThenRepair([_PreparedEdit(e, units[layer]) for e in here], repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
-        return hidden.float().norm(dim=-1) > sink_threshold(units[layer])
+        return sinks_in(hidden, units[layer])
 
     with ExitStack() as stack:
         if isinstance(repair, AbstractContextManager):
@@ -149,7 +150,11 @@ def steering(
         yield EditCounts(counts)
 
 
-def _unit(mean_norm: float | Mapping[int, float], layer: int) -> float:
+def _unit(mean_norm: float | Mapping[int, float] | None, layer: int, edits: Sequence[Edit]) -> float:
+    if mean_norm is None:
+        mean_norm = next((norm for edit in edits if (norm := edit.direction.mean_norm) is not None), None)
+        if mean_norm is None:
+            raise InputError(f"no direction at layer {layer} knows its mean norm, the unit of strength: give mean_norm")
     if isinstance(mean_norm, Mapping):
         if layer not in mean_norm:
             raise unknown("layer of mean_norm", layer, mean_norm)
@@ -159,7 +164,7 @@ def _unit(mean_norm: float | Mapping[int, float], layer: int) -> float:
     return float(mean_norm)
 
 
-class _Push:
+class _PreparedEdit:
     """One edit, ready to run."""
 
     def __init__(self, edit: Edit, unit: float) -> None:
@@ -179,17 +184,17 @@ class _Push:
         return torch.where(strength == 0, x, edited) if self._idle_at_zero else edited
 
 
-class _Steering:
+class _EditsThenRepair:
     """What is done at one hookpoint: all edits in order, then repair."""
 
-    def __init__(self, pushes: Sequence[_Push], repair: Repair | None) -> None:
-        self._pushes, self._repair = pushes, repair
+    def __init__(self, edits: Sequence[_PreparedEdit], repair: Repair | None) -> None:
+        self._edits, self._repair = edits, repair
 
     def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
         clean = x if x.dtype == torch.float64 else x.float()
         edited = clean
-        for push in self._pushes:
-            edited = push(edited, at)
+        for edit in self._edits:
+            edited = edit(edited, at)
         if self._repair is None:
             return edited.to(x.dtype)
         result = self._repair(clean, edited, at, edited - clean)

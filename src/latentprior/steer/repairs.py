@@ -1,8 +1,10 @@
-"""Repairing a steered activation with a prior so that the edit survives: the paper's way, and ways that keep more.
+"""Repairing what an edit does to a running model, so that the edit survives: the paper's way, and ways that keep more.
 
-The paper noises the edited activation to `t_start` and integrates back. That loses part of the edit, and it moves the
-activation also where it was not edited, because a prior's repair of an *unedited* activation is not the identity. Each
-option of `RepairConfig` meets one of the two.
+*Projection* is what a prior does to any activation: noise it to `t_start` and integrate back (`GLP.project`). *Repair*
+is what is done, position by position, to an activation that was edited in a running model, by means of projections.
+The paper's repair is the projection of the edited activation. That loses part of the edit, and it moves the activation
+also where it was not edited, because the projection of an *unedited* activation is not the identity. Each option of
+`RepairConfig` meets one of the two.
 """
 
 from __future__ import annotations

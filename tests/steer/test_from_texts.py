@@ -13,16 +13,14 @@ from torch import Tensor
 from latentprior.data.activations import record_activations
 from latentprior.data.chat import prompt_ids, response_span
 from latentprior.lm.hooks import Hookpoint, edit
-from latentprior.steer import collect, estimate
-from latentprior.steer.collect import (
+from latentprior.steer import estimate, from_texts
+from latentprior.steer.direction import Direction, read_direction, write_direction
+from latentprior.steer.from_texts import (
     labelled_direction,
     paired_direction,
     persona_conversations,
     persona_direction,
-    response_activations,
-    text_activations,
 )
-from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.traits import TRAITS, Trait
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator, seed_of
@@ -41,6 +39,18 @@ CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+
+
+def text_rows(*args, **options) -> Tensor:
+    return from_texts.text_activations(*args, **options).x
+
+
+def response_rows(*args, **options) -> Tensor:
+    return from_texts.response_activations(*args, **options).x
+
+
+def unit(vector: Tensor) -> Tensor:
+    return (vector / vector.norm()).float()
 
 
 def chat(response: str, question: str = "How are you?", system: str | None = "Be kind.") -> list[dict[str, str]]:
@@ -75,7 +85,7 @@ def test_text_rows_equal_hidden_states(family, side, batch_tokens, tiny_llm, tin
     model = tiny_llm(family)
     point = Hookpoint.of(model, 2, side)
     last, mean = (
-        text_activations(model, tiny_tokenizer, TEXTS, point, read=read, batch_tokens=batch_tokens)
+        text_rows(model, tiny_tokenizer, TEXTS, point, read=read, batch_tokens=batch_tokens)
         for read in ("last", "mean")
     )
     assert last.dtype == mean.dtype == torch.float32
@@ -94,9 +104,9 @@ def test_rows_do_not_depend_on_the_tokenizers_padding(family, tiny_llm, make_tok
         for side, has_pad, adds_bos in [("right", True, False), ("left", True, False), ("left", False, True)]
     ]
     for read in ("last", "mean"):
-        rows = [text_activations(model, tokenizer, TEXTS, point, read=read) for tokenizer in variants]
+        rows = [text_rows(model, tokenizer, TEXTS, point, read=read) for tokenizer in variants]
         assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
-    rows = [response_activations(model, tokenizer, CHATS, point) for tokenizer in variants]
+    rows = [response_rows(model, tokenizer, CHATS, point) for tokenizer in variants]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
@@ -104,7 +114,7 @@ def test_rows_are_those_that_are_recorded(tiny_llm, tiny_tokenizer):
     model = tiny_llm()
     point = Hookpoint.of(model, 1)
     batch = record_activations(model, tiny_tokenizer, TEXTS, [1], positions="last", max_length=9)
-    found = text_activations(model, tiny_tokenizer, TEXTS, point, max_length=9)
+    found = text_rows(model, tiny_tokenizer, TEXTS, point, max_length=9)
     torch.testing.assert_close(found, batch.x, atol=1e-5, rtol=1e-5)
     assert batch.position.tolist() == [min(len(text_ids(text, tiny_tokenizer)), 9) - 1 for text in TEXTS]
 
@@ -112,7 +122,7 @@ def test_rows_are_those_that_are_recorded(tiny_llm, tiny_tokenizer):
 def test_half_precision_models_give_float32_rows(tiny_llm, tiny_tokenizer):
     model = tiny_llm().to(torch.bfloat16)
     point = Hookpoint.of(model, 1)
-    found = text_activations(model, tiny_tokenizer, TEXTS[:1], point, read="mean")
+    found = text_rows(model, tiny_tokenizer, TEXTS[:1], point, read="mean")
     hidden = hidden_states(model, text_ids(TEXTS[0], tiny_tokenizer), point)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[0], hidden[1:].double().mean(0).float())
@@ -128,13 +138,50 @@ def test_sinks_are_not_averaged_but_read_as_a_last_token(tiny_llm, tiny_tokenize
             return hidden
 
         with edit(model, {1: grow}):
-            return text_activations(model, tiny_tokenizer, TEXTS[4:], point, read=read)[0]
+            return text_rows(model, tiny_tokenizer, TEXTS[4:], point, read=read)[0]
 
     hidden = hidden_states(model, text_ids(TEXTS[4], tiny_tokenizer), point)
     kept = torch.ones(len(hidden), dtype=torch.bool)
     kept[[0, 3]] = False
     torch.testing.assert_close(with_sink(3, "mean"), hidden[kept].mean(0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(with_sink(-1, "last"), 1000 * hidden[-1], atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_a_direction_of_two_lists_of_texts_is_the_labelled_one_and_knows_the_mean_norm(tiny_llm, tiny_tokenizer, read):
+    model = tiny_llm()
+    positive, negative = TEXTS[:3], TEXTS[3:]
+    found = Direction.from_texts(model, tiny_tokenizer, positive, negative, layer=1, read=read, name="happy")
+    point = Hookpoint.of(model, 1)
+    expected = labelled_direction(model, tiny_tokenizer, TEXTS, [1, 1, 1, 0, 0], point, read=read, name="happy")
+    assert torch.equal(found.vector, expected.vector) and found.hookpoint == point and found.name == "happy"
+    assert found.provenance == expected.provenance and found.provenance["positive"] == 3
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), point)[1:] for text in TEXTS]
+    assert found.mean_norm == pytest.approx(float(torch.cat(rows).norm(dim=1).mean()), rel=1e-5)
+    default = Direction.from_texts(model, tiny_tokenizer, negative, positive, layer=1, read=read)
+    torch.testing.assert_close(default.vector, -found.vector)
+
+
+def test_sinks_are_not_in_the_mean_norm(tiny_llm, tiny_tokenizer):
+    model = tiny_llm()
+
+    def grow(hidden: Tensor) -> Tensor:
+        hidden[:, 3] *= 1000
+        return hidden
+
+    with edit(model, {1: grow}):
+        found = Direction.from_texts(model, tiny_tokenizer, TEXTS[1:2], TEXTS[4:], layer=1)
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), found.hookpoint) for text in (TEXTS[1], TEXTS[4])]
+    kept = torch.cat([torch.cat([row[1:3], row[4:]]) for row in rows])
+    assert found.mean_norm == pytest.approx(float(kept.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_a_text_in_place_of_a_list_is_refused(tiny_llm, tiny_tokenizer):
+    for sides in (("one", ["two"]), (["one"], "two")):
+        with pytest.raises(InputError, match="lists"):
+            Direction.from_texts(tiny_llm(), tiny_tokenizer, *sides, layer=1)
+    with pytest.raises(InputError, match="both classes"):
+        Direction.from_texts(tiny_llm(), tiny_tokenizer, ["one"], [], layer=1)
 
 
 def test_bad_texts_are_one_line(tiny_llm, tiny_tokenizer):
@@ -148,7 +195,7 @@ def test_bad_texts_are_one_line(tiny_llm, tiny_tokenizer):
         (["Shells."], {"batch_tokens": 0}, "batch_tokens must be at least 1"),
     ]:
         with pytest.raises(InputError, match=message):
-            text_activations(model, tiny_tokenizer, texts, point, **options)
+            text_rows(model, tiny_tokenizer, texts, point, **options)
 
 
 def test_unknown_options_are_one_line(tiny_llm, tiny_tokenizer, monkeypatch):
@@ -156,13 +203,13 @@ def test_unknown_options_are_one_line(tiny_llm, tiny_tokenizer, monkeypatch):
     model = tiny_llm()
     point = Hookpoint.of(model, 1)
     with pytest.raises(InputError, match="unknown read 'first'"):
-        text_activations(model, tiny_tokenizer, TEXTS, point, read="first")
+        text_rows(model, tiny_tokenizer, TEXTS, point, read="first")
     with pytest.raises(InputError, match="unknown kind .* 'pca'"):
         labelled_direction(model, tiny_tokenizer, TEXTS, LABELS, point, kind="pca", name="a")
     with pytest.raises(InputError, match="unknown kind .* 'probe'"):
         paired_direction(model, tiny_tokenizer, TEXTS, TEXTS, point, kind="probe", name="a")
     with pytest.raises(InputError, match="list of at least one string"):
-        text_activations(model, tiny_tokenizer, "one string", point)
+        text_rows(model, tiny_tokenizer, "one string", point)
 
 
 def test_another_model_layer_or_width_is_refused_before_anything_runs(tiny_llm, tiny_tokenizer, monkeypatch):
@@ -176,8 +223,8 @@ def test_another_model_layer_or_width_is_refused_before_anything_runs(tiny_llm, 
         (replace(point, width=8), "width 8"),
     ]:
         for call in (
-            lambda p=wrong: text_activations(model, tiny_tokenizer, TEXTS, p),
-            lambda p=wrong: response_activations(model, tiny_tokenizer, CHATS, p),
+            lambda p=wrong: text_rows(model, tiny_tokenizer, TEXTS, p),
+            lambda p=wrong: response_rows(model, tiny_tokenizer, CHATS, p),
             lambda p=wrong: persona_direction(model, tiny_tokenizer, trait, p),
             lambda p=wrong: labelled_direction(model, tiny_tokenizer, TEXTS, LABELS, p, kind="random", name="a"),
             lambda p=wrong: paired_direction(model, tiny_tokenizer, TEXTS, TEXTS, p, name="a"),
@@ -241,7 +288,7 @@ def test_characters_of_several_tokens(tiny_tokenizer):
 def test_response_rows_equal_hidden_states(family, batch_tokens, tiny_llm, tiny_tokenizer):
     model, tokenizer = tiny_llm(family), chatml(tiny_tokenizer)
     point = Hookpoint.of(model, 1)
-    found = response_activations(model, tokenizer, CHATS, point, batch_tokens=batch_tokens)
+    found = response_rows(model, tokenizer, CHATS, point, batch_tokens=batch_tokens)
     for row, conversation in zip(found, CHATS, strict=True):
         before = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
         start = tokenizer(f"<bos>{before}")["input_ids"]
@@ -254,11 +301,11 @@ def test_long_responses_are_cut(tiny_llm, tiny_tokenizer):
     model, tokenizer = tiny_llm(), chatml(tiny_tokenizer)
     point = Hookpoint.of(model, 1)
     ids, (start, _) = response_span(tokenizer, CHATS[0])
-    found = response_activations(model, tokenizer, CHATS[:1], point, max_length=start + 2)
+    found = response_rows(model, tokenizer, CHATS[:1], point, max_length=start + 2)
     hidden = hidden_states(model, ids, point)
     torch.testing.assert_close(found[0], hidden[start : start + 2].mean(0), atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match=f"begins at token {start}, max_length is {start}"):
-        response_activations(model, tokenizer, CHATS[:1], point, max_length=start)
+        response_rows(model, tokenizer, CHATS[:1], point, max_length=start)
 
 
 def test_bad_conversations_are_one_line(tiny_llm, tiny_tokenizer, make_tokenizer):
@@ -268,7 +315,7 @@ def test_bad_conversations_are_one_line(tiny_llm, tiny_tokenizer, make_tokenizer
     def refused(conversation, message, template=CHATML):
         tiny_tokenizer.chat_template = template
         with pytest.raises(InputError, match=message) as caught:
-            response_activations(model, tiny_tokenizer, [CHATS[0], conversation] if conversation else [], point)
+            response_rows(model, tiny_tokenizer, [CHATS[0], conversation] if conversation else [], point)
         assert "\n" not in str(caught.value)
 
     refused(None, "at least one conversation")
@@ -282,7 +329,7 @@ def test_bad_conversations_are_one_line(tiny_llm, tiny_tokenizer, make_tokenizer
     thinking = CHATML.replace("<|assistant|>\n{%", "<|assistant|>\n<think>\n{%")
     refused(CHATS[1], "renders conversation 0 otherwise than as its prompt and then the response", thinking)
     with pytest.raises(InputError, match="has no chat template"):
-        response_activations(model, make_tokenizer(chat=False), CHATS, point)
+        response_rows(model, make_tokenizer(chat=False), CHATS, point)
 
 
 # -- personas --------------------------------------------------------------------------------------------------------
@@ -358,7 +405,7 @@ def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_to
             talks += persona_conversations(
                 model, tiny_tokenizer, trait.questions, prompt, max_new_tokens=5, temperature=1.0, seed=seed
             )
-        return response_activations(model, tiny_tokenizer, talks, point)
+        return response_rows(model, tiny_tokenizer, talks, point)
 
     expected = rows(trait.positive, 0).mean(0) - rows(trait.negative, 1).mean(0)
     torch.testing.assert_close(direction.vector * direction.norm, expected, atol=1e-5, rtol=1e-4)
@@ -372,9 +419,9 @@ def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_to
 
 def test_no_two_system_prompts_of_any_two_seeds_draw_alike(monkeypatch):
     seeds = []
-    monkeypatch.setattr(collect, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
+    monkeypatch.setattr(from_texts, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
     for seed in range(10):
-        collect.persona_answers(None, None, tiny_trait(), seed=seed)
+        from_texts.persona_answers(None, None, tiny_trait(), seed=seed)
     assert len(seeds) == len(set(seeds)) == 10 * 3
 
 
@@ -388,7 +435,7 @@ def test_empty_answers_are_left_out_and_counted(tiny_llm, tiny_tokenizer, monkey
             talks[0][-1]["content"] = ""
         return talks
 
-    monkeypatch.setattr(collect, "persona_conversations", silent)
+    monkeypatch.setattr(from_texts, "persona_conversations", silent)
     silenced = "Shout."
     direction = persona_direction(model, tiny_tokenizer, tiny_trait(), point, max_new_tokens=4)
     assert direction.provenance["positive"] == 3 and direction.provenance["empty"] == 1
@@ -434,7 +481,7 @@ def test_traits_are_complete_and_their_held_out_questions_are_new():
 def test_labelled_directions_are_the_estimators(read, tiny_llm, tiny_tokenizer):
     model = tiny_llm()
     point, mask = Hookpoint.of(model, 2), torch.tensor(LABELS).bool()
-    x = text_activations(model, tiny_tokenizer, TEXTS, point, read=read)
+    x = text_rows(model, tiny_tokenizer, TEXTS, point, read=read)
 
     def direction(kind: str, **options):
         found = labelled_direction(
@@ -451,7 +498,7 @@ def test_labelled_directions_are_the_estimators(read, tiny_llm, tiny_tokenizer):
     torch.testing.assert_close(probe.vector, estimate.probe_normal(x, LABELS, l2=0.5))
     assert probe.provenance["l2"] == 0.5 and probe.norm == pytest.approx(1)
     shuffled = direction("shuffled", seed=3)
-    assert torch.equal(shuffled.vector, estimate.shuffled_difference(x, LABELS, 3))
+    assert torch.equal(shuffled.vector, unit(estimate.shuffled_mean_difference(x, LABELS, 3)))
     assert shuffled.provenance["seed"] == 3
 
 
@@ -467,7 +514,7 @@ def test_paired_directions_are_the_estimators(tiny_llm, tiny_tokenizer):
     model = tiny_llm("gpt2")
     point = Hookpoint.of(model, 1, "input")
     positives, negatives = TEXTS[:2], TEXTS[2:4]
-    p, n = (text_activations(model, tiny_tokenizer, texts, point, read="mean") for texts in (positives, negatives))
+    p, n = (text_rows(model, tiny_tokenizer, texts, point, read="mean") for texts in (positives, negatives))
 
     def direction(**options):
         return paired_direction(model, tiny_tokenizer, positives, negatives, point, read="mean", name="a", **options)
