@@ -240,5 +240,5 @@ def test_several_layers_are_measured_at_one(config, tmp_path):
 )
 def test_bad_configuration_takes_one_line(changes, message):
     with pytest.raises(InputError, match=message) as error:
-        from_dict(SweepConfig, changes)
+        from_dict(SweepConfig, {"store": "s", "heldout": "h", "output": "o"} | changes)
     assert "\n" not in str(error.value)

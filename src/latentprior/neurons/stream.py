@@ -137,7 +137,7 @@ class UnitReader:
         if glp.denoiser.layer_embed is not None:
             layers = glp.normalizer.layers[glp.normalizer.rows(layer)]
         with torch.no_grad():
-            self._factors = glp.denoiser.gathered(torch.tensor(t, device=glp.device), layers)
+            self._factors = glp.denoiser.row_factors(torch.tensor(t, device=glp.device), layers)
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "n d_mlp"]]:

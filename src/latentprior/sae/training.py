@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprior.config import SAEConfig, to_dict
+from latentprior.config import SAEConfig, settings_of
 from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.sae.sae import CONFIG, SAE
@@ -79,7 +79,7 @@ def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> Non
 
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
     made = sae.provenance.get("settings", {})
-    wanted = _settings(config)
+    wanted = settings_of(config)
     if config.activations is None:
         del wanted["activations"]  # however many it saw
     for name, value in made.items():
@@ -88,10 +88,6 @@ def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
                 f"{folder} holds an SAE of {name} {value}, not {wanted[name]}: give --sae.{name} {value} or another "
                 "--sae.path"
             )
-
-
-def _settings(config: SAEConfig) -> dict[str, Any]:
-    return {name: value for name, value in to_dict(config).items() if name != "path"}
 
 
 def train_sae(
@@ -144,7 +140,7 @@ def train_sae(
         "store": str(store.folder),
         "rows": len(store),
         "activations_seen": seen,
-        "settings": _settings(config) | {"activations": total},
+        "settings": settings_of(config) | {"activations": total},
     }
     bias = (coder.encoder.bias.detach().cpu() - encoder @ centre) / scale
     return SAE.of(encoder, bias, decoder, centre / scale, hookpoint, k=config.k, provenance=provenance)

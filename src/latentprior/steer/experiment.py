@@ -30,14 +30,17 @@ from latentprior.utils.files import check_folder, replace_text
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.results import Result
+
+ROWS = "summary.directions.methods.points"  # what a result is as a table
 
 
-def steer(config: SteerConfig, *, phase: Phase = unseen) -> dict[str, Any]:
+def steer(config: SteerConfig, *, phase: Phase = unseen) -> Result:
     """Load the language model and run the experiment (`experiment`)."""
     return experiment(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> dict[str, Any]:
+def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
     """Run the experiment and write ``results.parquet`` and ``steer.json`` into ``config.output``.
 
     Everything that is there already is kept: the same call continues an interrupted one, and opens a finished one.
@@ -61,7 +64,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     first = priors[config.priors[0]]
     with locked(config.output) as folder:
         if result := finished(config, priors, directions, folder):
-            return result
+            return Result(result, table=ROWS)
         began = time.perf_counter()
         model, tokenizer = llm()
         hookpoint.check(model)
@@ -88,7 +91,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
         }
         result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
         replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
-        return result
+        return Result(result, table=ROWS)
 
 
 def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:

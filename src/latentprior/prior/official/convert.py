@@ -138,11 +138,7 @@ def _parts(rows: int) -> Iterator[Tensor]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier conversion left.
-
-    Raises:
-        InputError: something else lies there; nothing is removed then.
-    """
+    """Remove what an earlier conversion left."""
     there = [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
     for path in there:
         if path.is_dir() or not any(path.match(pattern) for pattern in WRITTEN):
