@@ -122,8 +122,8 @@ def test_examples_equal_those_of_a_naive_loop(explored):
             wanted = np.concatenate([[0.0], values[example.doc][:, number]])
             np.testing.assert_allclose(example.values, wanted, rtol=0.01, atol=1e-6)
             assert example.values[example.peak] == pytest.approx(example.value)
-            assert texts[example.doc].startswith("".join(example.pieces))
-            assert len(example.pieces) == len(example.values) <= LENGTH
+            assert texts[example.doc].startswith("".join(example.token_strings))
+            assert len(example.token_strings) == len(example.values) <= LENGTH
         magnitudes = [abs(example.value) for example in unit.quantiles()]
         assert magnitudes == sorted(magnitudes)
         assert all(abs(e.value) == np.abs(e.values).max() for e in unit.quantiles())
@@ -345,5 +345,5 @@ def test_copies_of_a_document_count_once(texts, tmp_path, tiny_llm, tiny_glp, ma
     assert (alone["documents"], alone["tokens"]) == (both["documents"], both["tokens"])
     for one, other in zip(NeuronStore(tmp_path / "a"), NeuronStore(tmp_path / "b"), strict=True):
         for kept, same in ((one.top(), other.top()), (one.bottom(), other.bottom())):
-            assert len({"".join(e.pieces) for e in same}) == len(same) == 3
+            assert len({"".join(e.token_strings) for e in same}) == len(same) == 3
             assert [e.value for e in same] == pytest.approx([e.value for e in kept], rel=0.02)

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 
 from html_page import Page
 from latentprior.report import figures, render, write_report
-from latentprior.report.markup import duration, interval, number, table
+from latentprior.report.blocks import table
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import duration, interval, number
 
 SAMPLE = Path(__file__).parents[1] / "golden" / "demo.json"
 EVIL = "\"'><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)></style></svg>&\x00\ud800\u202e"

@@ -307,7 +307,7 @@ def test_ties_are_all_bold(result):
     ]
     drawn = next(part for part in render(result).split("<figcaption>") if part.startswith("<b>Test AUC by task family"))
     assert re.findall("<b>(0.*?)</b>", drawn) == ["0.700", "0.700"]
-    assert ["f", "2", "-", "0.700", "Layer output, SAE latents"] in tables(result)[2][2]
+    assert ["f", "2", "–", "0.700", "Layer output, SAE latents"] in tables(result)[2][2]
 
 
 def test_cells_of_the_grid_are_one_colour_at_rising_opacity(page):
@@ -372,8 +372,8 @@ def test_tables_for_a_terminal(result):
     assert all(isinstance(cell, str) for _, _, rows in shown for row in rows for cell in row)
     assert all(len(row) == len(header) for _, header, rows in shown for row in rows)
     sources, paired, families, skipped = (rows for _, _, rows in shown)
-    assert ["Meta-neurons", "3,456", "0.711 (0.692 to 0.730)", "0.742", "0.717 (0.698 to 0.736)", "0.502"] in sources
-    against = ["Meta-neurons less MLP neurons of blocks 0 to 15", "screened", "+0.0090 (-0.0015 to +0.0195)"]
+    assert ["Meta-neurons", "3,456", "0.711 [0.692, 0.730]", "0.742", "0.717 [0.698, 0.736]", "0.502"] in sources
+    against = ["Meta-neurons less MLP neurons of blocks 0 to 15", "screened", "+0.0090 [−0.0015, +0.0195]"]
     assert [*against, "64, 2, 47", "not told from zero"] in paired
     leading = [row for row in result["summary"]["paired"] if row["a"] == "meta-neurons"]
     only = tables(result | {"summary": result["summary"] | {"paired": leading}})[1]

@@ -10,11 +10,11 @@ import pytest
 from test_report import check_page, headings
 
 from latentprior.report import render
-from latentprior.report.markup import power
 from latentprior.report.scaling import leading_law
 from latentprior.scaling.sweep import findings
 from latentprior.scaling.tables import tables
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import power
 
 
 def run(i: int, width: int, *, delta: bool = True, worse: float = 0.0) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_few_runs_are_drawn_without_a_law(count):
         warnings.simplefilter("error")
         page = check_page(render(result))
     assert page.tags["svg"] == 2 and "No law could be fitted" in page.text and "at least 4" in page.text
-    missing = {title: rows for title, _, rows in tables(result)}["Not to be had"]
+    missing = {title: rows for title, _, rows in tables(result)}["Could not be computed"]
     assert len(missing) == 6 and all("at least 4" in why for _, why in missing)
 
 

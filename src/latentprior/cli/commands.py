@@ -16,7 +16,6 @@ from latentprior import config
 from latentprior.cli.console import (
     bars,
     err,
-    figure,
     left_out,
     out,
     print_checks,
@@ -28,6 +27,7 @@ from latentprior.cli.console import (
 from latentprior.cli.usage import mended, option_kinds
 from latentprior.config.base import moved
 from latentprior.utils.errors import InputError, Stopped
+from latentprior.utils.formatting import number
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ALIASES = {"--from": "--source"}  # `from` cannot be the name of a dataclass's field
@@ -97,7 +97,7 @@ def train(options: config.TrainConfig) -> None:
         "folder": options.output,
         "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
         "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
-        "held-out loss": figure(training.get("heldout_loss")),
+        "held-out loss": number(training.get("heldout_loss")),
         "time": ", ".join(times),
     }
     if "left_out" in training:
@@ -144,7 +144,7 @@ def sample(options: config.SampleConfig) -> None:
             "activations": len(x),
             "width": x.shape[1],
             "NFE": nfe,
-            "mean norm": figure(float(x.norm(dim=1).mean())),
+            "mean norm": number(float(x.norm(dim=1).mean())),
         },
     )
 
@@ -259,8 +259,8 @@ def neurons(options: config.NeuronsConfig) -> None:
     if judge is not None:
         rows |= {
             "described by the endpoint": described["endpoint"],
-            "detection score": figure(described["detection"]),
-            "with another unit's description": figure(described["baseline"]),
+            "detection score": number(described["detection"]),
+            "with another unit's description": number(described["baseline"]),
             "failed": ", ".join(f"{count} {name}" for name, count in described["failed"].items() if count) or "none",
         }
     table("Meta-neurons", rows)

@@ -129,7 +129,7 @@ class DetectionRequest:
 def plain(example: Example) -> str:
     """The text of an example, around its peak where it is long."""
     begin, end = _window(example)
-    return _framed(example, "".join(example.pieces[begin:end]))
+    return _framed(example, "".join(example.token_strings[begin:end]))
 
 
 def marked(examples: Sequence[Example], sign: int, mean: float) -> list[str]:
@@ -148,7 +148,7 @@ def marked(examples: Sequence[Example], sign: int, mean: float) -> list[str]:
 def _marked(example: Example, levels: np.ndarray) -> str:
     begin, end = _window(example)
     parts, unmarked = [], ""
-    for piece, level in zip(example.pieces[begin:end], levels[begin:end].tolist(), strict=True):
+    for piece, level in zip(example.token_strings[begin:end], levels[begin:end].tolist(), strict=True):
         if level < WEAKEST:
             unmarked += piece
         else:
@@ -163,13 +163,13 @@ def _unlike_marks(text: str) -> str:
 
 
 def _window(example: Example) -> tuple[int, int]:
-    begin = max(0, min(example.peak - BEFORE, len(example.pieces) - PIECES))
-    return begin, min(begin + PIECES, len(example.pieces))
+    begin = max(0, min(example.peak - BEFORE, len(example.token_strings) - PIECES))
+    return begin, min(begin + PIECES, len(example.token_strings))
 
 
 def _framed(example: Example, text: str) -> str:
     begin, end = _window(example)
-    return f"{'… ' if begin else ''}{text}{' …' if end < len(example.pieces) else ''}"
+    return f"{'… ' if begin else ''}{text}{' …' if end < len(example.token_strings) else ''}"
 
 
 def _listed(texts: Iterable[str]) -> str:

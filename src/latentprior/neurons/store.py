@@ -93,8 +93,8 @@ class Example:
     doc: int
     """`Document.index`."""
     peak: int
-    """Index into `pieces`: where the unit is largest (top), smallest (bottom) or largest in magnitude (quantile)."""
-    pieces: list[str]
+    """Index into `token_strings` where the unit is largest (top), smallest (bottom) or strongest (quantile)."""
+    token_strings: list[str]
     """Text of each token; joined they are the document's text."""
     values: np.ndarray
     """The unit's activation at each token, float32; 0 where none was taken: at the first position and at sinks."""
@@ -210,11 +210,7 @@ class NeuronStore:
 
     def _unit(self, number: int, row: dict[str, Any], rows: list[dict[str, Any]]) -> Unit:
         block, index = divmod(number, self.info["d_mlp"])
-        examples = [
-            Example(**{k: v for k, v in r.items() if k not in ("unit", "values")}, values=_float32(r["values"]))
-            for r in rows
-        ]
-        return Unit(block, index, row, examples)
+        return Unit(block, index, row, [_example(example) for example in rows])
 
     def _row_groups(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last unit of each row group of examples."""
@@ -385,5 +381,6 @@ def _with_descriptions(units: pa.Table, path: Path) -> pa.Table:
     return units
 
 
-def _float32(values: list[float]) -> np.ndarray:
-    return np.asarray(values, dtype=np.float32)
+def _example(row: dict[str, Any]) -> Example:
+    columns = {name: row[name] for name in ("kind", "rank", "quantile", "value", "doc", "peak")}
+    return Example(**columns, token_strings=row["pieces"], values=np.asarray(row["values"], dtype=np.float32))
