@@ -227,11 +227,13 @@ def test_a_unit_page_says_all_that_the_store_knows(built: Path) -> None:
     text = page.inside["body"]
     assert page.inside["h1"] == "Block 1, unit 1" and "Rivers and banks 41" in text
     assert "Consistency 4 of 5. Complexity 2 of 5. Detection score (AUC) 0.541." in text
+    assert page.row("Statistics over all tokens", "Share above 4 sd") == ["0.100%"]
+    assert page.row("Direct effect on the logits, largest.", "␣word41") == ["1.25"]
     for wanted in ("Top documents", "Bottom documents", "Quantile 1", "Quantile 0.5", "Share above 4 sd", "0.100%"):
         assert wanted in text
     assert "␣word41" in text and "−1.50" in text and "0.750" in text and "lower" in text
     assert page.tags["mark"] == 5 and page.inside["mark"].count("(peak, 1.00)") == 2
-    assert "← b1 n0" in text and "b1 n2 →" in text and page.tags["svg"] == 1
+    assert "← b1 n0" in text and "b1 n2 →" in text and "Histogram of activations" in page.inside["svg"]
     first, last = ((built / path).read_text("utf-8") for path in ("units/b0/n0.html", f"units/b1/n{D_MLP - 1}.html"))
     assert 'rel="prev"' not in first and 'rel="next"' not in last
     assert "⏎" in Page(first).inside["mark"]
