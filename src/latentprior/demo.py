@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from latentprior.config import DemoConfig, EvaluateConfig, RecordConfig, SteerConfig, TextConfig, TrainConfig, to_dict
+from latentprior.config import (
+    DemoConfig,
+    EvaluateConfig,
+    RecordConfig,
+    SteerConfig,
+    TextConfig,
+    TrainConfig,
+    settings_of,
+    to_dict,
+)
 from latentprior.data.store.record import record_from
 from latentprior.evaluation.evaluate import evaluate
 from latentprior.lm.loading import load_llm
@@ -84,7 +93,7 @@ class _Demo:
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a part, from its file if it was made with these settings."""
         path = self.folder / f"{name}.json"
-        settings = {k: v for k, v in to_dict(self.config).items() if k not in ("output", "tiny", "device")}
+        settings = settings_of(self.config)
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["settings"] != settings:

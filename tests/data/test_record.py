@@ -474,9 +474,10 @@ def test_chunks_continue_after_a_kill(book, run_killed, tmp_path):
 
 
 def test_the_embedded_corpus_is_cut_unless_asked_otherwise():
-    assert not RecordConfig().chunks and RecordConfig(long_documents="chunk").chunks
+    assert not RecordConfig("o").chunks and RecordConfig("o", long_documents="chunk").chunks
     for text in (TextConfig("some/data"), TextConfig(mix=[TextSource("sae-probes")])):
-        assert RecordConfig(text=text).chunks and not RecordConfig(text=text, long_documents="cut").chunks
+        assert RecordConfig("o", text=text).chunks
+        assert not RecordConfig("o", text=text, long_documents="cut").chunks
 
 
 def test_counts_of_older_stores_are_read(config):

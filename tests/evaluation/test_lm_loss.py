@@ -10,7 +10,7 @@ from conftest import FAMILIES, LAYERS
 from latentprior.data.text import Document
 from latentprior.data.tokens import tokenize
 from latentprior.evaluation.lm_loss import LMLoss, _document_losses, delta, lm_losses
-from latentprior.lm.edits import rewrite
+from latentprior.lm.edits import edit_positions
 from latentprior.lm.hooks import edit, find_blocks
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator, normal
@@ -87,10 +87,10 @@ def whole_passes(model, batches, side) -> dict[str, torch.Tensor]:
         parts = []
         for batch in batches:
 
-            def replace(x, site, batch=batch, replacement=replacement):
+            def replace(x, at, batch=batch, replacement=replacement):
                 return replacement(x, normal(*x.shape, seed=keyed_generator(0, batch.index)))
 
-            with rewrite(model, {LAYER: replace}, side=side):
+            with edit_positions(model, {LAYER: replace}, side=side):
                 parts.append(_document_losses(model, batch))
         losses[name] = torch.cat(parts)
     return losses

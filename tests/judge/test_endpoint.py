@@ -391,7 +391,7 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     def phase(name: str):
         return lambda done, total, figures: shown.append((done, total, dict(figures)))
 
-    rate = rater_of(SteerConfig(judge=judge, output=str(tmp_path)))
+    rate = rater_of(SteerConfig(["p"], str(tmp_path), judge=judge))
     table, found = rate(pa.table(columns), [case], phase)
     assert table["concept"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["fluency"].to_pylist() == [0.5, 1.0, None, 0.5]
@@ -408,10 +408,11 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
 
 def test_without_an_endpoint_nothing_is_rated():
     table = pa.table({"concept": [0.5]})
-    assert rater_of(SteerConfig())(table, [], lambda name: lambda *_: None) == (table, None)
+    assert rater_of(SteerConfig(["p"], "o"))(table, [], lambda name: lambda *_: None) == (table, None)
 
 
 def test_a_missing_key_is_found_before_anything_runs(monkeypatch):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(InputError, match="environment variable 'JUDGE_KEY', which is not set"):
-        rater_of(SteerConfig(judge=JudgeConfig(url="http://127.0.0.1:1/v1", model="m", key_variable="JUDGE_KEY")))
+        judge = JudgeConfig(url="http://127.0.0.1:1/v1", model="m", key_variable="JUDGE_KEY")
+        rater_of(SteerConfig(["p"], "o", judge=judge))

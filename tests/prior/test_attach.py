@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentprior.lm.edits import POSITIONS, Site
+from latentprior.lm.edits import POSITIONS, EditedPositions
 from latentprior.lm.hooks import Hookpoint, run_cut
 from latentprior.lm.positions import prompt_keys
 from latentprior.prior.glp import GLP
@@ -147,7 +147,7 @@ def test_each_position_is_repaired_with_its_own_noise(tiny_llm, tiny_glp):
     before = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
     with glp.attach(model, generator=3, t_start=0.6, steps=2):
         after = run_cut(model, [1], input_ids=IDS, attention_mask=MASK)[1]
-    where = replace(site([0] * 7 + [1] * 7, [*range(7)] * 2, batch=2), prompts=prompt_keys(IDS, MASK.bool()))
+    where = replace(at([0] * 7 + [1] * 7, [*range(7)] * 2, batch=2), prompts=prompt_keys(IDS, MASK.bool()))
     noise = PositionNoise(3)(where, 32).view(2, 7, 32)
     assert torch.equal(after[0, 0], before[0, 0]) and torch.equal(after[1, :4], before[1, :4])
     expected = glp.project(before[0, 1:], noise=noise[0, 1:], t_start=0.6, steps=2)
@@ -369,36 +369,36 @@ def test_hookpoints_are_chosen_in_the_order_asked(tiny_llm, tiny_glp):
 # noise
 
 
-def site(rows: list[int], positions: list[int], batch: int = 3, layer: int = 1) -> Site:
-    return Site(layer, torch.tensor(rows), torch.tensor(positions), batch)
+def at(rows: list[int], positions: list[int], batch: int = 3, layer: int = 1) -> EditedPositions:
+    return EditedPositions(layer, torch.tensor(rows), torch.tensor(positions), batch)
 
 
 def test_noise_depends_on_row_and_position_alone():
     noise, again = PositionNoise(0), PositionNoise(0)
-    whole = noise(site([0, 0, 1, 2], [1, 2, 2, 9]), 4)
+    whole = noise(at([0, 0, 1, 2], [1, 2, 2, 9]), 4)
     assert whole.shape == (4, 4) and len(whole.unique()) == 16
-    assert torch.equal(again(site([2], [9]), 4)[0], whole[3])  # alone, and first
-    assert torch.equal(again(site([1, 0], [2, 1]), 4), whole[[2, 0]])
-    other = noise(site([0, 0, 1, 2], [1, 2, 2, 9], batch=5), 4)
+    assert torch.equal(again(at([2], [9]), 4)[0], whole[3])  # alone, and first
+    assert torch.equal(again(at([1, 0], [2, 1]), 4), whole[[2, 0]])
+    other = noise(at([0, 0, 1, 2], [1, 2, 2, 9], batch=5), 4)
     assert torch.equal(other, whole)  # what else is in the batch does not matter
-    assert not torch.equal(noise(site([0], [1], layer=2), 4)[0], whole[0])
-    assert not torch.equal(PositionNoise(1)(site([0], [1]), 4)[0], whole[0])
+    assert not torch.equal(noise(at([0], [1], layer=2), 4)[0], whole[0])
+    assert not torch.equal(PositionNoise(1)(at([0], [1]), 4)[0], whole[0])
 
 
 def test_rows_of_one_prompt_share_their_noise():
-    noise = PositionNoise(0)(replace(site([0, 1, 2], [2, 2, 2]), prompts=[7, 3, 7]), 4)
+    noise = PositionNoise(0)(replace(at([0, 1, 2], [2, 2, 2]), prompts=[7, 3, 7]), 4)
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
 
 
 def test_several_noises_come_sample_by_sample():
-    noise = PositionNoise(0, samples=3)(site([0, 1], [1, 2]), 4)
+    noise = PositionNoise(0, samples=3)(at([0, 1], [1, 2]), 4)
     assert noise.shape == (6, 4) and len(noise.unique()) == 24
-    again = PositionNoise(0, samples=3)(site([1], [2]), 4)
+    again = PositionNoise(0, samples=3)(at([1], [2]), 4)
     assert torch.equal(noise.view(3, 2, 4)[:, 1], again)
 
 
 def test_one_noise_for_a_whole_sequence():
-    noise = PositionNoise(0, shared=True)(site([0, 0, 1], [1, 40, 1]), 4)
+    noise = PositionNoise(0, shared=True)(at([0, 0, 1], [1, 40, 1]), 4)
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
 
 
@@ -407,17 +407,17 @@ def test_noise_is_bounded_in_bytes_and_drawn_again(monkeypatch):
     block = PositionNoise.BLOCK * 4 * 4
     monkeypatch.setattr(PositionNoise, "BYTES", 2 * 3 * block)
     noise = PositionNoise(0, samples=3)
-    first = noise(site([0], [1]), 4)
+    first = noise(at([0], [1]), 4)
     for row in (1, 2, 0, 2, 1):
-        last = noise(site([row], [1]), 4)
+        last = noise(at([row], [1]), 4)
         held = sum(kept.nbytes for kept in noise._blocks.values())
         assert held == noise._bytes <= PositionNoise.BYTES
-    assert torch.equal(noise(site([0], [1]), 4), first)
-    assert torch.equal(noise(site([0, 1, 2], [1, 1, 1]), 4).view(3, 3, 4)[:, 1], last)  # more than is kept
+    assert torch.equal(noise(at([0], [1]), 4), first)
+    assert torch.equal(noise(at([0, 1, 2], [1, 1, 1]), 4).view(3, 3, 4)[:, 1], last)  # more than is kept
 
 
 def test_noise_is_standard_normal():
-    x = PositionNoise(0)(site([0, 1, 2] * 300, [p for p in range(300) for _ in range(3)]), 32)
+    x = PositionNoise(0)(at([0, 1, 2] * 300, [p for p in range(300) for _ in range(3)]), 32)
     assert abs(float(x.mean())) < 0.03 and abs(float(x.std()) - 1) < 0.03
 
 

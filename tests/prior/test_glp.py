@@ -21,6 +21,7 @@ from latentprior.data.moments import Covariance, Moments
 from latentprior.prior import flow
 from latentprior.prior.glp import GLP
 from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.repository import fetch
 from latentprior.utils import hub
 from latentprior.utils.errors import InputError
 
@@ -741,7 +742,7 @@ def test_only_what_is_needed_is_downloaded(repository, checkpoint, weights, tmp_
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    assert hub.fetch("someone/prior", revision=None, checkpoint=checkpoint) == tmp_path
+    assert fetch("someone/prior", revision=None, checkpoint=checkpoint) == tmp_path
     assert [name for name in taken if name.endswith(".safetensors")] == [weights]
     described = [name for name in repository if not name.endswith(".safetensors")]
     assert [name for name in taken if not name.endswith(".safetensors")] == described
@@ -752,7 +753,7 @@ def test_weights_that_an_official_repository_does_not_have(tmp_path, monkeypatch
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     for name in ("epoch_9", "*", "../x", "/etc/x"):
         with pytest.raises(InputError, match="someone/prior has no checkpoint"):
-            hub.fetch("someone/prior", revision=None, checkpoint=name)
+            fetch("someone/prior", revision=None, checkpoint=name)
 
 
 def test_push_uploads_what_save_writes(glp, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latentprior.data.prompts import prefilled, tokenized
-from latentprior.lm.edits import Site
+from latentprior.lm.edits import EditedPositions
 from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import Direction
 from latentprior.steer.generate import Trace, continued
@@ -59,8 +59,8 @@ def test_messages(tiny_tokenizer, monkeypatch):
         tokenized(tiny_tokenizer, ["fox"], chat=True)
 
 
-def site(n: int) -> Site:
-    return Site(1, torch.arange(n), torch.full((n,), 2), n)
+def at(n: int) -> EditedPositions:
+    return EditedPositions(1, torch.arange(n), torch.full((n,), 2), n)
 
 
 def test_a_trace_tells_along_from_across():
@@ -68,7 +68,7 @@ def test_a_trace_tells_along_from_across():
     push = torch.tensor([[2.0, 0, 0, 0], [0, 4.0, 0, 0], [0, 0, 0, 0]])
     halved = torch.tensor([[1.0, 3.0, 0, 0], [0, 4.0, 0, 0], [0, 0, 5.0, 0]])
     trace = Trace(lambda *_: halved, 3, mean_norm=10.0, keep=0)
-    assert torch.equal(trace(clean, clean + push, site(3), push), halved)
+    assert torch.equal(trace(clean, clean + push, at(3), push), halved)
     assert trace.retention()[:2].tolist() == [0.5, 1.0] and trace.retention()[2].isnan()
     torch.testing.assert_close(trace.moved(), torch.tensor([0.3, 0.0, 0.5]))
 
@@ -76,7 +76,7 @@ def test_a_trace_tells_along_from_across():
 def test_a_trace_without_repair_keeps_the_edit():
     clean, push = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4)
     trace = Trace(None, 2, 1.0, keep=0)
-    assert torch.equal(trace(clean, clean + push, site(2), push), clean + push)
+    assert torch.equal(trace(clean, clean + push, at(2), push), clean + push)
     torch.testing.assert_close(trace.retention(), torch.ones(2))
     assert trace.moved().max() < 1e-6
 
@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_kept_call(tiny_glp):
     clean = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     trace = Trace(None, 3, 1.0, keep=1)  # the batch's third row is a sink: it is never given
     for push in (torch.zeros(2, 32), torch.full((2, 32), 9.0)):
-        trace(clean, clean + push, site(2), push)
+        trace(clean, clean + push, at(2), push)
     scores = trace.off_manifold(glp, None, seed=5)
     torch.testing.assert_close(scores[0, :2], glp.score(clean, generator=5))
     torch.testing.assert_close(scores[1, :2], glp.score(clean + 9.0, generator=5))

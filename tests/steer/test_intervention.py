@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from latentprior.config import RepairConfig
-from latentprior.lm.edits import Site
+from latentprior.lm.edits import EditedPositions
 from latentprior.lm.hooks import Hookpoint, capture, find_blocks
 from latentprior.prior.repair import PositionNoise
 from latentprior.steer.direction import Direction
@@ -305,10 +305,10 @@ class Halfway:
     """Takes back half of the push and remembers what it was called with."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Site, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, EditedPositions, Tensor]] = []
 
-    def __call__(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor) -> Tensor:
-        self.calls.append((clean, edited, site, push))
+    def __call__(self, clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor) -> Tensor:
+        self.calls.append((clean, edited, at, push))
         return edited - push / 2
 
 
@@ -318,9 +318,9 @@ def test_repair_gets_both_sides_of_all_edits_and_has_the_last_word(dtype):
     x[2] *= 100  # a sink, which no repair sees
     edits = [Edit(direction(), torch.tensor([1.0, 0.0, 1.0, -1.0])), Edit(direction(seed=1), 0.5)]
     result = steered(x, edits, repair=halfway)
-    ((clean, edited, site, push),) = halfway.calls
-    assert site.row.tolist() == [0, 1, 3] and site.position.tolist() == [1, 1, 1]
-    assert (site.layer, site.batch, clean.dtype) == (1, 4, torch.float32)
+    ((clean, edited, at, push),) = halfway.calls
+    assert at.row.tolist() == [0, 1, 3] and at.position.tolist() == [1, 1, 1]
+    assert (at.layer, at.batch, clean.dtype) == (1, 4, torch.float32)
     expected = 4.0 * torch.tensor([1.0, 0.0, -1.0])[:, None] * w + 2.0 * direction(seed=1).vector
     torch.testing.assert_close(push, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(clean, x[[0, 1, 3]].float()) and torch.equal(push, edited - clean)
@@ -334,13 +334,13 @@ def test_repair_is_called_once_for_each_layer_and_pass_at_edited_positions_only(
         generate(model, max_new_tokens=3)
     assert [call[2].layer for call in halfway.calls] == [1, 3] * 2  # the first pass has no generated position
     lengths = MASK.sum(dim=1)
-    for step, (_, _, site, _) in enumerate(halfway.calls):
-        assert site.row.tolist() == [0, 1, 2] and site.position.tolist() == (lengths + step // 2).tolist()
+    for step, (_, _, at, _) in enumerate(halfway.calls):
+        assert at.row.tolist() == [0, 1, 2] and at.position.tolist() == (lengths + step // 2).tolist()
 
 
 def test_strength_zero_is_repaired_too(tiny_llm):
     model = tiny_llm()
-    with steering(model, Edit(direction()), mean_norm=5.0, repair=lambda clean, edited, site, push: 2 * edited):
+    with steering(model, Edit(direction()), mean_norm=5.0, repair=lambda clean, edited, at, push: 2 * edited):
         assert not torch.equal(model(IDS).logits, tiny_llm()(IDS).logits)
 
 
@@ -356,8 +356,8 @@ def test_repair_with_a_prior_equals_attach(tiny_llm, tiny_glp):
     model, glp = tiny_llm(), tiny_glp(model="tiny-llama")
     noise, w = PositionNoise(0), direction().vector
 
-    def paired(clean: Tensor, edited: Tensor, site: Site, push: Tensor) -> Tensor:
-        return glp.project(edited, reference=clean, noise=noise(site, WIDTH))
+    def paired(clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor) -> Tensor:
+        return glp.project(edited, reference=clean, noise=noise(at, WIDTH))
 
     with steering(model, Edit(direction(), 1.5), mean_norm=2.0, positions="last", repair=paired):
         found = generate(model)
@@ -373,7 +373,9 @@ def test_a_repair_computes_its_time_path_once_for_a_generation(tiny_llm, tiny_gl
         with steering(model, Edit(direction(), 1.5), mean_norm=2.0, repair=repair):
             generate(model, use_cache=False)
     assert rows == [5, 5]
-    repair(*[torch.ones(1, WIDTH)] * 2, Site(1, torch.tensor([0]), torch.tensor([3]), 1), torch.ones(1, WIDTH))
+    repair(
+        *[torch.ones(1, WIDTH)] * 2, EditedPositions(1, torch.tensor([0]), torch.tensor([3]), 1), torch.ones(1, WIDTH)
+    )
     assert rows == [5, 5, 5]
 
 
@@ -450,7 +452,7 @@ def test_what_does_not_fit_the_batch_is_refused_in_the_forward_pass(tiny_llm):
     with steering(model, Edit(direction(), 1.0), mean_norm=5.0, positions=MASK[:2].bool()):
         with pytest.raises(InputError, match="the mask of positions has 2 rows"):
             model(IDS)
-    with steering(model, Edit(direction(), 1.0), mean_norm=5.0, repair=lambda clean, edited, site, push: edited[:1]):
+    with steering(model, Edit(direction(), 1.0), mean_norm=5.0, repair=lambda clean, edited, at, push: edited[:1]):
         with pytest.raises(InputError, match=r"a repair must return activations \[18, 32\], got \[1, 32\]"):
             model(IDS)
     assert torch.equal(model(IDS).logits, plain)
@@ -471,7 +473,7 @@ def test_the_model_is_left_as_it_was(tiny_llm):
     model = tiny_llm()
     plain = model(IDS).logits
 
-    def fails(clean: Tensor, edited: Tensor, site: Site, push: Tensor) -> Tensor:
+    def fails(clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor) -> Tensor:
         raise ZeroDivisionError
 
     edits = [Edit(direction(), 1.0), Edit(direction(2, side="input"), 1.0)]

@@ -10,6 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from latentprior.utils.errors import InputError, unknown
 
+Folder = str  # what --help shows as the type of an option
+File = str
+Size = str
+
 Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
@@ -74,7 +78,12 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
             inner = [g.name for g in dataclasses.fields(value) if g.name != "device"]
             given = [f"{name}.{key}" for key in inner if getattr(value, key) != getattr(default, key)]
         if given:
-            raise InputError(f"--{given[0].replace('_', '-')} means nothing {mode}: leave it out")
+            raise InputError(f"{dashed(given[0])} means nothing {mode}: leave it out")
+
+
+def dashed(name: str) -> str:
+    """The name of a field as an option of the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def unit_interval(owner: object, *names: str) -> None:
@@ -141,10 +150,18 @@ def moved(option: str) -> InputError | None:
 
 
 def beside(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
-    """A field that decides no result: where it goes, what is shown, how fast it comes. See `settings_of`."""
+    """A field that a run which continues another may change: where results go, which more there are, how fast.
+
+    All other fields decide results: see `settings_of`.
+    """
     if default_factory is dataclasses.MISSING:
         return dataclasses.field(default=default, metadata={"beside": True})
     return dataclasses.field(default_factory=default_factory, metadata={"beside": True})
+
+
+def changes_of(cls: type) -> Any:
+    """A field of type ``dict[str, Any]``: new values by name for some of the fields of `cls`, by default none."""
+    return dataclasses.field(default_factory=dict, metadata={"changes": cls})
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
+from latentprior.config.base import (
+    SIDES,
+    File,
+    Folder,
+    Side,
+    Size,
+    beside,
+    bytes_of,
+    meaningless,
+    one_of,
+    positive,
+    size_of,
+    unit_interval,
+)
 from latentprior.utils.errors import InputError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
@@ -23,7 +36,7 @@ class LLMConfig:
     model: str = SMOLLM2
     """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs. With `gguf`
     the name that recordings and priors know the model by; the file's own name by default."""
-    gguf: str | None = None
+    gguf: File | None = None
     """A GGUF file to take the weights from instead, and the tokenizer, unless the folder `model` has one. It is
     dequantised once into the cache."""
     revision: str | None = None
@@ -75,23 +88,23 @@ class TextConfig:
     dataset: str = "sae-probes"
     """The embedded corpus "sae-probes", a Hugging Face dataset id, or a txt, jsonl, csv or parquet file
     (also .zst), or a folder of them."""
+    part: Literal["train", "heldout", "all"] = "train"
+    """Documents to train on, documents held out of training, or both."""
+    limit: int | None = None
+    """Stop after this many documents of the chosen part."""
+    column: str | None = None
+    """Column that holds the text; by default "text", "prompt" or "content", or the only text column."""
+    documents: DocumentKind = "auto"
+    """What is a document of a txt file: the whole file, a paragraph (between blank lines) or a line. "auto": of several
+    files each is one; a single file is cut into paragraphs, or into lines if it has no blank ones."""
+    heldout: float = 0.05
+    """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
     subset: str | None = None
     """Configuration name of the Hugging Face dataset."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
-    column: str | None = None
-    """Column that holds the text; by default "text", "prompt" or "content", or the only text column."""
-    part: Literal["train", "heldout", "all"] = "train"
-    """Documents to train on, documents held out of training, or both."""
-    heldout: float = 0.05
-    """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
-    limit: int | None = None
-    """Stop after this many documents of the chosen part."""
     mix: list[TextSource] = field(default_factory=list)
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
-    documents: DocumentKind = "auto"
-    """What is a document of a txt file: the whole file, a paragraph (between blank lines) or a line. "auto": of several
-    files each is one; a single file is cut into paragraphs, or into lines if it has no blank ones."""
 
     def __post_init__(self) -> None:
         one_of(self, "documents", DOCUMENT_KINDS)
@@ -104,14 +117,23 @@ class TextConfig:
 class RecordConfig:
     """Record activations of a language model into a store on disk."""
 
-    output: str = "runs/activations"
+    output: Folder = beside()
     """Folder of the store."""
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
-    side: Side = "output"
-    """Record a block's output, its input, or the hidden units of its MLP."""
+    max_activations: int | None = None
+    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
+    All of the text by default."""
     max_length: int = 2048
     """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
+    resume: bool = beside(False)
+    """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass, padding included."""
+    device: str = beside("auto")
+    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
+    side: Side = "output"
+    """Record a block's output, its input, or the hidden units of its MLP."""
     long_documents: LongDocuments = "auto"
     """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
     "auto" is chunks, but for the embedded corpus, whose documents are cut."""
@@ -121,30 +143,21 @@ class RecordConfig:
     """How many positions "random" draws for each document."""
     chat: bool = False
     """Wrap every document as a user message in the tokenizer's chat template."""
-    batch_tokens: int = 4096
-    """Most tokens of one forward pass, padding included."""
-    max_activations: int | None = None
-    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
-    All of the text by default."""
-    shard_rows: int = 65536
-    """A shard is closed once it holds at least this many rows."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage precision."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
-    device: str = "auto"
-    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
-    seed: int = 0
-    """Seed of the random positions."""
-    resume: bool = False
-    """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
-    disk_budget: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage precision."""
+    shard_rows: int = 65536
+    """A shard is closed once it holds at least this many rows."""
+    disk_budget: Size | None = beside(None)
     """Most bytes of the store ("20GB"), at least two shards; its oldest shards go first."""
-    wait: bool = False
+    wait: bool = beside(False)
     """When the disk budget is used up, wait for a trainer that follows the store (train --follow) instead of removing
     the oldest shard unread."""
-    wait_seconds: float = 600.0
+    wait_seconds: float = beside(600.0)
     """With `wait`: give up when no shard was released for this long; --resume continues."""
+    seed: int = 0
+    """Seed of the random positions."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
 

@@ -21,7 +21,7 @@ from latentprior.config import TextConfig, TextSource
 from latentprior.data import corpus
 from latentprior.data.text_files import kind, kind_of_documents, open_bytes, read_text_file
 from latentprior.utils.errors import InputError, nearest_path, unknown
-from latentprior.utils.online import unreachable
+from latentprior.utils.hub import unreachable
 
 DEFAULT_COLUMNS = ("text", "prompt", "content")
 _CSV_BLOCK = 2**24  # bytes; no row may be longer

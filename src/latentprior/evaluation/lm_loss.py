@@ -13,7 +13,7 @@ from latentprior.config import Side
 from latentprior.data.activations import model_inputs
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm import hooks
-from latentprior.lm.edits import Site, rewrite
+from latentprior.lm.edits import EditedPositions, edit_positions
 from latentprior.stats.bootstrap import bootstrap_interval
 from latentprior.utils.errors import InputError
 from latentprior.utils.progress import Report, silent
@@ -85,10 +85,12 @@ def lm_losses(
             before, outputs = range(0), {}
         for name, replacement in replacements.items():
 
-            def replace(x: Tensor, site: Site, replacement: Replacement = replacement, batch: TokenBatch = batch):
+            def replace(
+                x: Tensor, at: EditedPositions, replacement: Replacement = replacement, batch: TokenBatch = batch
+            ):
                 return replacement(x, normal(*x.shape, seed=keyed_generator(seed, batch.index), device=x.device))
 
-            with hooks.replaying(model, outputs), rewrite(model, {layer: replace}, side=side):
+            with hooks.replaying(model, outputs), edit_positions(model, {layer: replace}, side=side):
                 kept[name].append(_document_losses(model, batch))
         report(done + 1, len(batches), {})
     if not counts:
@@ -119,7 +121,9 @@ def _replays(model: nn.Module, outputs: hooks.Outputs, batch: TokenBatch, clean:
 def _document_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Summed next-token loss [B] float64 of each document."""
     inputs = model_inputs(model, batch)
-    inputs["attention_mask"] = batch.mask.to(inputs["input_ids"].device, torch.long)  # tells `rewrite` the padding
+    inputs["attention_mask"] = batch.mask.to(
+        inputs["input_ids"].device, torch.long
+    )  # tells `edit_positions` the padding
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     targets = inputs["input_ids"][:, 1:].to(logits.device)  # a model that is spread ends elsewhere than it begins
     scored = batch.mask[:, 1:].to(logits.device)

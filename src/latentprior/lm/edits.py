@@ -1,8 +1,8 @@
 """Changing chosen positions of a running model: which columns of which forward pass belong to which position.
 
 Under ``generate()`` a forward pass sees a whole prompt, one new token, or (without a cache) the prompt and all
-tokens so far; rows may be padded on the left; beams are reordered. `rewrite` turns all that into one thing: rows of
-activations with their row and position, each position once for every time that the model computes it.
+tokens so far; rows may be padded on the left; beams are reordered. `edit_positions` turns all that into one thing:
+activations [N, d] with their row and position, each position once for every time that the model computes it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.lm import hooks
-from latentprior.lm.positions import Decoding, Prompt, columns
+from latentprior.lm.positions import GenerationTracker, Prompt, token_positions
 from latentprior.utils.errors import InputError, unknown
 
 NamedPositions = Literal["all", "last", "prompt", "generated"]
 POSITIONS: tuple[NamedPositions, ...] = ("all", "last", "prompt", "generated")
 Positions = NamedPositions | int | Tensor
-"""Which positions are rewritten.
+"""Which positions are edited.
 
 - "all"; "prompt"; "generated", the positions after the prompt; "last", the prompt's last one and every one after it.
 - A number n: from the token with position n on. Padding does not count, and 0 is the first token.
@@ -33,7 +33,7 @@ Positions = NamedPositions | int | Tensor
 
 
 @dataclass(frozen=True)
-class Site:
+class EditedPositions:
     """Where the activations of one call come from."""
 
     layer: int
@@ -47,7 +47,7 @@ class Site:
     """[batch] a number for each row's prompt, the same for the same tokens; None where they are not known."""
 
 
-Rewriter = Callable[[Tensor, Site], Tensor]  # [N, d] -> [N, d]
+EditFunction = Callable[[Tensor, EditedPositions], Tensor]  # [N, d] -> [N, d]
 
 
 class EditCounts:
@@ -97,9 +97,9 @@ class EditCounts:
 
 
 @contextmanager
-def rewrite(
+def edit_positions(
     model: nn.Module,
-    rewriters: Mapping[int, Rewriter],
+    edits: Mapping[int, EditFunction],
     *,
     positions: Positions = "all",
     side: Side = "output",
@@ -114,10 +114,10 @@ def rewrite(
 
     Args:
         model: the language model.
-        rewriters: a function of activations [N, d] and their `Site` for each layer.
+        edits: for each layer a function of activations [N, d] and their `EditedPositions`.
         positions: which positions.
         side: of the blocks.
-        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not rewritten.
+        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not edited.
 
     Yields:
         what was done so far.
@@ -134,15 +134,15 @@ def rewrite(
     """
     check_positions(positions)
     counts = EditCounts()
-    decoding = Decoding()
+    tracker = GenerationTracker()
     reached: set[int] = set()
 
     with hooks.forward_inputs(model) as inputs:
 
         def chosen(hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-            """Mask [B, T] of the columns to rewrite and position [B, T] of every column."""
-            real, position = columns(hidden, inputs)
-            prompt = decoding.prompt_of(inputs, hidden, real)
+            """Mask [B, T] of the columns to edit and position [B, T] of every column."""
+            real, position = token_positions(hidden, inputs)
+            prompt = tracker.prompt_of(inputs, hidden, real)
             column = inputs.past_length + torch.arange(hidden.shape[1], device=hidden.device)
             first = real & (position <= 0)
             ordinary = real & ~first
@@ -152,26 +152,26 @@ def rewrite(
             counts.add(edited, first, ~real, sink, ordinary & ~asked)
             return edited, position
 
-        def editor(layer: int, rewriter: Rewriter) -> Callable[[Tensor], Tensor]:
-            def edit(hidden: Tensor) -> Tensor:
+        def on_hidden_state(layer: int, edit: EditFunction) -> Callable[[Tensor], Tensor]:
+            def apply(hidden: Tensor) -> Tensor:
                 reached.add(layer)
                 mask, position = chosen(hidden, layer)
                 row, column = mask.nonzero(as_tuple=True)
                 if not len(row):
                     return hidden
-                site = Site(layer, row, position[row, column], hidden.shape[0], decoding.keys(hidden.shape[0]))
-                hidden[row, column] = rewriter(hidden[row, column], site).to(hidden.dtype)  # `hidden` is a copy
+                at = EditedPositions(layer, row, position[row, column], hidden.shape[0], tracker.keys(hidden.shape[0]))
+                hidden[row, column] = edit(hidden[row, column], at).to(hidden.dtype)  # `hidden` is a copy
                 return hidden
 
-            return edit
+            return apply
 
-        edits = {layer: editor(layer, rewriter) for layer, rewriter in rewriters.items()}
+        functions = {layer: on_hidden_state(layer, edit) for layer, edit in edits.items()}
         named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
-        with hooks.edit(model, edits, side=side), decoding.generations(model, needs_prompt=named_by_prompt):
+        with hooks.edit(model, functions, side=side), tracker.generations(model, needs_prompt=named_by_prompt):
             yield counts
-        if inputs.completed and (missed := [layer for layer in rewriters if layer not in reached]):
+        if inputs.completed and (missed := [layer for layer in edits if layer not in reached]):
             raise InputError(f"the model ran {inputs.completed} times, but never through layers {missed}")
-        if inputs.completed and rewriters and not counts.edited:
+        if inputs.completed and edits and not counts.edited:
             _refuse_untouched(positions, counts)
 
 

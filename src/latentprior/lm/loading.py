@@ -20,7 +20,7 @@ from latentprior.lm.assets import build_once, smollm2_gguf
 from latentprior.lm.dequantise import copied_tokenizer, dense_copy, dequantise
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
-from latentprior.utils.online import cache_only
+from latentprior.utils.hub import cache_only
 
 _RECIPE = 1
 

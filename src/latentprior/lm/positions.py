@@ -59,7 +59,7 @@ class _Generation:
     passes: int = 0
 
 
-class Decoding:
+class GenerationTracker:
     """Tells prompts from their continuations, with and without a cache, in ``generate()`` and in passes by hand."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ def _refuse_unfollowable(given: Mapping[str, Any], defaults: Any, needs_prompt: 
             )
 
 
-def columns(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
+def token_positions(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
     """Which columns of this forward pass are real tokens, and every column's position: two [B, T].
 
     Raises:
@@ -198,7 +198,7 @@ def columns(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor
     elif not isinstance(attention, Tensor) or attention.ndim not in (2, 4):
         raise InputError("this model's attention mask is neither [batch, keys] nor [batch, 1, queries, keys]")
     elif attention.ndim == 4:
-        real, position = _causal_columns(attention, inputs, width)
+        real, position = _from_causal_mask(attention, inputs, width)
     elif attention.shape[1] >= past + width:
         known = attention[:, : past + width].bool()
         real, position = known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
@@ -215,8 +215,8 @@ def columns(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor
     return real, position
 
 
-def _causal_columns(attention: Tensor, inputs: hooks.ForwardInputs, width: int) -> tuple[Tensor, Tensor]:
-    """`columns` of a mask [B, 1, queries, keys], as static caches come with: a real token sees itself."""
+def _from_causal_mask(attention: Tensor, inputs: hooks.ForwardInputs, width: int) -> tuple[Tensor, Tensor]:
+    """`token_positions` of a mask [B, 1, queries, keys], as static caches come with: a real token sees itself."""
     sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
     total = inputs.past_length + width
     if sees.shape[-1] >= total:

@@ -28,8 +28,9 @@ from latentprior.prior import files as pretrained
 from latentprior.prior import flow, repair
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
+from latentprior.prior.repository import fetch
 from latentprior.utils.errors import InputError
-from latentprior.utils.hub import fetch, upload
+from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -317,7 +318,7 @@ class GLP(nn.Module):
             layer: which of the prior's layers; all by default.
             positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
                 "generated", only the tokens after the prompt; a number, from that position on; or a boolean mask
-                [B, columns of the prompt] (`latentprior.rewrite.Positions`).
+                [B, columns of the prompt] (`latentprior.lm.edits.Positions`).
             edit: changes the activations [N, d] before they are repaired, for example ``lambda x: x + a * w``.
             paired: repair the edit against the unedited activation (`project`'s `reference`).
             check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
@@ -329,8 +330,8 @@ class GLP(nn.Module):
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Raises:
-            InputError: a model, layer or width that the prior was not trained on; see `latentprior.rewrite.rewrite` for
-                forward passes that cannot be followed and for leaving the context with nothing edited.
+            InputError: a model, layer or width that the prior was not trained on; in the forward pass, and on leaving
+                the context with nothing edited, what `latentprior.lm.edits.edit_positions` refuses.
         """
         several = len(self.hookpoints) > 1
         flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
@@ -56,8 +56,7 @@ def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
     """
     if not glp.hookpoints:
         raise InputError(f"{name} does not say what it was trained on: give it `hookpoints` first")
-    glp.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
-    return next(h for h in glp.hookpoints if layer is None or h.layer == layer)
+    return at_layer(glp.hookpoints, layer, name)
 
 
 def heldout_loss(glp: GLP) -> float | None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from latentprior.data.moments import Moments
 from latentprior.data.sinks import SINK_FACTOR
+from latentprior.lm.hooks import check_recorded
 from latentprior.utils.devices import to_device
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
 LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes about this much
 
@@ -189,8 +190,7 @@ class Normalizer(nn.Module):
                 raise InputError(f"this prior serves layers {self._served}: say which with `layer`")
             return 0
         if isinstance(layer, int):
-            if layer not in self._served:
-                raise unknown("layer", layer, self._served)
+            check_recorded([layer], self._served)
             return self._served.index(layer)
         layer = torch.as_tensor(layer)
         row = self.known_rows(layer)
@@ -209,7 +209,7 @@ class Normalizer(nn.Module):
 
     def _check_served(self, layer: Tensor, row: Tensor) -> None:
         if (wrong := row < 0).any():
-            raise unknown("layer", int(layer[wrong].flatten()[0]), self._served)
+            check_recorded(layer[wrong].flatten().tolist(), self._served)
 
     def check_width(self, x: Tensor) -> None:
         """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from latentprior.config import Side
-from latentprior.lm.edits import EditCounts, Positions, Rewriter, Site, rewrite
-from latentprior.lm.hooks import Hookpoint
-from latentprior.utils.errors import InputError, unknown
+from latentprior.lm.edits import EditCounts, EditedPositions, EditFunction, Positions, edit_positions
+from latentprior.lm.hooks import Hookpoint, at_layers
+from latentprior.utils.errors import InputError
 from latentprior.utils.random import Seed, keyed_generator, seed_of
 
 
@@ -31,7 +31,7 @@ class PositionNoise:
 
     A position gets the same noise however often it is computed and whatever else is in the batch, so that generation
     without a cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one
-    prompt, such as copies of it under several strengths, share their noise. Where a site does not know its prompts, the
+    prompt, such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the
     row's index stands for them.
 
     Args:
@@ -48,16 +48,16 @@ class PositionNoise:
         self._blocks: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()  # (layer, prompt, block) -> noise
         self._bytes = 0
 
-    def __call__(self, site: Site, width: int) -> Tensor:
-        """Noise [samples N, width] of the rows of `site`, sample-major."""
-        row, position = site.row.tolist(), site.position.cpu()
+    def __call__(self, at: EditedPositions, width: int) -> Tensor:
+        """Noise [samples N, width] of the rows of `at`, sample-major."""
+        row, position = at.row.tolist(), at.position.cpu()
         position = torch.zeros_like(position) if self._shared else position
-        prompts = row if site.prompts is None else [site.prompts[i] for i in row]
+        prompts = row if at.prompts is None else [at.prompts[i] for i in row]
         places = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
         blocks = {place: i for i, place in enumerate(dict.fromkeys(places))}
-        noise = torch.stack([self._block(site.layer, *place, width) for place in blocks], dim=1)
+        noise = torch.stack([self._block(at.layer, *place, width) for place in blocks], dim=1)
         chosen = noise[:, [blocks[place] for place in places], position % self.BLOCK]
-        return chosen.flatten(0, 1).to(site.row.device)
+        return chosen.flatten(0, 1).to(at.row.device)
 
     def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
         """Noise [samples, positions, width]."""
@@ -83,12 +83,7 @@ def hookpoints_on(
     """
     if not hookpoints:
         raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
-    wanted = [h.layer for h in hookpoints] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    by_layer = {h.layer: h for h in hookpoints}
-    for layer in wanted:
-        if layer not in by_layer:
-            raise unknown("layer", layer, by_layer)
-    chosen = [by_layer[layer] for layer in wanted]
+    chosen = at_layers(hookpoints, [layers] if isinstance(layers, int) else layers)
     for hookpoint in chosen:
         hookpoint.check(model, check_model=check_model)
     return chosen
@@ -108,7 +103,7 @@ def attach(
     sinks: Callable[[Tensor, int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[EditCounts]:
-    """See `GLP.attach`, whose implementation this is; `sinks` as in `rewrite`."""
+    """See `GLP.attach`, whose implementation this is; `sinks` as in `edit_positions`."""
     if paired and edit is None:
         raise InputError("paired repair compares an activation with its edit: give `edit`")
     chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)
@@ -121,19 +116,19 @@ def attach(
     several = len(prior.hookpoints) > 1
     follow = follower(prior)
 
-    def repaired(x: Tensor, site: Site) -> Tensor:
+    def repaired(x: Tensor, at: EditedPositions) -> Tensor:
         follow(x.device)
         edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
         return prior.project(
             edited,
             reference=x if paired else None,
-            noise=noise(site, x.shape[-1]),
-            layer=site.layer if several else None,
+            noise=noise(at, x.shape[-1]),
+            layer=at.layer if several else None,
             **options,
         )
 
-    rewriters: dict[int, Rewriter] = {h.layer: repaired for h in chosen}
-    with rewrite(model, rewriters, positions=positions, side=sides.pop(), sinks=sinks) as counts:
+    edits: dict[int, EditFunction] = {h.layer: repaired for h in chosen}
+    with edit_positions(model, edits, positions=positions, side=sides.pop(), sinks=sinks) as counts:
         yield counts
 
 

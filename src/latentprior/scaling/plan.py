@@ -15,6 +15,7 @@ import torch
 
 from latentprior.config import DenoiserConfig, LLMConfig, PlanConfig, Recipe, to_dict
 from latentprior.config.base import size_of
+from latentprior.lm.hooks import check_in_range
 from latentprior.prior.cost import (
     flops_per_activation,
     muon_flops_per_step,
@@ -36,7 +37,7 @@ from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.formatting import BYTES, COUNTS, FLOPS, duration, scaled
-from latentprior.utils.online import cache_only
+from latentprior.utils.hub import cache_only
 from latentprior.utils.provenance import stamp
 
 if TYPE_CHECKING:
@@ -112,8 +113,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 def _layers(config: PlanConfig, shape: LLMShape) -> list[int]:
     for layer in config.layers:
-        if not 0 <= layer < shape.blocks:
-            raise InputError(f"layer {layer} is out of range: {config.llm.model} has layers 0 to {shape.blocks - 1}")
+        check_in_range(layer, shape.blocks, config.llm.model)
     return sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
 
 

@@ -25,7 +25,7 @@ from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.runner import Bench, finished, losses_of, run_cells
 from latentprior.steer.tasks import Case, cases_of, check_named
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import check_folder, replace_text
+from latentprior.utils.files import check_folder, replace_text, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
@@ -88,7 +88,8 @@ def _run(
     bench = Bench(config, model, tokenizer, priors, mean_norm, config.layer)
     table = run_cells(bench, cases, folder / "cells", report=phase("steer"))
     table, ratings = rate(table, cases, phase)
-    pq.write_table(table, folder / "results.parquet", compression="zstd")
+    with replaced(folder / "results.parquet") as partial:
+        pq.write_table(table, partial, compression="zstd")
     result = {
         "kind": "frontier",
         "experiment": config.experiment,

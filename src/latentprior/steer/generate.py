@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentprior.data.prompts import Prompts, prefilled
 from latentprior.lm import hooks
-from latentprior.lm.edits import EditCounts, Site
+from latentprior.lm.edits import EditCounts, EditedPositions
 from latentprior.prior.glp import GLP
 from latentprior.steer.intervention import Repair
 
@@ -58,16 +58,16 @@ class Trace:
     def __init__(self, repair: Repair | None, rows: int, mean_norm: float, keep: int) -> None:
         self._repair, self._mean_norm, self._keep, self._calls = repair, mean_norm, keep, 0
         self._sums = torch.zeros(3, rows)  # of retention, distance, positions
-        self._kept: tuple[Site, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._kept: tuple[EditedPositions, tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def __call__(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor) -> Tensor:
-        final = edited if self._repair is None else self._repair(clean, edited, site, push)
+    def __call__(self, clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor) -> Tensor:
+        final = edited if self._repair is None else self._repair(clean, edited, at, push)
         change, push = (final - clean).float(), push.float()
         along = (change * push).sum(dim=-1) / push.square().sum(dim=-1)  # nan where nothing was pushed
         off = (change - along.nan_to_num()[:, None] * push).norm(dim=-1) / self._mean_norm
-        self._sums.index_add_(1, site.row.cpu(), torch.stack([along, off, torch.ones_like(off)]).cpu())
+        self._sums.index_add_(1, at.row.cpu(), torch.stack([along, off, torch.ones_like(off)]).cpu())
         if self._calls == self._keep:
-            self._kept = site, (clean.float(), edited.float(), final.float())
+            self._kept = at, (clean.float(), edited.float(), final.float())
         self._calls += 1
         return final
 
@@ -86,7 +86,7 @@ class Trace:
         """
         scores = torch.full((3, self._sums.shape[1]), float("nan"))
         if self._kept is not None:
-            site, kept = self._kept
+            at, kept = self._kept
             for i, x in enumerate(kept):
-                scores[i, site.row.cpu()] = glp.score(x, layer=layer, generator=seed).cpu()
+                scores[i, at.row.cpu()] = glp.score(x, layer=layer, generator=seed).cpu()
         return scores

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.data.sinks import SINK_FACTOR
-from latentprior.lm.edits import EditCounts, Positions, Rewriter, Site, check_positions, for_batch, rewrite
+from latentprior.lm.edits import (
+    EditCounts,
+    EditedPositions,
+    EditFunction,
+    Positions,
+    check_positions,
+    edit_positions,
+    for_batch,
+)
 from latentprior.steer.direction import Direction
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.reprs import ShortRepr
@@ -69,7 +77,12 @@ class Repair(Protocol):
     """Brings edited activations back to where activations live."""
 
     def __call__(
-        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], site: Site, push: Float[Tensor, "n d"], /
+        self,
+        clean: Float[Tensor, "n d"],
+        edited: Float[Tensor, "n d"],
+        at: EditedPositions,
+        push: Float[Tensor, "n d"],
+        /,
     ) -> Float[Tensor, "n d"]:
         """The activations [N, d] to go on with, raw like `clean` and `edited`; `push` is ``edited - clean``."""
         ...
@@ -95,7 +108,7 @@ def steering(
         model: a causal language model; each direction is checked against it before anything runs.
         edits: those of one hookpoint apply in the given order, those of several layers in the model's order.
         mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer.
-        positions: which positions; see `latentprior.rewrite.Positions`.
+        positions: which positions; see `latentprior.lm.edits.Positions`.
         repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
             at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
         check_model: refuse directions of a model of another name. Layer and width are always checked.
@@ -107,7 +120,7 @@ def steering(
         InputError: something that is no `Edit`; a direction of another model, layer or width; unknown positions; a mean
             norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
             the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
-            on leaving the context with nothing edited: what `latentprior.rewrite.rewrite` refuses.
+            on leaving the context with nothing edited: what `latentprior.lm.edits.edit_positions` refuses.
     """
     check_positions(positions)
     edits = list(edits) if isinstance(edits, Sequence) else [edits]
@@ -117,11 +130,11 @@ def steering(
             raise InputError(f"steering takes edits, got {type(edit).__name__}: use Edit(direction, strength)")
         edit.direction.check(model, check_model=check_model)
         places.setdefault((edit.direction.hookpoint.side, edit.direction.hookpoint.layer), []).append(edit)
-    rewriters: dict[Side, dict[int, Rewriter]] = {}
+    by_side: dict[Side, dict[int, EditFunction]] = {}
     units = {layer: _unit(mean_norm, layer) for _, layer in places}
     for (side, layer), here in places.items():
         pushes = [_Push(edit, units[layer]) for edit in here]
-        rewriters.setdefault(side, {})[layer] = _Steering(pushes, repair)
+        by_side.setdefault(side, {})[layer] = _Steering(pushes, repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
         return hidden.float().norm(dim=-1) > SINK_FACTOR * units[layer]
@@ -130,8 +143,8 @@ def steering(
         if isinstance(repair, AbstractContextManager):
             stack.enter_context(repair)
         counts = [
-            stack.enter_context(rewrite(model, of_layers, positions=positions, side=side, sinks=sinks))
-            for side, of_layers in rewriters.items()
+            stack.enter_context(edit_positions(model, of_layers, positions=positions, side=side, sinks=sinks))
+            for side, of_layers in by_side.items()
         ]
         yield EditCounts(counts)
 
@@ -157,29 +170,29 @@ class _Push:
         self._direction = edit.direction.vector
         self._strength = torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
 
-    def __call__(self, x: Tensor, site: Site) -> Tensor:
+    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
         """[N, d] edited; rows with nothing to do come back bit for bit."""
         self._direction = self._direction.to(x)  # moves once: the layer stays where it is
         self._strength = self._strength.to(x)
-        strength = for_batch(self._strength, site.batch, self._name)[site.row, None]
+        strength = for_batch(self._strength, at.batch, self._name)[at.row, None]
         edited = self._apply(x, self._direction, strength, self._unit)
         return torch.where(strength == 0, x, edited) if self._idle_at_zero else edited
 
 
 class _Steering:
-    """The rewriter of one hookpoint: all edits in order, then repair."""
+    """What is done at one hookpoint: all edits in order, then repair."""
 
     def __init__(self, pushes: Sequence[_Push], repair: Repair | None) -> None:
         self._pushes, self._repair = pushes, repair
 
-    def __call__(self, x: Tensor, site: Site) -> Tensor:
+    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
         clean = x if x.dtype == torch.float64 else x.float()
         edited = clean
         for push in self._pushes:
-            edited = push(edited, site)
+            edited = push(edited, at)
         if self._repair is None:
             return edited.to(x.dtype)
-        result = self._repair(clean, edited, site, edited - clean)
+        result = self._repair(clean, edited, at, edited - clean)
         if result.shape != edited.shape:
             raise InputError(f"a repair must return activations {list(edited.shape)}, got {list(result.shape)}")
         return result.to(x)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentprior.config import RepairConfig
-from latentprior.lm.edits import Site
+from latentprior.lm.edits import EditedPositions
 from latentprior.prior.glp import GLP
 from latentprior.prior.repair import PositionNoise, follower
 from latentprior.utils.errors import InputError
@@ -57,31 +57,31 @@ class PriorRepair:
         return once * self.config.samples * (2 if self.config.paired else 1)
 
     def __call__(
-        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], site: Site, push: Float[Tensor, "n d"]
+        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], at: EditedPositions, push: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n d"]:
         """The repaired activations; what was not pushed is only touched by a repair that is not paired."""
         self._follow(edited.device)
         clean, edited, push = clean.float(), edited.float(), push.float()
         if self.config.rate is None:
-            return self._repaired(clean, edited, site, push, self.config.t_start)
+            return self._repaired(clean, edited, at, push, self.config.t_start)
         result = edited.clone()
-        levels = self._levels(push, site)
+        levels = self._levels(push, at)
         for level in levels.unique().tolist():
             rows = (levels == level).nonzero().squeeze(1)
-            part = replace(site, row=site.row[rows], position=site.position[rows])
+            part = replace(at, row=at.row[rows], position=at.position[rows])
             t_start = min(level * T_STEP, self.config.t_start)
             if t_start > 0:
                 result[rows] = self._repaired(clean[rows], edited[rows], part, push[rows], t_start)
         return result
 
-    def _levels(self, push: Tensor, site: Site) -> Tensor:
+    def _levels(self, push: Tensor, at: EditedPositions) -> Tensor:
         """Noise level of each row in steps of `T_STEP`: noise ``t / (1 - t)`` is `rate` times the standardised push."""
-        layer, normalizer = self._layer(site), self.glp.normalizer
+        layer, normalizer = self._layer(at), self.glp.normalizer
         alone = normalizer.mean[normalizer.rows(layer)] + push.to(self.glp.device)
         size = normalizer.normalize(alone, layer).square().mean(dim=-1).sqrt() * float(self.config.rate or 0)
         return (size / (1 + size) / T_STEP).ceil().long().to(push.device)
 
-    def _repaired(self, clean: Tensor, edited: Tensor, site: Site, push: Tensor, t_start: float) -> Tensor:
+    def _repaired(self, clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor, t_start: float) -> Tensor:
         config, n = self.config, self.config.samples
         repaired = self.glp.project(
             edited.repeat(n, 1),
@@ -89,8 +89,8 @@ class PriorRepair:
             t_start=t_start,
             steps=config.steps,
             solver=config.solver,
-            noise=self._noise(site, edited.shape[-1]),
-            layer=self._layer(site),
+            noise=self._noise(at, edited.shape[-1]),
+            layer=self._layer(at),
             hold=push.repeat(n, 1) if config.hold else None,
         )
         repaired = repaired.view(n, *edited.shape).mean(dim=0)
@@ -99,10 +99,10 @@ class PriorRepair:
             repaired = repaired + ((edited - repaired) * unit).sum(dim=-1, keepdim=True) * unit
         return repaired
 
-    def _layer(self, site: Site) -> int | None:
+    def _layer(self, at: EditedPositions) -> int | None:
         """A prior of one layer is called without it."""
         if len(self.glp.normalizer.layers) == 1:
             return None
-        if site.layer not in self.glp.normalizer.layers.tolist():
-            raise InputError(f"this prior has no layer {site.layer}: {self.glp.normalizer.layers.tolist()}")
-        return site.layer
+        if at.layer not in self.glp.normalizer.layers.tolist():
+            raise InputError(f"this prior has no layer {at.layer}: {self.glp.normalizer.layers.tolist()}")
+        return at.layer

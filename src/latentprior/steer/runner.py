@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from latentprior.config import SteerConfig, to_dict
+from latentprior.config import SteerConfig, settings_of, to_dict
 from latentprior.data.prompts import Prompts
 from latentprior.judge.fluency import conditional_nll, repetition
 from latentprior.lm.edits import EditCounts
@@ -34,12 +34,10 @@ from latentprior.steer.intervention import Edit, steering
 from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.tasks import Case
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.progress import Report, silent
 from latentprior.utils.provenance import versions
 
-# Settings that keep cells.
-ADDING = ("output", "priors", "directions", "methods", "examples", "judge", "batch_rows", "device")
 SETTINGS = "settings.json"  # of the cells
 
 
@@ -244,9 +242,8 @@ def run_cells(bench: Bench, cases: Sequence[Case], folder: Path, *, report: Repo
             name = cell.case.direction.name
             _refuse_unchanged(cell.method, name, table, unsteered[name], counts)
         if counts is not None:
-            partial = path.with_suffix(".partial")
-            pq.write_table(table, partial, compression="zstd")
-            partial.replace(path)
+            with replaced(path) as partial:
+                pq.write_table(table, partial, compression="zstd")
         tables.append(table)
     report(len(wanted), len(wanted), {})
     return pa.concat_tables(tables)
@@ -270,7 +267,9 @@ def _refuse_unchanged(
 def _check_settings(config: SteerConfig, cases: Sequence[Case], folder: Path) -> None:
     """Cells of one folder are made with the same settings, but for those that only say which cells there are."""
     path = folder / SETTINGS
-    mine = json.loads(json.dumps({k: v for k, v in to_dict(config).items() if k not in ADDING}))
+    mine = json.loads(json.dumps(settings_of(config)))
+    if config.store is None:
+        del mine["store"]  # older folders name one that no experiment but "sae" reads
     if config.experiment == "files":  # a file may change under its name; other directions follow from the settings
         mine["directions"] = _digests(case.direction for case in cases)
     if path.is_file():

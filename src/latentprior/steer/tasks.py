@@ -78,7 +78,7 @@ def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
         _traits(config)
     if config.experiment == "sae":
         sae_at(str(config.sae), hookpoint, model=config.llm.model)
-        ActivationStore(config.store)
+        ActivationStore(str(config.store))
         for name in config.directions:
             _number(name)
     return directions_in_files(config, hookpoint, count_blocks(config.llm)) if config.experiment == "files" else []
@@ -285,7 +285,7 @@ def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpo
     sae = sae_at(str(config.sae), hookpoint, model=config.llm.model)
     latents: list[int] | int = [_number(name) for name in config.directions] or config.features
     described = describe_latents(
-        sae, ActivationStore(config.store), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
+        sae, ActivationStore(str(config.store)), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
     )
     if len(described) < 2:
         raise InputError("a latent is judged against others: name at least two, or raise `features`")

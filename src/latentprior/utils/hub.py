@@ -1,54 +1,54 @@
-"""Folders of priors on disk and on the Hugging Face Hub."""
+"""The Hugging Face Hub: whether it answers, folders from it and to it.
+
+Whether it answers is asked once before anything else: its own downloads retry for half a minute, line after line.
+"""
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 
 from latentprior.utils.errors import InputError, nearest_path
-from latentprior.utils.online import OFFLINE, unreachable
 
-CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")
+PATIENCE = 10.0  # seconds
+OFFLINE = "HF_HUB_OFFLINE is set"
 
 
-def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
-    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository.
+def unreachable() -> str | None:
+    """Why the Hub gives no answer, in a few words; None if it does, or if it is not to be asked (HF_HUB_OFFLINE)."""
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of httpx or its successor, as the installed huggingface_hub has it
+        return f"{constants.ENDPOINT} does not answer ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def cache_only(repo: str, revision: str | None = None) -> bool:
+    """Whether a model has to come from the cache because the Hub cannot be asked.
 
     Raises:
-        InputError: a folder without a prior, no such repository, or one without this checkpoint.
+        InputError: it is not in the cache either.
     """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        if not any(any(folder.glob(pattern)) for pattern in CONFIGS):
-            raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
-        return folder
-    weights = weights_of(checkpoint)
-    # All else, other weights above all, is large.
-    patterns = [*CONFIGS, "rep_statistics.pt", *map(glob.escape, weights)]
-    folder = snapshot("prior", str(path_or_repo), revision=revision, allow_patterns=patterns)
-    official = not any(folder.glob(CONFIGS[0])) and not any(folder.glob(CONFIGS[2]))
-    if official and not any((folder / name).is_file() for name in weights):
-        raise InputError(f"{path_or_repo} has no checkpoint {checkpoint!r}: its files on the Hub show which there are")
-    return folder
-
-
-def weights_of(checkpoint: str) -> list[str]:
-    """Where the weights of a checkpoint can lie in a prior of this project's format or of the official one."""
-    own = "model.safetensors" if checkpoint == "final" else f"checkpoints/{checkpoint}/model.safetensors"
-    return [own, f"{checkpoint}.safetensors", f"checkpoints/{checkpoint}.safetensors"]
+    reason = OFFLINE if constants.HF_HUB_OFFLINE else unreachable()
+    if reason is not None and not isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
+        missing = f"there is no such folder{nearest_path(repo)}, none in the cache, and {reason}"
+        raise InputError(f"cannot load the model {repo!r}: {missing}")
+    return reason is not None
 
 
 def snapshot(kind: str, repo: str, **options: Any) -> Path:
     """The folder of a repository, from the cache alone where the Hub does not answer; `options` of `snapshot_download`.
 
     Raises:
-        InputError: no such repository, or none that can be had.
+        InputError: no such repository, or neither the Hub nor the cache has it; `kind` says what it was to hold.
     """
     silence = unreachable()
     try:

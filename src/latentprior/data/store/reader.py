@@ -18,6 +18,7 @@ from torch import Tensor
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.moments import Moments
 from latentprior.data.store import manifest as files
+from latentprior.lm.hooks import check_recorded
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.random import keyed_generator
 
@@ -225,9 +226,7 @@ class ActivationStore:
         Raises:
             InputError: a layer that the store does not have, or a damaged file.
         """
-        for layer in layers:
-            if layer not in self.layers:
-                raise unknown("layer", layer, self.layers)
+        check_recorded(layers, self.layers)
         if set(layers) == set(self.layers):
             return torch.arange(len(self))
         return torch.isin(self._column("layer"), torch.tensor(list(layers))).nonzero().squeeze(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentprior.config import RecordConfig, to_dict
+from latentprior.config import RecordConfig, settings_of
 from latentprior.data import text, tokens
 from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
 from latentprior.data.sinks import sink_threshold
@@ -24,7 +23,7 @@ from latentprior.lm.loading import load_llm
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
-from latentprior.utils.settings import differences
+from latentprior.utils.settings import check_settings
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
@@ -84,9 +83,7 @@ def _kept(config: RecordConfig) -> ActivationStore:
         "source": {name: value for name, value in store.manifest["source"].items() if name != "blocks"},
     }
     wanted = {"layers": _layers(config), "side": config.side, "dtype": config.dtype, "shard_rows": config.shard_rows}
-    wanted["source"] = json.loads(json.dumps(source(config)))
-    if difference := next(differences(known, wanted), None):
-        raise InputError(f"cannot resume {config.output}: {difference}")
+    check_settings(config.output, "an activation store", known, wanted | {"source": source(config)})
     return store
 
 
@@ -142,10 +139,8 @@ def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> Activ
 
 
 def source(config: RecordConfig) -> dict[str, Any]:
-    """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
-    values = to_dict(config)
-    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
-        del values[key]
+    """What decides the rows of a store."""
+    values = settings_of(config)
     values["text"] = text_settings(config.text)
     # As before there were mixtures and chunks, so that older recordings can be resumed.
     if not config.text.mix:

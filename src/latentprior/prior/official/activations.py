@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentprior.data.moments import Moments
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import replaced
+from latentprior.utils.files import replace_text, replaced
 
 STATISTICS = "rep_statistics.pt"
 INDEX = "data_indices.npy"
@@ -134,8 +134,9 @@ def write_activations(
         rows += len(stored)
     if moments is None or not rows:
         raise InputError("nothing to write: no activations")
-    (folder / DTYPE).write_text("int16\n" if dtype == torch.bfloat16 else "float32\n")
-    torch.save({"mean": moments.mean[0].float(), "var": moments.variance()[0].float()}, folder / STATISTICS)
+    replace_text(folder / DTYPE, "int16\n" if dtype == torch.bfloat16 else "float32\n")
+    with replaced(folder / STATISTICS) as partial:
+        torch.save({"mean": moments.mean[0].float(), "var": moments.variance()[0].float()}, partial)
     file, row = np.divmod(np.arange(rows), file_rows)
     index = np.stack([file, row * moments.width, (row + 1) * moments.width], axis=1).astype(np.uint64)
     with replaced(folder / INDEX) as partial, partial.open("wb") as handle:  # last: it can be read from here on

@@ -15,10 +15,10 @@ from latentprior.data.sinks import sink_threshold
 from latentprior.data.store.manifest import MANIFEST
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
 from latentprior.prior.official import checkpoint as official
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.files import check_folder
 from latentprior.utils.locks import LOCK, locked
 
@@ -83,10 +83,7 @@ def _store_to_official(config: ConvertConfig) -> dict[str, Any]:
     if config.to != "official":
         raise InputError(f"{config.source} is an activation store of this project already")
     store = ActivationStore(config.source)
-    if config.layer is None and len(store.layers) > 1:
-        raise InputError(f"{config.source} holds layers {list(store.layers)}: choose one with --layer")
-    if config.layer is not None and config.layer not in store.layers:
-        raise unknown("layer", config.layer, store.layers)
+    at_layer(store.hookpoints, config.layer, config.source)
     _clear(Path(config.output))
     rows = 0
 

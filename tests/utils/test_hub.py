@@ -55,7 +55,7 @@ def test_a_model_in_the_cache_needs_no_hub(tmp_path, closed, llm_folder, monkeyp
 
     from latentprior.config import LLMConfig
     from latentprior.lm.loading import load_llm
-    from latentprior.utils import online
+    from latentprior.utils import hub
     from latentprior.utils.errors import InputError
 
     cache = tmp_path / "cache"
@@ -67,7 +67,7 @@ def test_a_model_in_the_cache_needs_no_hub(tmp_path, closed, llm_folder, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", closed)
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
-    assert "does not answer" in str(online.unreachable())
+    assert "does not answer" in str(hub.unreachable())
     model, _ = load_llm(LLMConfig(model="some/model"))
     assert model.config.num_hidden_layers == 4
     with pytest.raises(InputError, match="cannot load the model 'some/other': there is no such folder, none in the"):
