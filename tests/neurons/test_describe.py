@@ -25,8 +25,8 @@ from latentprior.neurons.describe import (
     estimate,
     write_descriptions,
 )
-from latentprior.neurons.detection import LOW_QUANTILE, _case, cases_of, detection_auc, detections_of
-from latentprior.neurons.offline import stronger_sign
+from latentprior.neurons.detection import LOW_QUANTILE, _task, description_tasks, detection_auc, detections_of
+from latentprior.neurons.offline_descriptions import stronger_sign
 from latentprior.neurons.prompts import LONGEST, DescriptionRequest, DetectionRequest, marked, plain
 from latentprior.neurons.store import EXAMPLES_SCHEMA, UNITS_SCHEMA, Example, NeuronStore, Unit, write_store
 from latentprior.utils.errors import InputError
@@ -310,7 +310,7 @@ def test_the_score_is_that_of_the_answer(serve, tmp_path, store):
         return said({"responds": [guess(text) for text in quoted(question)]} if is_detection(question) else GOOD)
 
     (item,) = describe(store, numbers(store, 3), judge_at(serve(script).url, tmp_path), seed=4)
-    (case,) = cases_of(store, numbers(store, 3), 4)
+    (case,) = description_tasks(store, numbers(store, 3), 4)
     scores: dict[bool, list[float]] = {True: [], False: []}
     for text, fires in zip(case.texts, case.fires, strict=True):
         assert fires == (f"{word(3)} " in text)
@@ -321,7 +321,7 @@ def test_the_score_is_that_of_the_answer(serve, tmp_path, store):
 
 def test_held_out_texts_are_unseen_and_others_are_not_the_units_own(store):
     chosen = numbers(store, *range(UNITS))
-    for case in cases_of(store, chosen, 0):
+    for case in description_tasks(store, chosen, 0):
         own, request = case.unit, case.request
         assert request is not None and sum(case.fires) == TOPS / 2 == len(case.texts) - sum(case.fires)
         assert not set(case.texts) & set(request.silent)
@@ -332,9 +332,13 @@ def test_held_out_texts_are_unseen_and_others_are_not_the_units_own(store):
         allowed = [e for e in own.quantiles() if e.quantile is not None and e.quantile <= LOW_QUANTILE]
         assert {text for text in silent if " common" in text} == {plain(e) for e in allowed}
         assert len(silent) == TOPS / 2 + len(request.silent)
-    first = cases_of(store, chosen[:1], 0)[0]
+    first = description_tasks(store, chosen[:1], 0)[0]
     assert not any(word(3) in text for text in (*first.texts, *(first.request.silent if first.request else ())))
-    assert cases_of(store, chosen[::-1], 0)[-1].texts == first.texts != cases_of(store, chosen, 1)[0].texts
+    assert (
+        description_tasks(store, chosen[::-1], 0)[-1].texts
+        == first.texts
+        != description_tasks(store, chosen, 1)[0].texts
+    )
     assert list(first.fires) != sorted(first.fires, reverse=True)
 
 
@@ -347,7 +351,7 @@ def test_texts_without_the_unit_are_none_of_its_own_documents_and_none_of_its_ne
     itself = unit([example(["A", " unseen"], doc=60)])
     near = unit([example(["N", f" {i}"], doc=200 + i) for i in range(12)], number=2)
     far = unit([example(["F", f" {doc}"], doc=doc) for doc in (0, 5, 50, *range(300, 309))], number=1)
-    case = _case(asked, [itself, near, far], 0)
+    case = _task(asked, [itself, near, far], 0)
     assert case.request is not None
     silent = {text for text, fires in zip(case.texts, case.fires, strict=True) if not fires} | set(case.request.silent)
     assert len(silent) == 11 and {"Q 70", "Q 71"} < silent
@@ -357,7 +361,7 @@ def test_texts_without_the_unit_are_none_of_its_own_documents_and_none_of_its_ne
 def test_a_text_that_the_corpus_holds_twice_is_not_both_shown_and_held_out():
     same = [example(["A", f" {i // 2}", " film"], doc=i) for i in range(12)]
     others = [unit([example(["B", f" {i}"], doc=100 + i) for i in range(12)], number=1)]
-    case = _case(unit(same), others, 0)
+    case = _task(unit(same), others, 0)
     assert case.request is not None and case.texts == ()
 
 
@@ -428,7 +432,7 @@ def test_the_estimate_bounds_the_cost_from_above(serve, tmp_path, store):
 
 
 def test_pairs_for_the_baseline_are_never_of_a_unit_with_itself(store):
-    cases = cases_of(store, numbers(store, *range(UNITS)), 0)
+    cases = description_tasks(store, numbers(store, *range(UNITS)), 0)
     for seed in range(20):
         requests = detections_of(cases, {i: f"d{i}" for i in range(UNITS)}, seed)
         assert sorted(requests[i, False].description for i in range(UNITS)) == [f"d{i}" for i in range(UNITS)]

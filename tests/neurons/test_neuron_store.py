@@ -190,7 +190,7 @@ def test_a_store_is_there_whole_or_not_at_all(folder, tmp_path_factory, run_kill
 @pytest.mark.slow
 def test_killed_at_any_point_leaves_the_old_store_or_none_or_the_new_one(tmp_path, run_killed):
     write_store(tmp_path, SETTINGS, units(), examples())
-    for changes in range(20):
+    for changes in range(60):
         ended = run_killed(_replace, tmp_path, changes=changes)
         try:
             neurons = NeuronStore(tmp_path)

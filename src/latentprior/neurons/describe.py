@@ -19,8 +19,8 @@ import pyarrow as pa
 from latentprior.judge.answers import Answer, Answers
 from latentprior.judge.endpoint import Cost, EndpointJudge
 from latentprior.neurons import store as files
-from latentprior.neurons.detection import Case, cases_of, detection_auc, detections_of
-from latentprior.neurons.offline import offline_line
+from latentprior.neurons.detection import DescriptionTask, description_tasks, detection_auc, detections_of
+from latentprior.neurons.offline_descriptions import offline_line
 from latentprior.neurons.prompts import LONGEST
 from latentprior.neurons.store import NeuronStore, Unit
 from latentprior.utils.locks import locked
@@ -76,7 +76,7 @@ def describe(
     Raises:
         InputError: see `EndpointJudge.ask`; a damaged store.
     """
-    return _describe(cases_of(store, units, seed), judge, seed, report)[0]
+    return _describe(description_tasks(store, units, seed), judge, seed, report)[0]
 
 
 def estimate(
@@ -98,7 +98,7 @@ def estimate(
     Raises:
         InputError: a damaged ledger or store.
     """
-    return _estimate(cases_of(store, units, seed), judge, seed, prompt_price, answer_price)
+    return _estimate(description_tasks(store, units, seed), judge, seed, prompt_price, answer_price)
 
 
 def write_descriptions(folder: str | Path, descriptions: Iterable[Description]) -> None:
@@ -167,10 +167,10 @@ def _describe_all(
     write_descriptions(folder, descriptions.values())
     if judge is None or not chosen:
         return _counts(descriptions)
-    cases = cases_of(store, [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen], seed)
-    expected = _estimate(cases, judge, seed, prompt_price, answer_price).figures()
+    tasks = description_tasks(store, [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen], seed)
+    expected = _estimate(tasks, judge, seed, prompt_price, answer_price).figures()
     report(len(store), total, expected)
-    described, answers = _describe(cases, judge, seed, _after(report, len(store), total))
+    described, answers = _describe(tasks, judge, seed, _after(report, len(store), total))
     descriptions |= {description.unit: description for description in described}
     write_descriptions(folder, descriptions.values())
     return _summary(described, answers) | expected | {"model": judge.model} | _counts(descriptions)
@@ -189,60 +189,60 @@ def _counts(descriptions: Mapping[int, Description]) -> dict[str, int]:
 
 
 def _describe(
-    cases: Sequence[Case], judge: EndpointJudge, seed: int, report: Report
+    tasks: Sequence[DescriptionTask], judge: EndpointJudge, seed: int, report: Report
 ) -> tuple[list[Description], list[Answers[Any]]]:
-    """Descriptions of `cases`, and the answers at both stages."""
-    asked = [i for i, case in enumerate(cases) if case.request is not None]
-    first = judge.ask([request for case in cases if (request := case.request)], report=report)
+    """Descriptions of `tasks`, and the answers at both stages."""
+    asked = [i for i, task in enumerate(tasks) if task.request is not None]
+    first = judge.ask([request for task in tasks if (request := task.request)], report=report)
     described = dict(zip(asked, first.results, strict=True))
     texts = {i: answer.value["description"] for i, answer in described.items() if answer.value is not None}
-    detections = detections_of(cases, texts, seed)
+    detections = detections_of(tasks, texts, seed)
     second = judge.ask(list(detections.values()), report=_after(report, len(asked), None))
     scored = dict(zip(detections, second.results, strict=True))
     descriptions = [
-        _description(case, described.get(i), scored.get((i, True)), scored.get((i, False)))
-        for i, case in enumerate(cases)
+        _description(task, described.get(i), scored.get((i, True)), scored.get((i, False)))
+        for i, task in enumerate(tasks)
     ]
     return descriptions, [first, second]
 
 
 def _description(
-    case: Case,
+    task: DescriptionTask,
     described: Answer[dict[str, Any]] | None,
     tested: Answer[list[float]] | None,
     baseline: Answer[list[float]] | None,
 ) -> Description:
-    if case.request is None or described is None or described.value is None:
+    if task.request is None or described is None or described.value is None:
         reason = described.reason if described else "too few texts in which the unit fires"
-        return replace(describe_offline(case.unit), reason=f"no endpoint's description: {reason}")
+        return replace(describe_offline(task.unit), reason=f"no endpoint's description: {reason}")
     reason = ""
     if tested is None:
         reason = "no detection score: too few held-out texts"
     elif tested.value is None:
         reason = f"no detection score: {tested.reason}"
     return Description(
-        case.unit.row["unit"],
+        task.unit.row["unit"],
         source="endpoint",
         **described.value,
-        detection=detection_auc(case.fires, tested),
+        detection=detection_auc(task.fires, tested),
         reason=reason,
-        baseline=detection_auc(case.fires, baseline),
-        shown=case.request.firing,
+        baseline=detection_auc(task.fires, baseline),
+        shown=task.request.firing,
     )
 
 
 def _estimate(
-    cases: Sequence[Case],
+    tasks: Sequence[DescriptionTask],
     judge: EndpointJudge,
     seed: int,
     prompt_price: float | None,
     answer_price: float | None,
 ) -> Cost:
-    requests = {i: case.request for i, case in enumerate(cases) if case.request is not None}
+    requests = {i: task.request for i, task in enumerate(tasks) if task.request is not None}
     known = dict(zip(requests, judge.recall(list(requests.values())), strict=True))
-    # One character a case: equal requests would be counted once.
+    # One character a task: equal requests would be counted once.
     texts = {i: value["description"] if value else chr(0x4E00 + i % 20000) * LONGEST for i, value in known.items()}
-    detections = detections_of(cases, texts, seed).values()
+    detections = detections_of(tasks, texts, seed).values()
     return judge.estimate([*requests.values(), *detections], prompt_price=prompt_price, answer_price=answer_price)
 
 

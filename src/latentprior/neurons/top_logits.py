@@ -21,8 +21,8 @@ _CELLS = 2**25  # effects (units times tokens) that are held together
 
 
 @dataclass(frozen=True, repr=False)
-class Effects(ShortRepr):
-    """Tokens that m units promote and suppress most."""
+class TopLogits(ShortRepr):
+    """Tokens whose logits m units raise (promote) and lower (suppress) most."""
 
     promoted: Int64[Tensor, "m k"]
     """Token ids, the most promoted first."""
@@ -33,7 +33,7 @@ class Effects(ShortRepr):
     suppressed_values: Float[Tensor, "m k"]
 
 
-def direct_effects(
+def top_logits(
     glp: GLP,
     model: nn.Module,
     hookpoint: Hookpoint,
@@ -41,7 +41,7 @@ def direct_effects(
     *,
     layer: int | None = None,
     vocabulary: int | None = None,
-) -> Effects:
+) -> TopLogits:
     """The tokens whose logits each unit raises and lowers most when it grows.
 
     A unit's column of ``W_down`` goes through the denoiser's final LayerNorm (its centring and weight; not its
@@ -82,7 +82,7 @@ def direct_effects(
         effects /= torch.where(deviation > 0, deviation, 1.0)
         up, down = effects.topk(count, dim=1), effects.topk(count, dim=1, largest=False)
         parts.append((up.indices, up.values, down.indices, down.values))
-    return Effects(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    return TopLogits(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def written(glp: GLP, model: nn.Module, hookpoint: Hookpoint, layer: int | None) -> Float[Tensor, "units width"]:
