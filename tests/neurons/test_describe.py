@@ -19,11 +19,11 @@ from latentprior.judge import EndpointJudge
 from latentprior.judge.answers import Answer, Malformed
 from latentprior.neurons.describe import (
     Description,
+    _write,
     describe,
     describe_offline,
     describe_store,
     estimate,
-    write_descriptions,
 )
 from latentprior.neurons.detection import LOW_QUANTILE, _task, description_tasks, detection_auc, detections_of
 from latentprior.neurons.offline_descriptions import stronger_sign
@@ -287,9 +287,13 @@ def numbers(store: NeuronStore, *chosen: int) -> list[Unit]:
     return [store.unit(*divmod(number, 4)) for number in chosen]
 
 
+def described_by(store: NeuronStore, units: list[Unit], judge: EndpointJudge, seed: int) -> list[Description]:
+    return describe(description_tasks(store, units, seed), judge, seed=seed)[0]
+
+
 def test_an_able_model_is_scored_one_and_a_foreign_description_is_not(serve, tmp_path, store):
     server = serve(able)
-    described = describe(store, numbers(store, 5, 2, 0), judge_at(server.url, tmp_path), seed=0)
+    described = described_by(store, numbers(store, 5, 2, 0), judge_at(server.url, tmp_path), seed=0)
     assert [item.description for item in described] == ["says word5", "says word2", "says word0"]
     for item, number in zip(described, (5, 2, 0), strict=True):
         assert (item.unit, item.source, item.consistency, item.complexity) == (number, "endpoint", 4, 1)
@@ -309,7 +313,7 @@ def test_the_score_is_that_of_the_answer(serve, tmp_path, store):
     def script(question: str, n: int) -> Reply:
         return said({"responds": [guess(text) for text in quoted(question)]} if is_detection(question) else GOOD)
 
-    (item,) = describe(store, numbers(store, 3), judge_at(serve(script).url, tmp_path), seed=4)
+    (item,) = described_by(store, numbers(store, 3), judge_at(serve(script).url, tmp_path), seed=4)
     (case,) = description_tasks(store, numbers(store, 3), 4)
     scores: dict[bool, list[float]] = {True: [], False: []}
     for text, fires in zip(case.texts, case.fires, strict=True):
@@ -368,11 +372,11 @@ def test_a_text_that_the_corpus_holds_twice_is_not_both_shown_and_held_out():
 def test_a_unit_with_few_texts_is_not_asked_about(serve, tmp_path):
     server = serve(able)
     few = NeuronStore(write(tmp_path / "few", tops=4))
-    (item,) = describe(few, numbers(few, 1), judge_at(server.url, tmp_path), seed=0)
+    (item,) = described_by(few, numbers(few, 1), judge_at(server.url, tmp_path), seed=0)
     assert item.source == "offline" and item.detection is None and "too few texts" in item.reason
     assert not server.calls
     some = NeuronStore(write(tmp_path / "some", tops=5))  # three shown, two held out
-    (item,) = describe(some, numbers(some, 1), judge_at(server.url, tmp_path), seed=0)
+    (item,) = described_by(some, numbers(some, 1), judge_at(server.url, tmp_path), seed=0)
     assert (item.source, item.detection) == ("endpoint", None)
     assert item.reason == "no detection score: too few held-out texts"
 
@@ -380,7 +384,7 @@ def test_a_unit_with_few_texts_is_not_asked_about(serve, tmp_path):
 @pytest.mark.parametrize("bad", [Reply(completion("I would say films.")), Reply(completion(None)), Reply(status=500)])
 def test_what_fails_once_is_asked_again(serve, tmp_path, store, bad):
     server = serve(lambda question, n: able(question, n) if n else bad)
-    described = describe(store, numbers(store, 1, 4), judge_at(server.url, tmp_path), seed=0)
+    described = described_by(store, numbers(store, 1, 4), judge_at(server.url, tmp_path), seed=0)
     assert [item.detection for item in described] == [1.0, 1.0] and server.calls.total() == 12
     if bad.status == 200 and b"films" in bad.body:
         reminders = [body["messages"][3]["content"] for body in server.bodies if len(body["messages"]) == 4]
@@ -391,7 +395,7 @@ def test_a_refusal_has_no_description_and_no_score(serve, tmp_path, store):
     def script(question: str, n: int) -> Reply:
         return Reply(completion("I cannot help with that.")) if f"[[{word(4)}]]" in question else able(question, n)
 
-    refused, fine = describe(store, numbers(store, 4, 1), judge_at(serve(script).url, tmp_path), seed=0)
+    refused, fine = described_by(store, numbers(store, 4, 1), judge_at(serve(script).url, tmp_path), seed=0)
     assert refused.source == "offline" and refused.description.startswith('on " word4" (12 of 12 top texts')
     assert refused.reason == 'no endpoint\'s description: malformed answer: no JSON object with a "description"'
     assert (refused.consistency, refused.complexity, refused.detection, refused.baseline) == (None,) * 4
@@ -402,7 +406,7 @@ def test_a_failed_test_keeps_the_description_without_a_score(serve, tmp_path, st
     late = threading.Event()
     server = serve(lambda question, n: Reply(until=late) if is_detection(question) else able(question, n))
     judge = judge_at(server.url, tmp_path, timeout=0.3, attempts=1)
-    (item,) = describe(store, numbers(store, 1), judge, seed=0)
+    (item,) = described_by(store, numbers(store, 1), judge, seed=0)
     late.set()
     assert (item.source, item.description, item.detection) == ("endpoint", "says word1", None)
     assert item.reason == "no detection score: no response within 0.3 s"
@@ -411,10 +415,10 @@ def test_a_failed_test_keeps_the_description_without_a_score(serve, tmp_path, st
 def test_nothing_is_paid_for_twice(serve, tmp_path, store):
     server = serve(able)
     judge = judge_at(server.url, tmp_path)
-    first = describe(store, numbers(store, 1, 2), judge, seed=0)
-    assert describe(store, numbers(store, 1, 2), judge, seed=0) == first and server.calls.total() == 6
-    assert estimate(store, numbers(store, 1, 2), judge, seed=0).calls == 0
-    more = describe(store, numbers(store, 1, 2, 6), judge, seed=0)
+    first = described_by(store, numbers(store, 1, 2), judge, seed=0)
+    assert described_by(store, numbers(store, 1, 2), judge, seed=0) == first and server.calls.total() == 6
+    assert estimate(description_tasks(store, numbers(store, 1, 2), 0), judge, seed=0).calls == 0
+    more = described_by(store, numbers(store, 1, 2, 6), judge, seed=0)
     assert [item.detection for item in more] == [1.0] * 3
     assert set(server.calls.values()) == {1} and server.calls.total() <= 6 + 2 + 3  # one more unit, other partners
 
@@ -422,9 +426,9 @@ def test_nothing_is_paid_for_twice(serve, tmp_path, store):
 def test_the_estimate_bounds_the_cost_from_above(serve, tmp_path, store):
     server = serve(able)
     judge, chosen = judge_at(server.url, tmp_path), numbers(store, 0, 1, 2)
-    cost = estimate(store, chosen, judge, seed=0, prompt_price=2.0, answer_price=4.0)
+    cost = estimate(description_tasks(store, chosen, 0), judge, seed=0, prompt_price=2.0, answer_price=4.0)
     assert (cost.calls, cost.known, server.calls.total()) == (9, 0, 0)
-    describe(store, chosen, judge, seed=0)
+    described_by(store, chosen, judge, seed=0)
     sent = sum(len(message["content"]) for body in server.bodies for message in body["messages"])
     assert sent / 4 < cost.prompt_tokens < sent / 4 + 6 * LONGEST / 4 + 1
     assert cost.money == pytest.approx((2 * cost.prompt_tokens + 4 * cost.answer_tokens) / 1e6)
@@ -443,7 +447,7 @@ def test_pairs_for_the_baseline_are_never_of_a_unit_with_itself(store):
 
 
 def test_descriptions_are_read_with_the_store(tmp_path, store):
-    write_descriptions(store.folder, [Description(6, "é\n", "offline"), Description(1, "b", "endpoint", 5, 2, 0.75)])
+    _write(store.folder, {6: Description(6, "é\n", "offline"), 1: Description(1, "b", "endpoint", 5, 2, 0.75)})
     rows = NeuronStore(store.folder).units.to_pylist()
     names = ("description", "source", "consistency", "complexity", "detection", "reason")
     assert [rows[1][name] for name in names] == ["b", "endpoint", 5, 2, 0.75, ""]

@@ -143,11 +143,7 @@ class Collected:
         self.tokens = self.calibration_tokens = 0
 
     def read(self, batches: Iterable[DocumentBatch], *, report: Report = silent) -> None:
-        """Read documents until enough tokens counted.
-
-        Raises:
-            InputError: no token counts.
-        """
+        """Read documents until enough tokens counted."""
         batches = iter(batches)
         first = list(_until(batches, min(CALIBRATION, self._wanted)))
         self.calibration_tokens = sum(map(len, first))

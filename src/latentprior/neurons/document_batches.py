@@ -82,9 +82,6 @@ def document_batches(
     """The documents of each batch that have a token that counts, with its activations, on the prior's device.
 
     Sinks are told by the prior's median norm; where it has none, by the first batch's.
-
-    Raises:
-        InputError: see `activations.activations`.
     """
     median = float(glp.normalizer.median_norm[glp.normalizer.rows(layer)])
     limit = SINK_FACTOR * median if np.isfinite(median) else None

@@ -72,11 +72,7 @@ class DescriptionRequest:
         return _conversation(_DESCRIBE.format(firing=_listed(self.firing), silent=_listed(self.silent)))
 
     def parse(self, answer: str) -> dict[str, Any]:
-        """The description and its two ratings.
-
-        Raises:
-            Malformed: there is none, there are several, or a part of it is missing, too long or out of range.
-        """
+        """The description and its two ratings, or `Malformed`."""
         found = _only(answer, "description")
         text = found["description"]
         if not isinstance(text, str) or not text.strip():
@@ -110,11 +106,7 @@ class DetectionRequest:
         return _conversation(_DETECT.format(description=description, count=len(self.texts), texts=_listed(self.texts)))
 
     def parse(self, answer: str) -> list[float]:
-        """How surely the unit responds in each text; yes and no, true and false are 1 and 0.
-
-        Raises:
-            Malformed: there is no list, several, one of another length, or something else than 0 to 1 in it.
-        """
+        """How surely the unit responds in each text, or `Malformed`; yes and no, true and false are 1 and 0."""
         values = _only(answer, "responds")["responds"]
         if not isinstance(values, list) or len(values) != len(self.texts):
             raise Malformed(f'"responds" must hold {len(self.texts)} numbers, got {shown(values)}')

@@ -59,9 +59,6 @@ def top_logits(
 
     Returns:
         one row a unit, block by block, on the CPU.
-
-    Raises:
-        InputError: a model whose output embedding does not read the residual stream.
     """
     embedding = output_embedding(model)[:vocabulary]
     gain, centred = final_norm(model, embedding.shape[1])
@@ -105,11 +102,7 @@ def written(glp: GLP, model: nn.Module, hookpoint: Hookpoint, layer: int | None)
 
 
 def output_embedding(model: nn.Module) -> Float[Tensor, "vocabulary width"]:
-    """The matrix that makes logits of the final norm's output, float32.
-
-    Raises:
-        InputError: the model has none.
-    """
+    """The matrix that makes logits of the final norm's output, float32."""
     wrapped = language_model(model)
     head = None if wrapped is None else wrapped.get_output_embeddings()
     if head is None:
