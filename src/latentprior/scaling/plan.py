@@ -35,6 +35,7 @@ from latentprior.training.times import most_distinct
 from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.formatting import BYTES, COUNTS, FLOPS, duration, scaled
 from latentprior.utils.hub import cache_only
 from latentprior.utils.provenance import stamp
 
@@ -214,11 +215,11 @@ def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
 def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
     """One line: whether a process fits, and what is too big if not."""
     if total <= chip.memory:
-        return f"fits: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}"
+        return f"fits: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
     largest = max(parts, key=lambda part: parts[part])
     return (
-        f"does not fit: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}; "
-        f"the largest part is the {largest}, {_bytes(parts[largest])}"
+        f"does not fit: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}; "
+        f"the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
     )
 
 
@@ -338,49 +339,25 @@ def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:
     processes = "the one process" if chip["count"] == 1 else f"each of {chip['count']} processes"
     layers = ", ".join(map(str, llm["layers"]))
     return {
-        f"{_scaled(config['activations'], COUNTS)} activations": {
-            "language model": f"{llm['model']}, {_scaled(llm['parameters'], COUNTS)} parameters, layer {layers}",
-            "LLM, for each activation": _scaled(llm["flops_per_activation"], FLOPS),
-            "prior": f"{_scaled(prior['parameters'], COUNTS)} parameters: "
+        f"{scaled(config['activations'], COUNTS)} activations": {
+            "language model": f"{llm['model']}, {scaled(llm['parameters'], COUNTS)} parameters, layer {layers}",
+            "LLM, for each activation": scaled(llm["flops_per_activation"], FLOPS),
+            "prior": f"{scaled(prior['parameters'], COUNTS)} parameters: "
             f"{shape['n_layers']} blocks, d_model {shape['d_model']}, d_mlp {shape['d_mlp']}",
-            "training, for each activation": _scaled(prior["flops_per_activation"], FLOPS),
-            "the same by the paper's 6 N": _scaled(prior["paper_flops_per_activation"], FLOPS),
-            "LLM in all": _scaled(llm["flops"], FLOPS),
-            "training in all": _scaled(prior["flops"], FLOPS),
-            "disk, if stored instead": _bytes(result["disk_bytes"]),
+            "training, for each activation": scaled(prior["flops_per_activation"], FLOPS),
+            "the same by the paper's 6 N": scaled(prior["paper_flops_per_activation"], FLOPS),
+            "LLM in all": scaled(llm["flops"], FLOPS),
+            "training in all": scaled(prior["flops"], FLOPS),
+            "disk, if stored instead": scaled(result["disk_bytes"], BYTES),
         },
         f"Memory of {processes} ({prior['parallel']}, batch {prior['batch_size']})": {
-            **{name: _bytes(size) for name, size in memory["bytes"].items() if size},
-            "total": _bytes(memory["total"]),
+            **{name: scaled(size, BYTES) for name, size in memory["bytes"].items() if size},
+            "total": scaled(memory["total"], BYTES),
         },
         f"Time on {chip['count']} x {chip['name']}": {
-            f"language model (assumed MFU {config['llm_mfu']})": _duration(times["llm_seconds"]),
-            f"prior (assumed MFU {config['prior_mfu']})": _duration(times["prior_seconds"]),
-            "together": _duration(times["seconds"]),
+            f"language model (assumed MFU {config['llm_mfu']})": duration(times["llm_seconds"]),
+            f"prior (assumed MFU {config['prior_mfu']})": duration(times["prior_seconds"]),
+            "together": duration(times["seconds"]),
             "activations a second": f"{times['activations_per_second']:,.0f}",
         },
     }
-
-
-COUNTS = ("", " K", " M", " B", " T")
-BYTES = (" B", " KB", " MB", " GB", " TB", " PB")
-FLOPS = (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP")
-
-
-def _scaled(value: int | float, units: tuple[str, ...]) -> str:
-    """Three digits with the unit, of steps of 1000, that suits."""
-    step = 0
-    while value >= 999.5 and step < len(units) - 1:
-        value, step = value / 1000, step + 1
-    return f"{value:.3g}{units[step]}"
-
-
-def _bytes(value: int | float) -> str:
-    return _scaled(value, BYTES)
-
-
-def _duration(seconds: int | float) -> str:
-    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
