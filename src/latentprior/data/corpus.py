@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
+from latentprior.data.text_files import read_table
 from latentprior.lm.assets import build_once, sae_probes_data
 from latentprior.utils.errors import InputError, unknown
 
@@ -34,7 +34,7 @@ def binary_tasks() -> list[str]:
     Raises:
         InputError: the package sae-probes is not installed.
     """
-    table = _read_csv(sae_probes_data() / "probing_datasets_MASTER.csv.zst")
+    table = read_table(sae_probes_data() / "probing_datasets_MASTER.csv.zst")
     rows = zip(table["Dataset save name"].to_pylist(), table["Data type"].to_pylist(), strict=True)
     return [Path(name).stem for name, kind in rows if kind == "Binary Classification"]
 
@@ -53,7 +53,7 @@ def labelled(task: str) -> tuple[list[str], list[int]]:
     """
     if task not in (names := tasks()):
         raise unknown("task", task, names)
-    table = _read_csv(sae_probes_data() / "cleaned_data" / f"{task}.csv.zst")
+    table = read_table(sae_probes_data() / "cleaned_data" / f"{task}.csv.zst", {"prompt": pa.string()})
     targets = table["target"].to_pylist()
     rank = {target: i for i, target in enumerate(sorted(set(targets)))}
     return table["prompt"].to_pylist(), [rank[target] for target in targets]
@@ -127,13 +127,3 @@ def _build(folder: Path) -> None:
         }
     )
     pq.write_table(table, folder / "documents.parquet", row_group_size=8192, compression="zstd")
-
-
-def _read_csv(path: Path) -> pa.Table:
-    """A whole compressed CSV file; a prompt is text even where it looks like a number."""
-    return pyarrow.csv.read_csv(
-        pa.input_stream(str(path), compression="zstd"),
-        read_options=pyarrow.csv.ReadOptions(block_size=2**27),  # more than the largest file: no row is cut in two
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types={"prompt": pa.string()}),
-    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
 from latentprior.config import DocumentKind, TextConfig, to_dict
+from latentprior.utils.errors import InputError, nearest_path
 
 ENDING = ".txt"
 BEGINNING = 2**20  # characters of a file in which "auto" looks for blank lines
@@ -24,6 +27,40 @@ def kind(path: Path) -> str:
 def open_bytes(path: Path) -> pa.NativeFile:
     """The file's bytes, decompressed by its ending."""
     return pa.input_stream(str(path), compression="detect")
+
+
+TABLES = (".csv", ".tsv", ".parquet")
+
+
+def read_table(path: str | Path, types: Mapping[str, pa.DataType] | None = None, *, nulls: bool = False) -> pa.Table:
+    """A whole table of one of the kinds `TABLES`, also compressed.
+
+    Args:
+        types: of columns whose type is not to be guessed.
+        nulls: whether a text in CSV or TSV such as "" or "NA" is a missing one.
+
+    Raises:
+        InputError: no such file, or none that can be read as its ending says.
+    """
+    path = Path(path)
+    try:
+        with open_bytes(path) as file:
+            if kind(path) == ".parquet":
+                table = pq.read_table(pa.BufferReader(file.read()))
+                fields = [field.with_type((types or {}).get(field.name, field.type)) for field in table.schema]
+                return table.cast(pa.schema(fields))
+            return pyarrow.csv.read_csv(
+                file,
+                read_options=pyarrow.csv.ReadOptions(block_size=2**28),  # no row is cut in two
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter="\t" if kind(path) == ".tsv" else ",", newlines_in_values=True
+                ),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=nulls),
+            )
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {str(path)!r}: there is no such file{nearest_path(str(path))}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
 def kind_of_documents(chosen: DocumentKind, files: Iterable[Path]) -> DocumentKind:

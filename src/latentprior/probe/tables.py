@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -131,18 +130,3 @@ def spread(row: Json, name: str, form: str = ".3f") -> str:
 
 
 _SELECTIONS = ("screened", "all", "chance")
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them begin or end with."""
-    parts = [PurePath(path).parts for path in paths]
-    if len(set(parts)) < 2:
-        return list(paths)
-    start, end = _shared(parts), _shared([part[::-1] for part in parts])
-    return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many leading entries all have in common."""
-    columns = enumerate(zip(*parts, strict=False))
-    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))

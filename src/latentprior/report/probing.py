@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentprior.probe.tables import best_of, difference, labels, leading, scores, short_names, verdict
+from latentprior.probe.names import short_names
+from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
 from latentprior.report.findings import Headline
 from latentprior.report.markup import (
     MISSING,
