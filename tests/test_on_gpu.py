@@ -29,7 +29,7 @@ from latentprior.evaluation.lm_loss import lm_losses
 from latentprior.judge.fluency import conditional_nll
 from latentprior.lm.hooks import Hookpoint
 from latentprior.steer import Direction, Edit, PriorRepair, steering
-from latentprior.steer.generate import continued
+from latentprior.steer.generate import generate_continuations
 from simulated_device import CPU, GPU, MixUp, simulated_gpu
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def test_a_spread_model_is_recorded_and_edited_where_its_layers_are(tiny_glp, ti
         glp = tiny_glp(32, (1, 2), "tiny-llama")
         repair = PriorRepair(glp, RepairConfig(rate=0.5))
         context = steering(model, edits, mean_norm=5.0, repair=repair)
-        ids, _ = continued(model, prompts, 2, 5, context, share=False)
+        ids, _ = generate_continuations(model, prompts, 2, 5, context, share=False)
         with glp.attach(model, edit=lambda x: x + 3 * vectors[0].to(x), generator=0):
             found.append((ids, generated(model)))
         assert glp.device == CPU  # where layer 1 is, the first that it met

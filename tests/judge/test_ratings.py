@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprior.judge.ratings import SCALES, Malformed, RatingRequest, parse_rating, reminder
+from latentprior.judge.ratings import SCALES, Malformed, RatingRequest, parse_rating
 from latentprior.utils.errors import InputError
 
 REQUESTS = [
@@ -106,5 +106,5 @@ def test_text_around_is_tolerated(text, rating):
 
 
 def test_an_empty_answer_is_not_quoted_in_the_reminder():
-    assert reminder(" ") == []
-    assert [message["role"] for message in reminder("two")] == ["assistant", "user"]
+    assert RatingRequest("fluency", "text").again(" ") == []
+    assert [message["role"] for message in RatingRequest("fluency", "text").again("two")] == ["assistant", "user"]

@@ -263,7 +263,7 @@ def store(tmp_path) -> NeuronStore:
 
 def judge_at(url: str, folder: Path, **options: Any) -> EndpointJudge:
     settings = {"backoff": 0.001, "timeout": 30.0, "concurrency": 3} | options
-    return EndpointJudge(url, "judge-1", ledger=folder / "ledger.jsonl", **settings)
+    return EndpointJudge(url, "judge-1", cache=folder / "cache.jsonl", **settings)
 
 
 def said(value: Any) -> Reply:

@@ -68,6 +68,17 @@ def test_file_round_trip(kind, tmp_path):
     assert (back.name, back.kind, back.provenance) == (direction.name, kind, made)
 
 
+def test_the_mean_norm_is_kept_and_may_be_missing(tmp_path):
+    known = Direction.of(a_vector(), POINT, "a", "pca", mean_norm=12.5, seed=1)
+    path = write_direction(known, tmp_path / "a.safetensors")
+    assert read_direction(path).mean_norm == 12.5 and read_direction(path).provenance == {"seed": 1}
+    path = write_direction(a_direction(), path)  # as files of older versions: no such key
+    assert read_direction(path).mean_norm is None and "mean_norm" not in header(path)["__metadata__"][KEY]
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="mean norm"):
+            Direction.of(a_vector(), POINT, "a", "pca", mean_norm=wrong)
+
+
 def test_same_direction_same_bytes_and_no_leftovers(tmp_path):
     first = write_direction(a_direction(seed=1), tmp_path / "a.safetensors").read_bytes()
     second = write_direction(a_direction(seed=1), tmp_path / "a.safetensors").read_bytes()

@@ -15,11 +15,10 @@ import torch
 from latentprior.config import JudgeConfig, SteerConfig
 from latentprior.data.prompts import tokenized
 from latentprior.report import render
-from latentprior.steer import Direction, read_direction
+from latentprior.steer import Direction, read_direction, tasks
 from latentprior.steer import experiment as run
-from latentprior.steer import tasks as cases
 from latentprior.steer.direction import write_direction
-from latentprior.steer.tasks import Case
+from latentprior.steer.tasks import SteeringTask
 from latentprior.utils.errors import InputError
 
 PROMPTS = ["The quick brown", "A language model keeps what", "She"]
@@ -44,11 +43,11 @@ def glp(tiny_glp):
 
 @pytest.fixture
 def run_it(tiny_llm, tiny_tokenizer, glp, tmp_path, monkeypatch) -> Callable[..., dict[str, Any]]:
-    """Runs an experiment along one direction; the asset packages, which `cases_of` needs, are left out."""
+    """Runs an experiment along one direction; the asset packages, which `steering_tasks` needs, are left out."""
     vector = torch.randn(glp.width, generator=torch.Generator().manual_seed(0))
     direction = Direction.of(vector, glp.hookpoints[0], "vowels, test", "random", seed=0)
-    case = Case(direction, tokenized(tiny_tokenizer, PROMPTS), vowels, {"name": "share of vowels"}, "vowels")
-    monkeypatch.setattr(run, "cases_of", lambda *_: [case])
+    task = SteeringTask(direction, tokenized(tiny_tokenizer, PROMPTS), vowels, {"name": "share of vowels"}, "vowels")
+    monkeypatch.setattr(run, "steering_tasks", lambda *_: [task])
     monkeypatch.setattr(run, "check_named", lambda *_: [])
     prior = str(glp.save_pretrained(tmp_path / "prior"))
 
@@ -79,7 +78,7 @@ def test_an_edit_too_small_to_matter_changes_nothing_unless_it_is_repaired(run_i
 
 
 def test_methods_that_do_nothing_at_all_are_refused(run_it):
-    with pytest.raises(InputError, match="changed none of 3 texts at any strength: nothing to report"):
+    with pytest.raises(InputError, match="changed none of 3"):
         run_it(strengths=[1e-12])
 
 
@@ -129,7 +128,7 @@ def test_a_finished_experiment_loads_no_model(run_it, tmp_path):
 
 def test_directions_that_are_not_there_are_found_before_the_model_is_loaded(glp, tmp_path, monkeypatch):
     prior = glp.save_pretrained(tmp_path / "prior")
-    monkeypatch.setattr(cases, "binary_task", lambda name: ([], []))
+    monkeypatch.setattr(tasks, "binary_task", lambda name: ([], []))
     out = str(tmp_path / "out")
     files = {"experiment": "files", "output": out}
     assert "no-such.safetensors" in refusal(prior, directions=[str(tmp_path / "no-such.safetensors")], **files)

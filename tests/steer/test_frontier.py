@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentprior.steer.aggregate import Key, fold
+from latentprior.stats.bootstrap import bootstrap_counts
+from latentprior.steer.aggregate import Key, aggregate
 from latentprior.steer.frontier import (
     Curve,
     Frontier,
@@ -23,7 +24,6 @@ from latentprior.steer.frontier import (
     frontier,
     gain_at_matched_fluency,
     nll_at_matched_concept,
-    resampled,
     summarise,
 )
 from latentprior.utils.errors import InputError
@@ -64,24 +64,24 @@ def line(slope: float, first: float = 0.0) -> Figures:
     return lambda prompt, r: (first + slope * abs(r), abs(r))
 
 
-def test_signs_are_folded_against_the_same_prompts_unsteered_text():
+def test_signs_are_aggregated_against_the_same_prompts_unsteered_text():
     def one_sided(prompt: int, r: float) -> tuple[float, float]:
         return (0.2, 1.0) if r > 0 else (0.1, 0.5)
 
-    found = fold(table(rows_of({"plain": one_sided})))
+    found = aggregate(table(rows_of({"plain": one_sided})))
     assert list(found) == [Key("d", "plain", "")]
-    folded = found[Key("d", "plain", "")]
-    assert folded.strengths.tolist() == [0.5, 1.0]
-    assert folded.gain == pytest.approx(np.full((4, 2), 0.15))
-    assert folded.increase == pytest.approx(np.full((4, 2), 0.75))
-    only_negative = fold(table(rows_of({"plain": one_sided}, signs=(-1,))))[Key("d", "plain", "")]
+    aggregated = found[Key("d", "plain", "")]
+    assert aggregated.strengths.tolist() == [0.5, 1.0]
+    assert aggregated.gain == pytest.approx(np.full((4, 2), 0.15))
+    assert aggregated.increase == pytest.approx(np.full((4, 2), 0.75))
+    only_negative = aggregate(table(rows_of({"plain": one_sided}, signs=(-1,))))[Key("d", "plain", "")]
     assert only_negative.gain == pytest.approx(np.full((4, 2), 0.1)) and only_negative.missing == 0
 
 
 def test_strength_zero_gains_nothing_whatever_it_changes():
     rows = rows_of({"plain": line(0.1)}) + [row("repaired", 0.0, p, 0.9, 3.0) for p in range(4)]
-    folded = fold(table(rows))[Key("d", "repaired", "")]
-    assert folded.gain.tolist() == [[0.0]] * 4 and folded.increase[0, 0] == pytest.approx(1.0)
+    aggregated = aggregate(table(rows))[Key("d", "repaired", "")]
+    assert aggregated.gain.tolist() == [[0.0]] * 4 and aggregated.increase[0, 0] == pytest.approx(1.0)
 
 
 def test_order_of_the_rows_does_not_matter():
@@ -256,7 +256,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         shared, cost, own = (rng.normal(0, scale, (40, 1)) for scale in (0.1, 0.1, 0.05))
         increase = strengths * (1 + cost)
         gains = strengths * (0.2 + shared), strengths * (0.3 + shared + own)
-        counts = resampled(40, 300, seed)
+        counts = bootstrap_counts(40, 300, seed)
         ones, draws = np.ones((40, 1)), []
         for gain in gains:
             g, x = (np.hstack([0 * ones, part]) for part in (gain, increase))
@@ -281,9 +281,9 @@ def test_pairing_narrows_the_difference():
 
 
 def test_resamples_draw_as_many_prompts_as_there_are():
-    counts = resampled(7, 50, 0)
+    counts = bootstrap_counts(7, 50, 0)
     assert counts.shape == (51, 7) and (counts.sum(axis=1) == 7).all() and (counts[0] == 1).all()
-    assert (resampled(7, 50, 0) == counts).all() and (resampled(7, 50, 1) != counts).any()
+    assert (bootstrap_counts(7, 50, 0) == counts).all() and (bootstrap_counts(7, 50, 1) != counts).any()
 
 
 numbers = st.floats(-1, 1, allow_subnormal=False)
@@ -333,8 +333,10 @@ def test_gain_at_matched_fluency_and_its_converse_agree():
 
 
 def test_curve_counts_prompts_as_the_resample_does():
-    folded = fold(table(rows_of({"plain": lambda p, r: (0.01 * p * abs(r), 1.0)}, prompts=3)))[Key("d", "plain", "")]
-    found = curve(folded, np.array([[1.0, 1, 1], [3, 0, 0], [0, 0, 3]]))
+    aggregated = aggregate(table(rows_of({"plain": lambda p, r: (0.01 * p * abs(r), 1.0)}, prompts=3)))[
+        Key("d", "plain", "")
+    ]
+    found = curve(aggregated, np.array([[1.0, 1, 1], [3, 0, 0], [0, 0, 3]]))
     assert found.gain == pytest.approx(np.array([[0, 0.005, 0.01], [0, 0, 0], [0, 0.01, 0.02]]))
     assert found.nll[:, 0] == pytest.approx([2.1, 2.0, 2.2])
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import write_repeng
 from latentprior.config import SteerConfig
 from latentprior.data.activations import record_activations
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
 from latentprior.sae.sae import SAE
-from latentprior.steer import tasks as cases
+from latentprior.steer import tasks
 from latentprior.steer.direction import Direction, write_direction
-from latentprior.steer.foreign import write_gguf
-from latentprior.steer.tasks import cases_of
+from latentprior.steer.tasks import steering_tasks
 from latentprior.steer.traits import Trait
 from latentprior.utils.errors import InputError
 
@@ -35,12 +35,12 @@ def config(experiment: str = "sentiment", **options) -> SteerConfig:
 
 def test_sentiment(llm):
     kinds = ["difference_of_means", "probe", "pca", "shuffled"]
-    found = cases_of(config(directions=kinds), *llm)
-    assert [case.direction.kind for case in found] == kinds
-    assert all(case.direction.hookpoint == llm[2] for case in found)
+    found = steering_tasks(config(directions=kinds), *llm)
+    assert [task.direction.kind for task in found] == kinds
+    assert all(task.direction.hookpoint == llm[2] for task in found)
     prompts = found[0].prompts
     assert prompts.ids.shape == (3, 13) and prompts.mask.all()  # BOS and 12 tokens
-    assert len(set(prompts.texts)) == 3 and all(case.prompts is prompts for case in found)
+    assert len(set(prompts.texts)) == 3 and all(task.prompts is prompts for task in found)
     assert 0.4 < found[0].judged_by["heldout_accuracy"] <= 1
     assert abs(float(found[0].direction.vector @ found[3].direction.vector)) < 0.9  # the control is another direction
 
@@ -48,9 +48,9 @@ def test_sentiment(llm):
 def test_prompts_are_the_most_neutral_of_the_candidates(llm):
     _, tokenizer, _ = llm
     wanted = config()
-    candidates = cases.beginnings(wanted, tokenizer, cases.CANDIDATES)
+    candidates = tasks.beginnings(wanted, tokenizer, tasks.CANDIDATES)
     scores = {text: i / (len(candidates) - 1) for i, text in enumerate(candidates)}  # the middle ones are neutral
-    chosen = cases.neutral_beginnings(wanted, tokenizer, lambda texts: np.array([scores[text] for text in texts]))
+    chosen = tasks.neutral_beginnings(wanted, tokenizer, lambda texts: np.array([scores[text] for text in texts]))
     middle = (len(candidates) - 1) / 2
     assert sorted(abs(candidates.index(text) - middle) for text in chosen)[-1] <= 1.5
     assert chosen == sorted(chosen, key=candidates.index)
@@ -58,7 +58,7 @@ def test_prompts_are_the_most_neutral_of_the_candidates(llm):
 
 def test_more_prompts_than_texts(llm):
     with pytest.raises(InputError, match=r"only 0 news texts of 1000000 tokens"):
-        cases.beginnings(SteerConfig(prompts=2, prompt_tokens=1_000_000), llm[1])
+        tasks.beginnings(SteerConfig(prompts=2, prompt_tokens=1_000_000), llm[1])
 
 
 def test_personas(llm, monkeypatch):
@@ -67,13 +67,13 @@ def test_personas(llm, monkeypatch):
     trait = Trait(
         "loud", "It shouts.", ["SHOUT!", "Be LOUD, very."], ["whisper", "be quiet now"], questions, ["Why?", "Who?"]
     )
-    monkeypatch.setattr(cases, "TRAITS", {"loud": trait})
-    monkeypatch.setattr(cases, "ANSWER_TOKENS", 12)
-    (case,) = cases_of(config("persona"), *llm)
-    assert case.direction.kind == "persona" and case.concept == "It shouts."
-    assert case.prompts.texts == ["Why?", "Who?"]
+    monkeypatch.setattr(tasks, "TRAITS", {"loud": trait})
+    monkeypatch.setattr(tasks, "ANSWER_TOKENS", 12)
+    (task,) = steering_tasks(config("persona"), *llm)
+    assert task.direction.kind == "persona" and task.concept == "It shouts."
+    assert task.prompts.texts == ["Why?", "Who?"]
     with pytest.raises(InputError, match="unknown trait 'quiet' .valid: loud"):
-        cases_of(config("persona", directions=["quiet"]), *llm)
+        steering_tasks(config("persona", directions=["quiet"]), *llm)
 
 
 @pytest.fixture
@@ -92,27 +92,28 @@ def sae_and_store(llm, tmp_path, sentences) -> tuple[str, str]:
 def test_features(llm, sae_and_store):
     sae, store = sae_and_store
     assert len(ActivationStore(store)) > 500
-    found = cases_of(config("sae", sae=sae, store=store, features=3), *llm)
-    assert [case.direction.kind for case in found] == ["sae"] * 3
-    assert len({case.direction.name for case in found}) == 3
-    named = cases_of(config("sae", sae=sae, store=store, directions=["2", "5"]), *llm)
-    assert [case.direction.provenance["latent"] for case in named] == [2, 5]
+    found = steering_tasks(config("sae", sae=sae, store=store, features=3), *llm)
+    assert [task.direction.kind for task in found] == ["sae"] * 3
+    assert len({task.direction.name for task in found}) == 3
+    named = steering_tasks(config("sae", sae=sae, store=store, directions=["2", "5"]), *llm)
+    assert [task.direction.provenance["latent"] for task in named] == [2, 5]
     with pytest.raises(InputError, match="named by their number, got 'film'"):
-        cases_of(config("sae", sae=sae, store=store, directions=["film"]), *llm)
+        steering_tasks(config("sae", sae=sae, store=store, directions=["film"]), *llm)
 
 
 def test_files_of_any_kind(llm, tmp_path):
     _, _, hookpoint = llm
     direction = Direction.of(torch.arange(1.0, 1 + hookpoint.width), hookpoint, "ramp", "random")
-    ours, theirs = write_direction(direction, tmp_path / "a.safetensors"), write_gguf(direction, tmp_path / "b.gguf")
-    found = cases_of(config("files", directions=[str(ours), str(theirs)]), *llm)
-    for case in found:
-        torch.testing.assert_close(case.direction.vector, direction.vector)
+    ours = write_direction(direction, tmp_path / "a.safetensors")
+    theirs = write_repeng(tmp_path / "b.gguf", {LAYER: direction.vector.numpy()})
+    found = steering_tasks(config("files", directions=[str(ours), str(theirs)]), *llm)
+    for task in found:
+        torch.testing.assert_close(task.direction.vector, direction.vector)
     torch.save(torch.stack([direction.vector * (i - LAYER or 0.5) for i in range(4)]), tmp_path / "of_blocks.pt")
-    (case,) = cases_of(config("files", directions=[str(tmp_path / "of_blocks.pt")]), *llm)
-    torch.testing.assert_close(case.direction.vector, direction.vector)  # row 1; row 2 points there, too, and is longer
-    assert case.direction.norm == pytest.approx(0.5)
+    (task,) = steering_tasks(config("files", directions=[str(tmp_path / "of_blocks.pt")]), *llm)
+    torch.testing.assert_close(task.direction.vector, direction.vector)  # row 1; row 2 points there, too, and is longer
+    assert task.direction.norm == pytest.approx(0.5)
     elsewhere = Direction.of(direction.vector, Hookpoint.of(llm[0], 0), "ramp", "random")
     path = str(write_direction(elsewhere, tmp_path / "c.safetensors"))
     with pytest.raises(InputError, match="belongs to .* layer 0 output .width .*., the prior to .* layer 1"):
-        cases_of(config("files", directions=[path]), *llm)
+        steering_tasks(config("files", directions=[path]), *llm)

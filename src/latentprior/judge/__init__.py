@@ -1,35 +1,38 @@
-"""Judging steered text: a concept's presence and fluency, without any service, and answers of a language model."""
+"""Judging generated text.
+
+Texts enter; numbers and what is known about their quality leave. `concept` and `fluency` need no service: a classifier
+on sentence embeddings and the model's own activations, and likelihood and repetition. `endpoint` asks a language model
+behind HTTP (`post`) for answers of any kind (`answers`), such as ratings (`ratings`), and keeps what was paid for
+(`cache`).
+"""
 
 from latentprior.judge.answers import Answer, Answers, Request
 from latentprior.judge.concept import (
-    NAME,
+    ConcatenatedFeatures,
     ConceptClassifier,
     Embedder,
+    FeatureKind,
     Features,
-    Joined,
     LayerMean,
-    Reading,
     features_for,
 )
-from latentprior.judge.endpoint import Cost, EndpointJudge, RatingResult, Ratings, endpoint_key
+from latentprior.judge.endpoint import Cost, EndpointJudge, Ratings, endpoint_key
 from latentprior.judge.fluency import conditional_nll, distinct_ngrams, longest_repeat, repetition
 from latentprior.judge.ratings import RatingRequest, parse_rating
 
 __all__ = [
-    "NAME",
     "Answer",
     "Answers",
+    "ConcatenatedFeatures",
     "ConceptClassifier",
     "Cost",
     "Embedder",
     "EndpointJudge",
+    "FeatureKind",
     "Features",
-    "Joined",
     "LayerMean",
     "RatingRequest",
-    "RatingResult",
     "Ratings",
-    "Reading",
     "Request",
     "conditional_nll",
     "distinct_ngrams",

@@ -37,11 +37,7 @@ class Request(Protocol[Parsed]):
         ...
 
     def parse(self, answer: str) -> Parsed:
-        """The JSON value in a model's answer, never None.
-
-        Raises:
-            Malformed: there is no valid one.
-        """
+        """The JSON value in a model's answer, never None; raises `Malformed` if there is no valid one."""
         ...
 
     def again(self, answer: str) -> list[Message]:
@@ -58,14 +54,9 @@ class Answer(Generic[Value]):
     reason: str = ""
     """Why it failed; empty if it did not."""
     calls: int = 0
-    """Calls that were made for it; 0 if it was in the ledger."""
-    troubles: tuple[str, ...] = ()
-    """What went wrong on the way: HTTP statuses, "time-out", "connection", "not JSON", "malformed"."""
-
-    @property
-    def rating(self) -> Value | None:
-        """`value`, by the name that it has where a rating was asked for."""
-        return self.value
+    """Calls that were made for it; 0 if it was in the cache."""
+    failures: tuple[str, ...] = ()
+    """Of its calls, one for each: an HTTP status, "time-out", "connection", "not JSON" or "malformed"."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +76,9 @@ class Answers(Generic[Value]):
         return sum(result.calls for result in self._distinct())
 
     @property
-    def troubles(self) -> Counter[str]:
-        """How often each thing went wrong, also where a further try went well."""
-        return Counter(trouble for result in self._distinct() for trouble in result.troubles)
+    def failures(self) -> Counter[str]:
+        """How often calls failed in each way, also where a later one gave a value."""
+        return Counter(failure for result in self._distinct() for failure in result.failures)
 
     def _distinct(self) -> Iterable[Answer[Value]]:
         return {id(result): result for result in self.results}.values()
@@ -101,11 +92,7 @@ def ask_again(answer: str, wanted: str) -> list[Message]:
 
 
 def json_objects(answer: str) -> list[dict[str, Any]]:
-    """The outermost JSON objects in a model's answer; thoughts before a "</think>" are left out.
-
-    Raises:
-        Malformed: an object names a key twice, or is nested too deeply.
-    """
+    """The outermost JSON objects in a model's answer; thoughts before a "</think>" are left out."""
     # Reasoning models that are served without a parser of their thoughts put them before the answer.
     answer = answer.rpartition("</think>")[2]
     decoder = json.JSONDecoder(object_pairs_hook=_distinct)
@@ -123,11 +110,7 @@ def json_objects(answer: str) -> list[dict[str, Any]]:
 
 
 def whole_number(value: Any, valid: range, name: str) -> int:
-    """`value` as an int.
-
-    Raises:
-        Malformed: it is not a whole number in `valid`.
-    """
+    """`value` as an int; raises `Malformed` if it is not a whole number in `valid`."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or value not in valid:
         raise Malformed(f"the {name} must be a whole number from {valid[0]} to {valid[-1]}, got {shown(value)}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from latentprior.config import JudgeConfig
 from latentprior.judge.answers import Answer, Answers, Malformed, Message, Request
-from latentprior.judge.ledger import Ledger, content_key, read_ledger, value_of
+from latentprior.judge.cache import AnswerCache, content_key, read_cache, value_of
 from latentprior.judge.post import Refused, Rejected, Unavailable, opener, post_json
 from latentprior.judge.ratings import RatingRequest
 from latentprior.utils.errors import InputError
@@ -34,7 +34,7 @@ class Cost:
     calls: int
     """Requests to the endpoint, if none fails."""
     known: int
-    """Answers that need no call: in the ledger already, or asked for twice."""
+    """Answers that need no call: in the cache already, or asked for twice."""
     prompt_tokens: int
     """Characters of the prompts / 4."""
     answer_tokens: int
@@ -47,9 +47,6 @@ class Cost:
         return tokens if self.money is None else tokens | {"cost": self.money}
 
 
-RatingResult = Answer[int]
-
-
 class Ratings(Answers[int]):
     """Ratings in the order of their requests."""
 
@@ -59,30 +56,22 @@ class Ratings(Answers[int]):
 
 
 def endpoint_key(variable: str) -> str:
-    """The key in an environment variable; for the command line, nothing else here reads the environment.
-
-    Raises:
-        InputError: the variable is not set or empty.
-    """
+    """The key in an environment variable, which must be set; nothing else here reads the environment."""
     key = os.environ.get(variable, "").strip()
     if not key:
         raise InputError(f"the judge's key is read from the environment variable {variable!r}, which is not set")
     return key
 
 
-def endpoint_of(config: JudgeConfig, ledger: str | Path) -> EndpointJudge | None:
-    """The judge that `config` names, with its key from the environment; None if it names none.
-
-    Raises:
-        InputError: the environment variable of the key is not set; see `EndpointJudge`.
-    """
+def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
+    """The judge that `config` names, with its key from the environment; None if it names none."""
     if config.url is None or config.model is None:
         return None
     return EndpointJudge(
         config.url,
         config.model,
         endpoint_key(config.key_variable) if config.key_variable else None,
-        ledger=ledger,
+        cache=cache,
         concurrency=config.workers,
         timeout=config.timeout,
         attempts=config.attempts,
@@ -90,7 +79,7 @@ def endpoint_of(config: JudgeConfig, ledger: str | Path) -> EndpointJudge | None
 
 
 class EndpointJudge:
-    """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a ledger on disk.
+    """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a file.
 
     Calls run in threads. A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a
     response that is not JSON) is repeated after `backoff` s, twice that, and so on, and never before the server's
@@ -101,8 +90,8 @@ class EndpointJudge:
         url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
         model: name of the model there.
         key: bearer token; None for endpoints that need none.
-        ledger: file of paid answers, made if missing. An answer is found by model, messages, options, kind and version
-            of the wording, whatever the endpoint.
+        cache: file of paid answers, made if missing (`AnswerCache`). An answer is found by model, messages, options,
+            kind and version of the wording, whatever the endpoint.
         concurrency: most calls at a time.
         timeout: seconds for one call.
         attempts: most failed calls for one request.
@@ -122,7 +111,7 @@ class EndpointJudge:
         model: str,
         key: str | None = None,
         *,
-        ledger: str | Path,
+        cache: str | Path,
         concurrency: int = 8,
         timeout: float = 60.0,
         attempts: int = 6,
@@ -149,7 +138,7 @@ class EndpointJudge:
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
             raise InputError("the judge's key must be printable ASCII without spaces around it")
         self.url, self.model, self._key = _completions_url(url), model, key
-        self.ledger = Path(ledger)
+        self.cache = Path(cache)
         self.concurrency, self.timeout = concurrency, timeout
         self.attempts, self.reasks, self.patience = attempts, reasks, patience
         self.backoff, self.longest_wait = backoff, longest_wait
@@ -163,15 +152,8 @@ class EndpointJudge:
         prompt_price: float | None = None,
         answer_price: float | None = None,
     ) -> Cost:
-        """What asking `requests` will take, given what the ledger holds; calls nothing.
-
-        Args:
-            prompt_price, answer_price: of a million tokens.
-
-        Raises:
-            InputError: a damaged ledger.
-        """
-        known = read_ledger(self.ledger)
+        """What asking `requests` will take, given what the cache holds; calls nothing. Prices: of a million tokens."""
+        known = read_cache(self.cache)
         pending = {key: request for key, request in self._keyed(requests) if key not in known}
         texts = (message["content"] for request in pending.values() for message in request.messages())
         prompt_tokens = -(-sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
@@ -191,26 +173,22 @@ class EndpointJudge:
         If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
 
         Args:
-            report: gets answers done that were not in the ledger, of how many, and how many failed.
+            report: gets answers done that were not in the cache, of how many, and how many failed.
 
         Raises:
-            InputError: the endpoint refuses every request (wrong URL, key or account), or the ledger is damaged, in use
+            InputError: the endpoint refuses every request (wrong URL, key or account), or the cache is damaged, in use
                 by another process or cannot be written.
         """
         keyed = self._keyed(requests)
-        with Ledger(self.ledger) as ledger:
-            known = {key: Answer(value_of(ledger.entries[key])) for key, _ in keyed if key in ledger.entries}
+        with AnswerCache(self.cache) as cache:
+            known = {key: Answer(value_of(cache.entries[key])) for key, _ in keyed if key in cache.entries}
             pending = {key: request for key, request in keyed if key not in known}
-            results = known | self._ask_all(pending, ledger, report)
+            results = known | self._ask_all(pending, cache, report)
         return Answers([results[key] for key, _ in keyed])
 
     def recall(self, requests: Sequence[Request[Value]]) -> list[Value | None]:
-        """What the ledger holds of the answers to `requests`, None where it has none; calls nothing.
-
-        Raises:
-            InputError: a damaged ledger.
-        """
-        known = read_ledger(self.ledger)
+        """What the cache holds of the answers to `requests`, None where it has none; calls nothing."""
+        known = read_cache(self.cache)
         return [value_of(known[key]) if key in known else None for key, _ in self._keyed(requests)]
 
     def _keyed(self, requests: Sequence[Request[Value]]) -> list[tuple[str, Request[Value]]]:
@@ -220,18 +198,18 @@ class EndpointJudge:
         return {**self.options, "model": self.model, "messages": messages}
 
     def _ask_all(
-        self, pending: Mapping[str, Request[Value]], ledger: Ledger, report: Report
+        self, pending: Mapping[str, Request[Value]], cache: AnswerCache, report: Report
     ) -> dict[str, Answer[Value]]:
         results: dict[str, Answer[Value]] = {}
         failed = unanswered = 0
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            futures = {pool.submit(self._ask_one, key, item, ledger, stop): key for key, item in pending.items()}
+            futures = {pool.submit(self._ask_one, key, item, cache, stop): key for key, item in pending.items()}
             for future in as_completed(futures):
                 result = results[futures[future]] = future.result()
                 failed += result.value is None
-                answered = result.value is not None or MALFORMED in result.troubles
+                answered = result.value is not None or MALFORMED in result.failures
                 unanswered = 0 if answered else unanswered + 1
                 report(len(results), len(pending), {"failed": failed})
                 if unanswered >= self.patience:
@@ -243,9 +221,9 @@ class EndpointJudge:
             pool.shutdown(cancel_futures=True)
         return results
 
-    def _ask_one(self, key: str, request: Request[Value], ledger: Ledger, stop: threading.Event) -> Answer[Value]:
-        """Ask until there is a value or the request has failed; a value is in the ledger before this returns."""
-        messages, troubles, calls, malformed = request.messages(), [], 0, 0
+    def _ask_one(self, key: str, request: Request[Value], cache: AnswerCache, stop: threading.Event) -> Answer[Value]:
+        """Ask until there is a value or the request has failed; a value is in the cache before this returns."""
+        messages, failures, calls, malformed = request.messages(), [], 0, 0
         answer, reason, pause = "", NOT_ASKED, 0.0
         while not stop.wait(pause):
             calls += 1
@@ -253,24 +231,24 @@ class EndpointJudge:
                 answer, usage = self._post(messages)
                 value = request.parse(answer)
             except Rejected as error:
-                return Answer(None, str(error), calls, (*troubles, error.trouble))
+                return Answer(None, str(error), calls, (*failures, error.failure))
             except Unavailable as error:
-                troubles.append(error.trouble)
+                failures.append(error.failure)
                 reason, asked_to_wait = str(error), error.retry_after or 0.0
-                if len(troubles) - malformed >= self.attempts or asked_to_wait > self.longest_wait:
+                if len(failures) - malformed >= self.attempts or asked_to_wait > self.longest_wait:
                     break
-                pause = max(asked_to_wait, self._backoff(key, len(troubles)))
+                pause = max(asked_to_wait, self._backoff(key, len(failures)))
             except Malformed as error:
-                troubles.append(MALFORMED)
+                failures.append(MALFORMED)
                 malformed += 1
                 reason, pause = f"malformed answer: {error}", 0.0
                 if malformed > self.reasks:
                     break
                 messages = request.messages() + request.again(answer)
             else:
-                ledger.add(key, value, model=self.model, kind=request.kind, answer=answer, usage=usage)
-                return Answer(value, "", calls, tuple(troubles))
-        return Answer(None, reason, calls, tuple(troubles))
+                cache.add(key, value, model=self.model, kind=request.kind, answer=answer, usage=usage)
+                return Answer(value, "", calls, tuple(failures))
+        return Answer(None, reason, calls, tuple(failures))
 
     def _post(self, messages: list[Message]) -> tuple[str, Any]:
         """The model's answer, and the tokens that the server counted."""

@@ -33,7 +33,7 @@ def conditional_nll(
 ) -> np.ndarray:
     """Mean negative log-likelihood of continuations given their prompts, in nats a token (paper, fluency).
 
-    It is that of the model as it is now: call it outside of every steering context.
+    The likelihood is that of the model as it is now: call this outside of every steering context.
 
     Args:
         inputs: "input_ids" and "attention_mask" [B, P] of the prompts, padded on either side; "attention_mask" may be
@@ -46,9 +46,6 @@ def conditional_nll(
 
     Returns:
         [B] float64; NaN for a continuation without tokens.
-
-    Raises:
-        InputError: prompts, continuations and mask that do not fit together, or a prompt without tokens.
     """
     prompts = inputs["input_ids"]
     prompt_mask = inputs.get("attention_mask", torch.ones_like(prompts)).bool()
@@ -118,11 +115,7 @@ def _mean_loss(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
 
 
 def distinct_ngrams(ids: Sequence[int], n: int) -> float:
-    """Share of the n-grams of a text that are distinct; 1 if it is shorter than n.
-
-    Raises:
-        InputError: n is not positive.
-    """
+    """Share of the n-grams of a text that are distinct; 1 if it is shorter than n."""
     if n < 1:
         raise InputError(f"n-grams have at least one token, got n = {n}")
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]

@@ -1,8 +1,9 @@
 """One HTTP request with a JSON body, and the three ways in which it can fail.
 
-The standard library's client serves: it adds no package, sends what it is told to and nothing else, and leaves waiting
-to the caller. The openai client would also send OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS from the
-environment to whatever endpoint is named, and waits by constants of its own.
+By the standard library's client, which sends what it is told to and nothing else. The openai client adds
+OPENAI_ORG_ID and OPENAI_PROJECT_ID from the environment to requests to any endpoint and follows redirects; told to do
+neither, it would still need what is here: one deadline and a largest size for a response, the three kinds of failure,
+and waiting left to the caller.
 """
 
 from __future__ import annotations
@@ -26,26 +27,21 @@ _FOR_ALL = frozenset({301, 302, 303, 307, 308, 401, 402, 404, 405})
 
 
 class PostError(Exception):
-    """A request failed; the message is one line.
+    """A request failed; the message is one line, `failure` an HTTP status, "time-out", "connection" or "not JSON"."""
 
-    Attributes:
-        trouble: a word for counting: the HTTP status, "time-out", "connection" or "not JSON".
-    """
-
-    def __init__(self, trouble: str, message: str) -> None:
+    def __init__(self, failure: str, message: str) -> None:
         super().__init__(message)
-        self.trouble = trouble
+        self.failure = failure
 
 
 class Unavailable(PostError):
     """It may work later: no connection, a time-out, too many requests, a fault of the server, a garbled response.
 
-    Attributes:
-        retry_after: seconds that the server asks to wait; None if it does not say.
+    `retry_after` are the seconds that the server asks to wait, if it does.
     """
 
-    def __init__(self, trouble: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(trouble, message)
+    def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(failure, message)
         self.retry_after = retry_after
 
 
@@ -75,10 +71,10 @@ def post_json(
     Args:
         client: from `opener()`.
         key: sent as a bearer token; appears in no message.
-        timeout: seconds for the whole exchange, however slowly the response trickles in.
+        timeout: seconds for the whole exchange, however slowly the response arrives.
 
     Raises:
-        Unavailable, Rejected, Refused: see there.
+        PostError: one of the three above.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "latentprior"}
     if key is not None:

@@ -55,18 +55,15 @@ class RatingRequest:
 
     "concept", "fluency" and "instruction" (does it respond to the prompt) are rated 0, 1 or 2, the three respects of
     AxBench (Wu et al., 2025); "trait" from 0 to 100, as in Persona Vectors (Chen et al., 2025). The wording is our own.
-
-    Raises:
-        InputError: an unknown kind, or a description or prompt that this kind needs and that is empty.
     """
 
     kind: Kind
     continuation: str
     """The text to be rated."""
     prompt: str = ""
-    """What it continues or answers; asked of by "instruction" and "trait"."""
+    """What it continues or answers; needed by "instruction" and "trait"."""
     description: str = ""
-    """The concept or trait in words; asked of by "concept" and "trait"."""
+    """The concept or trait in words; needed by "concept" and "trait"."""
     version: ClassVar[int] = 1
     answer_tokens: ClassVar[int] = 12
 
@@ -88,13 +85,8 @@ class RatingRequest:
         return parse_rating(answer, self.kind)
 
     def again(self, answer: str) -> list[Message]:
-        """See `reminder`."""
-        return reminder(answer)
-
-
-def reminder(answer: str) -> list[Message]:
-    """What continues the conversation after an answer without a rating; nothing after an empty one."""
-    return ask_again(answer, _REMINDER)
+        """What continues the conversation after an answer without a rating; nothing after an empty one."""
+        return ask_again(answer, _REMINDER)
 
 
 def parse_rating(answer: str, kind: Kind) -> int:

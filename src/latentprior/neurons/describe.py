@@ -88,7 +88,7 @@ def estimate(
     prompt_price: float | None = None,
     answer_price: float | None = None,
 ) -> Cost:
-    """An upper bound of what `describe` will take if no call fails, less what the ledger holds; calls nothing.
+    """An upper bound of what `describe` will take if no call fails, less what the cache holds; calls nothing.
 
     Descriptions that are not known yet are taken to be as long as they may.
 
@@ -96,7 +96,7 @@ def estimate(
         prompt_price, answer_price: of a million tokens.
 
     Raises:
-        InputError: a damaged ledger or store.
+        InputError: a damaged cache or store.
     """
     return _estimate(cases_of(store, units, seed), judge, seed, prompt_price, answer_price)
 
@@ -126,7 +126,7 @@ def describe_store(
 
     These are the units that win most tasks, then those of the largest kurtosis. Offline descriptions are written first,
     so that a judge that fails takes nothing away. Descriptions by an endpoint stay until it describes the unit again;
-    what was paid for comes from the judge's ledger.
+    what was paid for comes from the judge's cache.
 
     Args:
         judge: None for offline descriptions alone.
@@ -269,7 +269,7 @@ def _summary(described: Sequence[Description], answers: Sequence[Answers[Any]]) 
         },
         "reasons": dict(Counter(item.reason for item in described if item.reason)),
         "calls": sum(part.calls for part in answers),
-        "troubles": dict(sum((part.troubles for part in answers), Counter())),
+        "troubles": dict(sum((part.failures for part in answers), Counter())),
     }
 
 

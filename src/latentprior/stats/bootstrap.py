@@ -68,6 +68,21 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
+def bootstrap_counts(entries: int, resamples: int, seed: int) -> np.ndarray:
+    """[1 + resamples, entries] float64: ones, then how often each entry is drawn in each resample.
+
+    For statistics of several means: those under row 0 are the sample's, the others have a `percentile_interval`.
+    """
+    drawn = np.random.default_rng(seed).multinomial(entries, np.full(entries, 1 / entries), size=resamples)
+    return np.vstack([np.ones(entries), drawn])
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of `values` [resamples]; an end may be infinite."""
+    low, high = np.percentile(values, (2.5, 97.5), method="nearest")
+    return float(low), float(high)
+
+
 def _entries(values: Values, weights: Values | None) -> tuple[np.ndarray, np.ndarray]:
     value = _array(values)
     weight = np.ones_like(value) if weights is None else _array(weights)

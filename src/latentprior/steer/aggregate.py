@@ -1,4 +1,4 @@
-"""Rows of steering results -> per-prompt figures of each method, against the unsteered text of the same prompt.
+"""The rows of steered texts, aggregated to figures of each method and prompt against the prompt's unsteered text.
 
 A text's *gain* is how far the concept moved the way it was pushed, ``sign(strength) * (concept - unsteered concept)``,
 and its *increase* is how much its negative log-likelihood (NLL) rose.
@@ -22,7 +22,7 @@ SIGNS = np.array([1.0, -1.0])
 
 
 class Key(NamedTuple):
-    """What was compared; `prior` is "" where the results name none."""
+    """A condition; `prior` is "" where the rows name none."""
 
     direction: str
     method: str
@@ -30,13 +30,13 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Folded:
-    """One method along one direction, P prompts by S strengths, with the signs of a strength taken together."""
+class Aggregate:
+    """One condition, P prompts by S strengths, with the signs of a strength taken together."""
 
     strengths: np.ndarray
     """[S] absolute, increasing."""
     gain: np.ndarray
-    """[P, S] mean over the signs that were run; NaN where a text or a rating of either, or of the unsteered, lacks."""
+    """[P, S] mean over the signs that were run; NaN where a text or rating is missing, the unsteered one included."""
     increase: np.ndarray
     """[P, S] of the NLL, nats a token; NaN where `gain` is."""
     unsteered: Mapping[str, np.ndarray]
@@ -49,8 +49,8 @@ class Folded:
     """Texts that other prompts have and some lack."""
 
 
-def fold(rows: pa.Table) -> dict[Key, Folded]:
-    """Results by direction, method and prior, prompt by prompt against the unsteered text.
+def aggregate(rows: pa.Table) -> dict[Key, Aggregate]:
+    """The aggregates of all conditions but the unsteered ones.
 
     Args:
         rows: one for each text, with the columns direction, method, strength (signed), prompt, concept (probability,
@@ -61,7 +61,7 @@ def fold(rows: pa.Table) -> dict[Key, Folded]:
         InputError: a column that is missing, a concept outside [0, 1], a strength that is not finite, two rows of one
             text, or a direction without unsteered texts.
     """
-    data = _arrays(rows)
+    data = _columns(rows)
     keys = [Key(*key) for key in zip(data["direction"], data["method"], data["prior"], strict=True)]
     members: dict[Key, list[int]] = {}
     for i, key in enumerate(keys):
@@ -73,12 +73,12 @@ def fold(rows: pa.Table) -> dict[Key, Folded]:
         unsteered = {key.prior: chosen for key, chosen in own.items() if key.method == UNSTEERED}
         for key, chosen in own.items():
             if key.method != UNSTEERED:
-                found[key] = _folded(data, key, prompts, chosen, unsteered.get(key.prior, unsteered.get("")))
+                found[key] = _aggregate(data, key, prompts, chosen, unsteered.get(key.prior, unsteered.get("")))
     return found
 
 
-def _arrays(rows: pa.Table) -> dict[str, np.ndarray]:
-    """The columns of a table that are used, checked."""
+def _columns(rows: pa.Table) -> dict[str, np.ndarray]:
+    """The columns that are used, checked."""
     numeric = ("strength", *MEASURED, *(name for name in DESCRIBED if name in rows.column_names))
     for name in ("direction", "method", "prompt", *numeric):
         if name not in rows.column_names:
@@ -94,31 +94,28 @@ def _arrays(rows: pa.Table) -> dict[str, np.ndarray]:
     return data
 
 
-def _folded(
+def _aggregate(
     data: Mapping[str, np.ndarray], key: Key, prompts: np.ndarray, chosen: np.ndarray, unsteered: np.ndarray | None
-) -> Folded:
-    """The rows `chosen` of one method, against the rows `unsteered`."""
+) -> Aggregate:
+    """Of the rows `chosen`, against the rows `unsteered`."""
     if unsteered is None:
         raise InputError(f"direction {key.direction!r} has no unsteered texts (method {UNSTEERED!r})")
     signed = data["strength"][chosen]
     strengths, column = np.unique(np.abs(signed), return_inverse=True)
-    cell = (np.searchsorted(prompts, data["prompt"][chosen]), column, (signed < 0).astype(int))
+    at = (np.searchsorted(prompts, data["prompt"][chosen]), column, (signed < 0).astype(int))
     shape = (len(prompts), len(strengths), len(SIGNS))
     texts = np.zeros(shape, int)
-    np.add.at(texts, cell, 1)
-    base_cell = np.searchsorted(prompts, data["prompt"][unsteered])
-    if texts.max() > 1 or len(np.unique(base_cell)) < len(base_cell):
+    np.add.at(texts, at, 1)
+    base_at = np.searchsorted(prompts, data["prompt"][unsteered])
+    if texts.max() > 1 or len(np.unique(base_at)) < len(base_at):
         raise InputError(f"{', '.join(filter(None, key))}: two rows of the same prompt and strength")
 
-    def placed(name: str) -> np.ndarray:
-        values = np.full(shape, np.nan)
-        values[cell] = data[name][chosen]
-        return values
-
-    columns = {name: placed(name) for name in (*MEASURED, *DESCRIBED) if name in data}
-    base = {name: np.full(len(prompts), np.nan) for name in columns}
-    for name, values in base.items():
-        values[base_cell] = data[name][unsteered]
+    names = [name for name in (*MEASURED, *DESCRIBED) if name in data]
+    columns = {name: np.full(shape, np.nan) for name in names}
+    base = {name: np.full(len(prompts), np.nan) for name in names}
+    for name in names:
+        columns[name][at] = data[name][chosen]
+        base[name][base_at] = data[name][unsteered]
     run = texts.any(axis=0)
 
     def over_signs(values: np.ndarray) -> np.ndarray:
@@ -129,7 +126,7 @@ def _folded(
     increase = over_signs(columns["nll"] - base["nll"][:, None, None])
     absent = np.isnan(gain) | np.isnan(increase)
     failed = np.isnan(data["concept"][chosen]) | np.isnan(data["nll"][chosen])
-    return Folded(
+    return Aggregate(
         strengths,
         np.where(absent, np.nan, gain),
         np.where(absent, np.nan, increase),

@@ -1,9 +1,10 @@
-"""A direction along which to steer: a unit vector, where it belongs, and how it was made."""
+"""`Direction`: a unit vector along which to steer, where it belongs, and how it was made; its file."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from latentprior.config import Side
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replace_bytes
@@ -27,7 +29,13 @@ _TENSOR = "direction"
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A unit vector of activation space. `Direction.of` makes one from a vector of any length."""
+    """A unit vector of activation space. `from_texts` makes one of texts, `of` of a vector of any length.
+
+    Examples:
+        >>> happy = lp.Direction.from_texts(model, tokenizer, ["I love it."], ["I hate it."], layer=1)
+        >>> happy.hookpoint.layer, round(float(happy.vector.norm()), 3)
+        (1, 1.0)
+    """
 
     vector: Tensor
     """[d] float32, of norm 1, on the CPU."""
@@ -41,6 +49,8 @@ class Direction:
     """Its norm before it was scaled to 1, in raw activation units; 1 where it had none."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """How it was made, as JSON-ready values: data, counts, seed, options."""
+    mean_norm: float | None = None
+    """Mean norm of the activations that it was made from, the unit of strength; None where it is not known."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,8 +61,9 @@ class Direction:
         length = float(self.vector.double().norm())
         if not abs(length - 1) < 1e-3:  # also NaN
             raise InputError(f"a direction has norm 1, got {length:.4g}: use Direction.of")
-        if not 0 < self.norm < math.inf:
-            raise InputError(f"the norm of a direction must be positive and finite, got {self.norm}")
+        for name, value in (("norm", self.norm), ("mean norm", 1.0 if self.mean_norm is None else self.mean_norm)):
+            if not 0 < value < math.inf:
+                raise InputError(f"the {name} of a direction must be positive and finite, got {value}")
         try:
             json.dumps(self.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -62,7 +73,16 @@ class Direction:
         return f"Direction({self.name!r}, {self.kind}, {self.hookpoint}, norm {self.norm:.4g})"
 
     @classmethod
-    def of(cls, vector: Tensor, hookpoint: Hookpoint, name: str, kind: str, **provenance: Any) -> Direction:
+    def of(
+        cls,
+        vector: Tensor,
+        hookpoint: Hookpoint,
+        name: str,
+        kind: str,
+        *,
+        mean_norm: float | None = None,
+        **provenance: Any,
+    ) -> Direction:
         """The direction of `vector` [d], of any length and precision; its length is kept as `norm`.
 
         Raises:
@@ -76,17 +96,49 @@ class Direction:
         norm = float(exact.norm())
         if norm == 0:
             raise InputError(f"the direction {name!r} is zero")
-        return cls((exact / norm).float(), hookpoint, name, kind, norm, provenance)
+        return cls((exact / norm).float(), hookpoint, name, kind, norm, provenance, mean_norm)
 
-    def check(self, model: nn.Module, *, check_model: bool = True) -> None:
-        """Refuse a model that this direction was not made for.
+    @classmethod
+    def from_texts(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        positive: Sequence[str],
+        negative: Sequence[str],
+        *,
+        layer: int = 15,
+        side: Side = "output",
+        kind: Literal["difference_of_means", "probe"] = "difference_of_means",
+        read: Literal["last", "mean"] = "last",
+        name: str = "from texts",
+        **options: Any,
+    ) -> Direction:
+        """The direction from `negative` to `positive` texts, of any numbers; it knows its mean norm.
+
+        The first position is never read, nor are attention sinks but where they are a text's last token.
 
         Args:
-            check_model: refuse a model of another name; layer and width are always checked.
+            layer: index of the block, whose `side` is read.
+            kind: difference of the mean activations, or normal of a logistic probe.
+            read: a text's last token, or the mean over its tokens.
+            name: shown to people.
+            options: see `latentprior.steer.labelled_direction`.
 
         Raises:
-            InputError: another model, a layer that it does not have, or another width.
+            InputError: no texts on one side, texts without a token after the first position, a layer out of range.
         """
+        from latentprior.steer.from_texts import labelled_direction  # which itself makes directions
+
+        if isinstance(positive, str) or isinstance(negative, str):
+            raise InputError("positive and negative texts must be lists of strings")
+        labels = [1] * len(positive) + [0] * len(negative)
+        hookpoint, texts = Hookpoint.of(model, layer, side=side), [*positive, *negative]
+        return labelled_direction(
+            model, tokenizer, texts, labels, hookpoint, kind=kind, read=read, name=name, **options
+        )
+
+    def check(self, model: nn.Module, *, check_model: bool = True) -> None:
+        """Refuse a model of another name (unless `check_model` is false), without the layer, or of another width."""
         self.hookpoint.check(model, check_model=check_model)
 
 
@@ -102,12 +154,9 @@ def write_direction(direction: Direction, path: str | Path) -> Path:
     """Write `direction` as one safetensors file, whole or not at all; missing folders are made.
 
     Its tensor is "direction" [d]; everything else is JSON in the metadata.
-
-    Raises:
-        InputError: the file cannot be written.
     """
     path = Path(path)
-    values = {
+    values: dict[str, Any] = {
         "format": FORMAT,
         "name": direction.name,
         "kind": direction.kind,
@@ -115,6 +164,8 @@ def write_direction(direction: Direction, path: str | Path) -> Path:
         "hookpoint": direction.hookpoint.to_dict(),
         "provenance": direction.provenance,
     }
+    if direction.mean_norm is not None:
+        values["mean_norm"] = direction.mean_norm
     content = save({_TENSOR: direction.vector.contiguous()}, metadata={_KEY: json.dumps(values)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +209,7 @@ def read_direction(path: str | Path) -> Direction:
             str(values["kind"]),
             float(values["norm"]),
             dict(values["provenance"]),
+            values.get("mean_norm"),
         )
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}") from error

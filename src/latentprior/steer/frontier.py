@@ -1,6 +1,6 @@
 """Concept-fluency frontiers: what each method of steering gains in concept for what it costs in fluency.
 
-Gain and NLL increase are those of `latentprior.steer.folding`, against the unsteered text of the same prompt. All
+Gain and NLL increase are those of `latentprior.steer.aggregate`, against the unsteered text of the same prompt. All
 bootstraps resample prompts, the same ones for every method and strength.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from latentprior.steer.aggregate import DESCRIBED, Folded, Key, fold
+from latentprior.stats.bootstrap import bootstrap_counts, percentile_interval
+from latentprior.steer.aggregate import DESCRIBED, Aggregate, Key, aggregate
 from latentprior.utils.errors import InputError, unknown
 
-ENDS = (2.5, 97.5)  # percentiles of a 95% interval
 LARGEST_RANGE = 1.5  # nats: text this much less likely for each token is seldom of use to anyone
 MATCHED_NLL = (1 / 3, 2 / 3, 1.0)  # of the range
 MATCHED_GAIN = (0.25, 0.5, 0.75)  # of the baseline's gain at the end of the range
@@ -96,24 +96,18 @@ class Frontier:
         return self.increase[:, :-1], np.diff(self.increase, axis=1), np.diff(self.gain, axis=1)
 
 
-def curve(folded: Folded, counts: np.ndarray) -> Curve:
+def curve(aggregated: Aggregate, counts: np.ndarray) -> Curve:
     """Mean gain and NLL at each strength, in every resample.
 
     A prompt without a rating at some strength is left out of that strength alone; because both figures are differences
     to the same prompt's unsteered text, that does not shift them by how hard the prompt is.
 
     Args:
-        counts: [N, P] how often each prompt counts in each resample (`resampled`).
+        counts: [N, P] how often each prompt counts in each resample (`bootstrap_counts`).
     """
     zero = np.zeros((len(counts), 1))
-    gain, increase = (np.hstack([zero, _means(counts, part)]) for part in (folded.gain, folded.increase))
-    return Curve(gain, increase, increase + _means(counts, folded.unsteered["nll"][:, None]))
-
-
-def resampled(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """[1 + resamples, prompts] float64: ones, then how often each prompt is drawn in each bootstrap resample."""
-    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    return np.vstack([np.ones(prompts), drawn])
+    gain, increase = (np.hstack([zero, _means(counts, part)]) for part in (aggregated.gain, aggregated.increase))
+    return Curve(gain, increase, increase + _means(counts, aggregated.unsteered["nll"][:, None]))
 
 
 def frontier(points: Curve) -> Frontier:
@@ -136,8 +130,7 @@ def frontier(points: Curve) -> Frontier:
 
 def estimate(draws: np.ndarray) -> Estimate:
     """[N] values, that of the sample first and those of its resamples after it."""
-    low, high = np.percentile(draws[1:], ENDS, method="nearest")  # the nearest one may be infinite
-    return Estimate(float(draws[0]), float(low), float(high))
+    return Estimate(float(draws[0]), *percentile_interval(draws[1:]))
 
 
 def area_difference(method: Frontier, baseline: Frontier, width: float) -> Estimate:
@@ -168,40 +161,42 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
     strengths might have given it more.
 
     Args:
-        table: the rows of `fold`.
+        table: the rows of `aggregate`.
         baseline: the method that the others are compared with.
         resamples, seed: of the bootstrap over prompts.
 
     Raises:
-        InputError: as `fold`; or a direction without the baseline or with fewer than two prompts, or no resamples.
+        InputError: as `aggregate`; or a direction without the baseline or with fewer than two prompts, or no resamples.
     """
     if resamples < 1:
         raise InputError(f"resamples must be positive, got {resamples}")
-    if not (folded := fold(table)):
+    if not (aggregates := aggregate(table)):
         raise InputError("the results hold no steered texts")
     directions = [
-        _direction({key: part for key, part in folded.items() if key.direction == direction}, baseline, resamples, seed)
-        for direction in dict.fromkeys(key.direction for key in folded)
+        _direction(
+            {key: part for key, part in aggregates.items() if key.direction == direction}, baseline, resamples, seed
+        )
+        for direction in dict.fromkeys(key.direction for key in aggregates)
     ]
     return {"baseline": baseline, "resamples": resamples, "seed": seed, "directions": directions}
 
 
-def _direction(folded: Mapping[Key, Folded], baseline: str, resamples: int, seed: int) -> dict[str, Any]:
+def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: int, seed: int) -> dict[str, Any]:
     """The summary of one direction, the baseline's methods first."""
-    first = next(iter(folded))
-    if baseline not in (methods := dict.fromkeys(key.method for key in folded)):
+    first = next(iter(aggregates))
+    if baseline not in (methods := dict.fromkeys(key.method for key in aggregates)):
         raise unknown(f"baseline along {first.direction!r}", baseline, methods)
-    unsteered = folded[first].unsteered
+    unsteered = aggregates[first].unsteered
     prompts = len(unsteered["nll"])
     if (usable := int((~np.isnan(unsteered["nll"] + unsteered["concept"])).sum())) < 2:
         raise InputError(f"direction {first.direction!r}: at least 2 prompts need a rated unsteered text, got {usable}")
-    counts = resampled(prompts, resamples, seed)
-    curves = {key: curve(part, counts) for key, part in folded.items()}
+    counts = bootstrap_counts(prompts, resamples, seed)
+    curves = {key: curve(part, counts) for key, part in aggregates.items()}
     frontiers = {key: frontier(points) for key, points in curves.items()}
-    baselines = {key.prior: key for key in folded if key.method == baseline}
+    baselines = {key.prior: key for key in aggregates if key.method == baseline}
     width = min(_range(curves[key]) for key in baselines.values())
     described = []
-    for key in sorted(folded, key=lambda key: key.method != baseline):
+    for key in sorted(aggregates, key=lambda key: key.method != baseline):
         against = baselines.get(key.prior, baselines.get(""))
         if against is None:
             raise InputError(f"prior {key.prior!r} along {key.direction!r} has no rows of the baseline {baseline!r}")
@@ -210,9 +205,9 @@ def _direction(folded: Mapping[Key, Folded], baseline: str, resamples: int, seed
         entry = {
             "method": key.method,
             "prior": key.prior or None,
-            "failed": folded[key].failed,
-            "missing": folded[key].missing,
-            "points": list(_points(folded[key], curves[key])),
+            "failed": aggregates[key].failed,
+            "missing": aggregates[key].missing,
+            "points": list(_points(aggregates[key], curves[key])),
             "frontier": _vertices(mine, curves[key]),
             "area": area.value,
             "area_interval": area.interval,
@@ -250,20 +245,20 @@ def _differences(mine: Frontier, baseline: Frontier, width: float) -> dict[str, 
     }
 
 
-def _points(folded: Folded, points: Curve) -> Iterator[dict[str, Any]]:
-    for i, strength in enumerate(folded.strengths.tolist()):
+def _points(aggregated: Aggregate, points: Curve) -> Iterator[dict[str, Any]]:
+    for i, strength in enumerate(aggregated.strengths.tolist()):
         gain, nll = (estimate(part[:, i + 1]) for part in (points.gain, points.nll))
-        signs = folded.columns["concept"][:, i]
+        signs = aggregated.columns["concept"][:, i]
         yield {
             "strength": strength,
-            "prompts": int((~np.isnan(folded.gain[:, i])).sum()),
+            "prompts": int((~np.isnan(aggregated.gain[:, i])).sum()),
             "gain": _finite(gain.value),
             "gain_interval": gain.interval,
             "nll": _finite(nll.value),
             "nll_interval": nll.interval,
             "concept_positive": _mean(signs[:, 0]),
             "concept_negative": _mean(signs[:, 1]),
-            **{name: _mean(values[:, i]) for name, values in folded.columns.items() if name in DESCRIBED},
+            **{name: _mean(values[:, i]) for name, values in aggregated.columns.items() if name in DESCRIBED},
         }
 
 

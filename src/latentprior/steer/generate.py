@@ -17,7 +17,7 @@ from latentprior.steer.intervention import Repair
 
 
 @torch.no_grad()
-def continued(
+def generate_continuations(
     model: Any,
     prompts: Prompts,
     copies: int,
@@ -45,7 +45,7 @@ def continued(
     return out[:, ids.shape[1] :].cpu(), counts
 
 
-class Trace:
+class EditMonitor:
     """A repair that also measures, for each row of the batch, what is left of the edit (`steering`'s `repair`).
 
     Args:

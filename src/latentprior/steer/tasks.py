@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -14,21 +14,21 @@ from latentprior.data import corpus, text
 from latentprior.data.prompts import Prompts, tokenized
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.tokens import encode
-from latentprior.judge.concept import ConceptClassifier, Features, features_for
+from latentprior.judge.concept import ConceptClassifier, features_for
 from latentprior.lm.hooks import Hookpoint, find_blocks
 from latentprior.lm.loading import count_blocks
 from latentprior.sae.saelens import sae_at
-from latentprior.steer.collect import (
+from latentprior.steer.direction import Direction, is_direction, read_direction
+from latentprior.steer.features import describe_latents, sae_direction
+from latentprior.steer.foreign import read_foreign
+from latentprior.steer.from_texts import (
     LabelledKind,
     labelled_direction,
     paired_direction,
     persona_answers,
     persona_direction,
 )
-from latentprior.steer.direction import Direction, is_direction, read_direction
-from latentprior.steer.features import describe_latents, sae_direction
-from latentprior.steer.foreign import read_foreign
-from latentprior.steer.traits import TRAITS, Trait
+from latentprior.steer.traits import SENTIMENT, TRAITS, Trait
 from latentprior.utils.errors import InputError, unknown
 
 Judge = Callable[[Sequence[str]], np.ndarray]  # texts -> probability of the concept [N]
@@ -40,7 +40,7 @@ LATENT_EXAMPLES = 60  # texts that a latent is most active on, for its judge
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class SteeringTask:
     """A direction with what it is tried on."""
 
     direction: Direction
@@ -52,15 +52,14 @@ class Case:
     """What the direction is to bring about, in words."""
 
 
-def cases_of(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
-    """The cases of an experiment (paper, on-manifold steering: sentiment, SAE features, personas).
+def steering_tasks(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
+    """The tasks of an experiment (paper, on-manifold steering: sentiment, SAE features, personas).
 
     Raises:
         InputError: a direction that does not exist or is of another layer, width or model; missing asset packages.
     """
-    return {"sentiment": _sentiment, "sae": _features, "persona": _personas, "files": _files}[config.experiment](
-        config, model, tokenizer, hookpoint
-    )
+    make = {"sentiment": _sentiment, "sae": _features, "persona": _personas, "files": _files}[config.experiment]
+    return make(config, model, tokenizer, hookpoint)
 
 
 def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
@@ -68,9 +67,6 @@ def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
 
     Returns:
         the directions, if they are from files.
-
-    Raises:
-        InputError: as `cases_of`.
     """
     if config.experiment in ("sentiment", "files"):
         binary_task(config.task)
@@ -79,74 +75,68 @@ def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
     if config.experiment == "sae":
         sae_at(str(config.sae), hookpoint, model=config.llm.model)
         ActivationStore(config.store)
-        for name in config.directions:
-            _number(name)
+        _latents(config)
     return directions_in_files(config, hookpoint, count_blocks(config.llm)) if config.experiment == "files" else []
 
 
-# -- sentiment -----------------------------------------------------------------------------------------------------
+def _task(direction: Direction, prompts: Prompts, judge: ConceptClassifier, concept: str) -> SteeringTask:
+    judged_by = {"name": judge.name, "heldout_accuracy": judge.heldout_accuracy}
+    return SteeringTask(direction, prompts, judge, judged_by, concept)
+
+
+# -- sentiment and directions from files: judged by a labelled task ----------------------------------------------------
 
 DIRECTIONS = ("difference_of_means", "probe", "pca")
-SENTIMENT = Trait(
-    name="positive",
-    description="The text is full of praise, delight and approval.",
-    positive=[
-        "You are enthusiastic about everything. Praise what you are asked about and say how wonderful it is.",
-        "Answer with joy and warm approval, whatever the subject.",
-        "You see the best in all things and write glowing, happy answers.",
-    ],
-    negative=[
-        "You are disappointed by everything. Complain about what you are asked about and say how bad it is.",
-        "Answer with disgust and cold disapproval, whatever the subject.",
-        "You see the worst in all things and write bitter, unhappy answers.",
-    ],
-    questions=[
-        "What did you think of the film?",
-        "How was the restaurant last night?",
-        "Tell me about the hotel.",
-        "What is the new phone like?",
-        "How was the concert?",
-        "Describe the book that you have just read.",
-        "What do you think of the new park?",
-        "How is the food at the airport?",
-        "What was the play like?",
-        "How did the match go?",
-        "What is your opinion of this song?",
-        "How was the train journey?",
-    ],
-    held_out_questions=[],
-)
 FRAMES = ("{} I loved every minute of it. It was wonderful.", "{} I hated every minute of it. It was terrible.")
 
 
-def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
+def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     texts, labels, judge, prompts = _labelled(config, model, tokenizer)
-    half = len(texts) // 2
+    half, common = len(texts) // 2, (model, tokenizer)
 
     def direction(kind: str) -> Direction:
         name = f"sentiment, {kind.replace('_', ' ')}"
         if kind == "pca":
             pairs = [[frame.format(text) for text in texts[: half // 2]] for frame in FRAMES]
-            return paired_direction(model, tokenizer, pairs[0], pairs[1], hookpoint, name=name, max_length=MAX_LENGTH)
+            return paired_direction(*common, pairs[0], pairs[1], hookpoint, name=name, max_length=MAX_LENGTH)
         if kind == "persona":
-            return persona_direction(
-                model, tokenizer, SENTIMENT, hookpoint, name=name, max_new_tokens=ANSWER_TOKENS, seed=config.seed
-            )
+            options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "seed": config.seed}
+            return persona_direction(*common, SENTIMENT, hookpoint, name=name, **options)
+        chosen = cast(LabelledKind, kind)
         return labelled_direction(
-            model,
-            tokenizer,
-            texts[:half],
-            labels[:half],
-            hookpoint,
-            kind=cast(LabelledKind, kind),
-            name=name,
-            seed=config.seed,
+            *common, texts[:half], labels[:half], hookpoint, kind=chosen, name=name, seed=config.seed
         )
 
-    concept = f"the concept of task {config.task}"
-    return [
-        Case(direction(kind), prompts, judge, _described(judge), concept) for kind in config.directions or DIRECTIONS
-    ]
+    made = [direction(kind) for kind in config.directions or DIRECTIONS]
+    return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in made]
+
+
+def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
+    directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
+    _, _, judge, prompts = _labelled(config, model, tokenizer)
+    return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in directions]
+
+
+def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) -> list[Direction]:
+    """The directions of the experiment "files": files of this project, repeng, persona_vectors or steering-vectors.
+
+    Args:
+        hookpoint: of the priors, to which the directions must belong.
+        blocks: how many the model has.
+
+    Raises:
+        InputError: no such file, no direction of this place in it, or two of one name.
+    """
+    directions = []
+    for path in config.directions:
+        found = read_direction(path) if is_direction(path) else read_foreign(path, hookpoint, blocks=blocks)
+        if not found.hookpoint.same_place(hookpoint, check_model=False):  # `Edit` checks the model
+            raise InputError(f"the direction in {path} belongs to {found.hookpoint}, the prior to {hookpoint}")
+        directions.append(found)
+    names = [direction.name for direction in directions]
+    if len(set(names)) < len(names):
+        raise InputError(f"two directions have the same name: {', '.join(names)}")
+    return directions
 
 
 def _labelled(
@@ -175,11 +165,7 @@ def neutral_beginnings(config: SteerConfig, tokenizer: Any, judge: Judge) -> lis
 
 
 def beginnings(config: SteerConfig, tokenizer: Any, times: int = 1) -> list[str]:
-    """`times` as many beginnings of held-out news as there are prompts to be, each of `prompt_tokens` tokens.
-
-    Raises:
-        InputError: there are fewer than prompts.
-    """
+    """`times` as many beginnings of held-out news as there are prompts to be, each of `prompt_tokens` tokens."""
     news = (d.text for d in text.documents(TextConfig(part="heldout")) if "news" in d.source)
     found = list(dict.fromkeys(islice(_cut(news, tokenizer, config.prompt_tokens), times * config.prompts)))
     if len(found) < config.prompts:
@@ -187,7 +173,7 @@ def beginnings(config: SteerConfig, tokenizer: Any, times: int = 1) -> list[str]
     return found
 
 
-def _cut(texts: Any, tokenizer: Any, length: int) -> Any:
+def _cut(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[str]:
     """Beginnings that are `length` tokens long, also when they are tokenised again."""
     special = 0 if tokenizer.bos_token_id is None else 1
     for whole in texts:
@@ -197,65 +183,22 @@ def _cut(texts: Any, tokenizer: Any, length: int) -> Any:
             yield beginning
 
 
-def _described(judge: Any) -> dict[str, Any]:
-    return {"name": judge.name, "heldout_accuracy": judge.heldout_accuracy}
+# -- personas ----------------------------------------------------------------------------------------------------------
 
 
-# -- directions from files -----------------------------------------------------------------------------------------
-
-
-def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
-    directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
-    _, _, judge, prompts = _labelled(config, model, tokenizer)
-    return [Case(d, prompts, judge, _described(judge), f"the concept of task {config.task}") for d in directions]
-
-
-def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) -> list[Direction]:
-    """The directions of the experiment "files".
-
-    Args:
-        blocks: how many the model has.
-
-    Raises:
-        InputError: no such file, no direction of this place in it, or two of one name.
-    """
-    directions = [at(read_any(path, hookpoint, blocks), hookpoint, path) for path in config.directions]
-    names = [direction.name for direction in directions]
-    if len(set(names)) < len(names):
-        raise InputError(f"two directions have the same name: {', '.join(names)}")
-    return directions
-
-
-def read_any(path: str, hookpoint: Hookpoint, blocks: int) -> Direction:
-    """A direction from a file of this project or of another (repeng, persona_vectors, steering-vectors).
-
-    Args:
-        blocks: how many the model has.
-
-    Raises:
-        InputError: no such file, or no direction of this width in it.
-    """
-    return read_direction(path) if is_direction(path) else read_foreign(path, hookpoint, blocks=blocks)
-
-
-def at(direction: Direction, hookpoint: Hookpoint, path: str) -> Direction:
-    """`direction`, if it belongs to the priors' layer.
-
-    Raises:
-        InputError: another layer, side or width.
-    """
-    if not direction.hookpoint.same_place(hookpoint, check_model=False):  # `Edit` checks the model
-        raise InputError(f"the direction in {path} belongs to {direction.hookpoint}, the prior to {hookpoint}")
-    return direction
-
-
-# -- personas ------------------------------------------------------------------------------------------------------
-
-
-def _personas(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
-    traits = _traits(config)
+def _personas(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
+    """A trait's judge learns from the answers that its direction is made of."""
     features = features_for(model, tokenizer, config.reading)
-    return [_persona(config, model, tokenizer, hookpoint, trait, features) for trait in traits]
+    options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "seed": config.seed}
+    tasks = []
+    for trait in _traits(config):
+        positive, negative = answers = persona_answers(model, tokenizer, trait, **options)
+        direction = persona_direction(model, tokenizer, trait, hookpoint, answers=answers, **options)
+        texts = [conversation[-1]["content"] for conversation in (*negative, *positive)]
+        judge = ConceptClassifier(texts, [0] * len(negative) + [1] * len(positive), features)
+        prompts = tokenized(tokenizer, trait.held_out_questions[: config.prompts], chat=True)
+        tasks.append(_task(direction, prompts, judge, trait.description))
+    return tasks
 
 
 def _traits(config: SteerConfig) -> list[Trait]:
@@ -265,25 +208,13 @@ def _traits(config: SteerConfig) -> list[Trait]:
     return [TRAITS[name] for name in config.directions or TRAITS]
 
 
-def _persona(
-    config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint, trait: Trait, features: Features
-) -> Case:
-    options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "seed": config.seed}
-    positive, negative = answers = persona_answers(model, tokenizer, trait, **options)
-    direction = persona_direction(model, tokenizer, trait, hookpoint, answers=answers, **options)
-    texts = [conversation[-1]["content"] for conversation in (*negative, *positive)]
-    judge = ConceptClassifier(texts, [0] * len(negative) + [1] * len(positive), features)
-    questions = trait.held_out_questions[: config.prompts]
-    return Case(direction, tokenized(tokenizer, questions, chat=True), judge, _described(judge), trait.description)
+# -- features of a sparse autoencoder ----------------------------------------------------------------------------------
 
 
-# -- features of a sparse autoencoder ------------------------------------------------------------------------------
-
-
-def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[Case]:
+def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     """Latents are judged by whether a text is like those that they are most active on, rather than other latents'."""
     sae = sae_at(str(config.sae), hookpoint, model=config.llm.model)
-    latents: list[int] | int = [_number(name) for name in config.directions] or config.features
+    latents = _latents(config) or config.features
     described = describe_latents(
         sae, ActivationStore(config.store), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
     )
@@ -292,18 +223,18 @@ def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpo
     prompts = tokenized(tokenizer, beginnings(config, tokenizer))
     features = features_for(model, tokenizer, config.reading)
     texts = {d.latent: [f"{e.before}{e.token}{e.after}" for e in d.examples] for d in described}
-    cases = []
+    tasks = []
     for description in described:
         mine = texts[description.latent]
         others = [text for latent, found in texts.items() if latent != description.latent for text in found]
         judge = ConceptClassifier([*mine, *others], [1] * len(mine) + [0] * len(others), features)
-        concept = f"What these texts share: {'; '.join(mine[:3])}"
         direction = sae_direction(sae, description.latent, description=description)
-        cases.append(Case(direction, prompts, judge, _described(judge), concept))
-    return cases
+        tasks.append(_task(direction, prompts, judge, f"What these texts share: {'; '.join(mine[:3])}"))
+    return tasks
 
 
-def _number(name: str) -> int:
-    if not name.isdigit():
-        raise InputError(f"latents are named by their number, got {name!r}")
-    return int(name)
+def _latents(config: SteerConfig) -> list[int]:
+    for name in config.directions:
+        if not name.isdigit():
+            raise InputError(f"latents are named by their number, got {name!r}")
+    return [int(name) for name in config.directions]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentprior.data.activations import Positions, activations
+from latentprior.data.activations import activations
 from latentprior.data.chat import Conversation, Span, prompt_ids, response_span
 from latentprior.data.sinks import sink_threshold
 from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
@@ -29,6 +29,7 @@ from latentprior.utils.random import keyed_generator, seed_of
 Read = Literal["last", "mean"]
 LabelledKind = Literal["difference_of_means", "probe", "random", "shuffled"]
 PairedKind = Literal["pca", "difference_of_means"]
+MAX_RESPONSE_LENGTH = 2048
 
 
 def text_activations(
@@ -52,6 +53,18 @@ def text_activations(
         InputError: no texts, or some without a token after the first position (none is dropped: rows keep matching
             their labels); another model, layer or width; texts longer than the model's context; an unknown `read`.
     """
+    return _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens).x
+
+
+def _read_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    hookpoint: Hookpoint,
+    read: Read,
+    max_length: int,
+    batch_tokens: int,
+) -> _SpanMeans:
     if read not in get_args(Read):
         raise unknown("read", read, get_args(Read))
     if isinstance(texts, str) or not len(texts):
@@ -66,10 +79,8 @@ def text_activations(
             f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read: "
             f"leave them out (the first is number {short[0]})"
         )
-    if read == "last":
-        spans = [(len(row) - 1, len(row)) for row in rows]
-        return _span_means(model, tokenizer, rows, spans, hookpoint, batch_tokens, positions="last")
-    return _span_means(model, tokenizer, rows, [(1, len(row)) for row in rows], hookpoint, batch_tokens)
+    spans = [(len(row) - 1 if read == "last" else 1, len(row)) for row in rows]
+    return _span_means(model, tokenizer, rows, spans, hookpoint, batch_tokens)
 
 
 def response_activations(
@@ -78,7 +89,7 @@ def response_activations(
     conversations: Sequence[Conversation],
     hookpoint: Hookpoint,
     *,
-    max_length: int = 2048,
+    max_length: int = MAX_RESPONSE_LENGTH,
     batch_tokens: int = 4096,
 ) -> Float[Tensor, "n d"]:
     """Mean activation [N, d] over the tokens of each conversation's last response, float32.
@@ -94,6 +105,17 @@ def response_activations(
         InputError: no conversations; one without a response, whose response lies beyond `max_length`, or whose
             response the chat template changes; no chat template; another model, layer or width.
     """
+    return _read_responses(model, tokenizer, conversations, hookpoint, max_length, batch_tokens).x
+
+
+def _read_responses(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    hookpoint: Hookpoint,
+    max_length: int,
+    batch_tokens: int,
+) -> _SpanMeans:
     if not conversations:
         raise InputError("response activations need at least one conversation")
     hookpoint.check(model)
@@ -125,9 +147,6 @@ def persona_conversations(
         temperature: 0 decodes greedily; else tokens are drawn from the whole distribution at this temperature.
         seed: of the draws; the global generator is left as it was.
         batch: questions that are answered together, padded on the left. Draws depend on it, greedy answers do not.
-
-    Raises:
-        InputError: no questions, an option out of range, no chat template or one that refuses the messages.
     """
     if isinstance(questions, str) or not len(questions):
         raise InputError("questions must be a list of at least one string")
@@ -166,12 +185,7 @@ def persona_answers(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Answers to every question of a trait under every system prompt that asks for it, and for its opposite.
 
-    Args:
-        seed: each system prompt draws from a seed of its own.
-        options: see `persona_conversations`.
-
-    Raises:
-        InputError: a trait without prompts or questions, or see `persona_conversations`.
+    Each system prompt draws from a seed of its own; `options` are those of `persona_conversations`.
     """
     if not trait.positive or not trait.negative or not trait.questions:
         raise InputError(f"the trait {trait.name!r} needs positive and negative system prompts, and questions")
@@ -211,31 +225,31 @@ def persona_direction(
     Args:
         answers: what `persona_answers` gave with the same options, where it is there already.
         name: that of the trait by default.
-        max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`; each system prompt draws
-            from a seed of its own.
+        max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
         batch_tokens: most tokens of one forward pass of `response_activations`.
 
     Raises:
-        InputError: a trait without prompts or questions, no answer on one side, or see the two functions above.
+        InputError: a trait without prompts or questions, no answer on one side; no chat template.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
-    means, counts, empty = [], [], 0
+    sides: list[_SpanMeans] = []
+    empty = 0
     for side in answers or persona_answers(model, tokenizer, trait, seed=seed, **options):
         given = [conversation for conversation in side if conversation[-1]["content"]]
         if not given:
             raise InputError(f"the model gave only empty answers for the trait {trait.name!r}: raise max_new_tokens")
-        means.append(response_activations(model, tokenizer, given, hookpoint, batch_tokens=batch_tokens))
-        counts.append(len(given))
+        sides.append(_read_responses(model, tokenizer, given, hookpoint, MAX_RESPONSE_LENGTH, batch_tokens))
         empty += len(side) - len(given)
     return Direction.of(
-        estimate.mean_difference(*means),
+        estimate.mean_difference(*(side.x for side in sides)),
         hookpoint,
         name or trait.name,
         "persona",
+        mean_norm=_mean_norm(*sides),
         trait=trait.name,
-        positive=counts[0],
-        negative=counts[1],
+        positive=len(sides[0].x),
+        negative=len(sides[1].x),
         empty=empty,
         read="response",
         seed=seed,
@@ -269,7 +283,7 @@ def labelled_direction(
         read, max_length, batch_tokens: see `text_activations`.
 
     Raises:
-        InputError: an unknown kind, labels that do not fit, or see `text_activations`.
+        InputError: an unknown kind, labels that do not fit, and what `text_activations` refuses.
     """
     if kind not in get_args(LabelledKind):
         raise unknown("kind of direction from labelled texts", kind, get_args(LabelledKind))
@@ -277,18 +291,16 @@ def labelled_direction(
     if kind == "random":
         return Direction.of(estimate.random_direction(hookpoint.width, seed), hookpoint, name, kind, seed=seed)
     positive = estimate.binary_labels(labels, len(texts))
-    x = text_activations(
-        model, tokenizer, texts, hookpoint, read=read, max_length=max_length, batch_tokens=batch_tokens
-    )
+    found = _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens)
     made: dict[str, Any] = {"positive": int(positive.sum()), "negative": int((~positive).sum()), "read": read}
-    made["max_length"] = max_length
+    made["max_length"], x = max_length, found.x
     if kind == "probe":
         vector, made["l2"] = estimate.probe_normal(x, positive, l2=l2), l2
     elif kind == "shuffled":
         vector, made["seed"] = estimate.shuffled_mean_difference(x, positive, seed), seed
     else:
         vector = estimate.mean_difference(x[positive], x[~positive])
-    return Direction.of(vector, hookpoint, name, kind, **made)
+    return Direction.of(vector, hookpoint, name, kind, mean_norm=_mean_norm(found), **made)
 
 
 def paired_direction(
@@ -311,24 +323,30 @@ def paired_direction(
         read, max_length, batch_tokens: see `text_activations`.
 
     Raises:
-        InputError: an unknown kind, sides of different length, or see `text_activations`.
+        InputError: an unknown kind, sides of different length, and what `text_activations` refuses.
     """
     if kind not in get_args(PairedKind):
         raise unknown("kind of direction from pairs", kind, get_args(PairedKind))
     if len(positives) != len(negatives):
         raise InputError(f"pairs need as many positives as negatives, got {len(positives)} and {len(negatives)}")
-    x = text_activations(
-        model,
-        tokenizer,
-        [*positives, *negatives],
-        hookpoint,
-        read=read,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-    )
-    sides = x[: len(positives)], x[len(positives) :]
+    pairs, texts = len(positives), [*positives, *negatives]
+    found = _read_texts(model, tokenizer, texts, hookpoint, read, max_length, batch_tokens)
+    sides = found.x[:pairs], found.x[pairs:]
     vector = estimate.paired_pca(*sides) if kind == "pca" else estimate.mean_difference(*sides)
-    return Direction.of(vector, hookpoint, name, kind, pairs=len(positives), read=read, max_length=max_length)
+    made: dict[str, Any] = {"pairs": pairs, "read": read, "max_length": max_length}
+    return Direction.of(vector, hookpoint, name, kind, mean_norm=_mean_norm(found), **made)
+
+
+class _SpanMeans(NamedTuple):
+    x: Float[Tensor, "n d"]
+    """Mean activation over the span of each row."""
+    norms: float
+    """Sum of the norms at all positions but first ones and attention sinks, whether in a span or not."""
+    positions: int
+
+
+def _mean_norm(*parts: _SpanMeans) -> float:
+    return sum(part.norms for part in parts) / sum(part.positions for part in parts)
 
 
 def _span_means(
@@ -338,21 +356,21 @@ def _span_means(
     spans: list[Span],
     hookpoint: Hookpoint,
     batch_tokens: int,
-    *,
-    positions: Positions = "all",
-) -> Float[Tensor, "n d"]:
+) -> _SpanMeans:
     """Mean activation over a span of each row of token ids; sinks count only where the span holds nothing else."""
-    means = torch.empty(len(rows), hookpoint.width)
+    means, total, positions = torch.empty(len(rows), hookpoint.width), 0.0, 0
     batches = _batches(rows, padding_id(tokenizer), batch_tokens)
-    for batch in activations(model, batches, [hookpoint.layer], side=hookpoint.side, positions=positions):
+    for batch in activations(model, batches, [hookpoint.layer], side=hookpoint.side):
         norms = batch.norms()
         for doc in batch.doc.unique().tolist():
             start, stop = spans[doc]
             mine = batch.doc == doc
+            ordinary = mine & (norms <= sink_threshold(float(norms[mine].median())))
             inside = mine & (batch.position >= start) & (batch.position < stop)
-            ordinary = inside & (norms <= sink_threshold(float(norms[mine].median())))
-            means[doc] = batch.x[ordinary if ordinary.any() else inside].double().mean(dim=0)
-    return means
+            chosen = inside & ordinary
+            means[doc] = batch.x[chosen if chosen.any() else inside].double().mean(dim=0)
+            total, positions = total + float(norms[ordinary].double().sum()), positions + int(ordinary.sum())
+    return _SpanMeans(means, total, positions)
 
 
 def _batches(rows: list[list[int]], filler: int, batch_tokens: int) -> Iterator[TokenBatch]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from latentprior.data.activations import record_activations
 from latentprior.data.chat import prompt_ids, response_span
 from latentprior.lm.hooks import Hookpoint, edit
-from latentprior.steer import collect, estimate
-from latentprior.steer.collect import (
+from latentprior.steer import estimate, from_texts
+from latentprior.steer.direction import Direction, read_direction, write_direction
+from latentprior.steer.from_texts import (
     labelled_direction,
     paired_direction,
     persona_conversations,
@@ -22,7 +23,6 @@ from latentprior.steer.collect import (
     response_activations,
     text_activations,
 )
-from latentprior.steer.direction import read_direction, write_direction
 from latentprior.steer.traits import TRAITS, Trait
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator, seed_of
@@ -135,6 +135,43 @@ def test_sinks_are_not_averaged_but_read_as_a_last_token(tiny_llm, tiny_tokenize
     kept[[0, 3]] = False
     torch.testing.assert_close(with_sink(3, "mean"), hidden[kept].mean(0), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(with_sink(-1, "last"), 1000 * hidden[-1], atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_a_direction_of_two_lists_of_texts_is_the_labelled_one_and_knows_the_mean_norm(tiny_llm, tiny_tokenizer, read):
+    model = tiny_llm()
+    positive, negative = TEXTS[:3], TEXTS[3:]
+    found = Direction.from_texts(model, tiny_tokenizer, positive, negative, layer=1, read=read, name="happy")
+    point = Hookpoint.of(model, 1)
+    expected = labelled_direction(model, tiny_tokenizer, TEXTS, [1, 1, 1, 0, 0], point, read=read, name="happy")
+    assert torch.equal(found.vector, expected.vector) and found.hookpoint == point and found.name == "happy"
+    assert found.provenance == expected.provenance and found.provenance["positive"] == 3
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), point)[1:] for text in TEXTS]
+    assert found.mean_norm == pytest.approx(float(torch.cat(rows).norm(dim=1).mean()), rel=1e-5)
+    default = Direction.from_texts(model, tiny_tokenizer, negative, positive, layer=1, read=read)
+    torch.testing.assert_close(default.vector, -found.vector)
+
+
+def test_sinks_are_not_in_the_mean_norm(tiny_llm, tiny_tokenizer):
+    model = tiny_llm()
+
+    def grow(hidden: Tensor) -> Tensor:
+        hidden[:, 3] *= 1000
+        return hidden
+
+    with edit(model, {1: grow}):
+        found = Direction.from_texts(model, tiny_tokenizer, TEXTS[1:2], TEXTS[4:], layer=1)
+    rows = [hidden_states(model, text_ids(text, tiny_tokenizer), found.hookpoint) for text in (TEXTS[1], TEXTS[4])]
+    kept = torch.cat([torch.cat([row[1:3], row[4:]]) for row in rows])
+    assert found.mean_norm == pytest.approx(float(kept.norm(dim=1).mean()), rel=1e-5)
+
+
+def test_a_text_in_place_of_a_list_is_refused(tiny_llm, tiny_tokenizer):
+    for sides in (("one", ["two"]), (["one"], "two")):
+        with pytest.raises(InputError, match="lists"):
+            Direction.from_texts(tiny_llm(), tiny_tokenizer, *sides, layer=1)
+    with pytest.raises(InputError, match="both classes"):
+        Direction.from_texts(tiny_llm(), tiny_tokenizer, ["one"], [], layer=1)
 
 
 def test_bad_texts_are_one_line(tiny_llm, tiny_tokenizer):
@@ -372,9 +409,9 @@ def test_persona_direction_is_the_difference_of_mean_responses(tiny_llm, tiny_to
 
 def test_no_two_system_prompts_of_any_two_seeds_draw_alike(monkeypatch):
     seeds = []
-    monkeypatch.setattr(collect, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
+    monkeypatch.setattr(from_texts, "persona_conversations", lambda *args, seed, **options: seeds.append(seed) or [])
     for seed in range(10):
-        collect.persona_answers(None, None, tiny_trait(), seed=seed)
+        from_texts.persona_answers(None, None, tiny_trait(), seed=seed)
     assert len(seeds) == len(set(seeds)) == 10 * 3
 
 
@@ -388,7 +425,7 @@ def test_empty_answers_are_left_out_and_counted(tiny_llm, tiny_tokenizer, monkey
             talks[0][-1]["content"] = ""
         return talks
 
-    monkeypatch.setattr(collect, "persona_conversations", silent)
+    monkeypatch.setattr(from_texts, "persona_conversations", silent)
     silenced = "Shout."
     direction = persona_direction(model, tiny_tokenizer, tiny_trait(), point, max_new_tokens=4)
     assert direction.provenance["positive"] == 3 and direction.provenance["empty"] == 1
