@@ -25,6 +25,10 @@ test: check
 demo: install
 	$(BIN)/latentprior demo
 
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 benchmarks: install
 	$(BIN)/python benchmarks/run.py
 

@@ -126,7 +126,7 @@ def distribution(glp: GLP, heldout: ActivationStore, samples: int) -> dict[str, 
 
 def lm_loss(glp: GLP, heldout: ActivationStore, llm: LLMConfig, text: TextConfig) -> dict[str, Any]:
     """Next-token loss that noising every position to t = 0.5 adds: repaired by the prior, by a Gaussian, by nobody."""
-    config = EvaluateConfig()
+    config = EvaluateConfig(prior="", heldout=str(heldout.folder), output="")
     model, tokenizer = load_llm(llm, glp.device)
     batches = list(
         tokenize(texts.documents(text), tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)

@@ -45,7 +45,7 @@ def measure(
     parts: Sequence[str] = PARTS,
 ) -> dict[str, Any]:
     """Results of the parts; tasks are those all of whose texts `recording` holds, test rows 500 at most."""
-    config = ProbeConfig(priors=[prior], recording=recording, candidates=candidates)
+    config = ProbeConfig([prior], output="", recording=recording, candidates=candidates)
     held = Recording(recording)
     priors, _ = priors_of([prior], device="cpu", precision=config.precision)
     units = meta_neurons(config, held, priors[prior], prior)

@@ -299,7 +299,7 @@ def _missing_assets() -> list[str]:
 
 def pytest_report_header() -> str:
     """The versions that decide what passes."""
-    names = ("torch", "transformers", "numpy", "jsonargparse")
+    names = ("torch", "transformers", "numpy", "pyarrow")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 

@@ -43,7 +43,9 @@ def test_tiny_demo_makes_its_page_and_a_second_run_reuses_everything(tmp_path, c
 @pytest.mark.assets
 def test_prompts_are_beginnings_of_held_out_news_of_one_length():
     tokenizer = load_tokenizer(LLMConfig("smollm2-135m"))
-    prompts = neutral_beginnings(SteerConfig(prompts=8), tokenizer, lambda texts: np.full(len(texts), 0.5))
+    prompts = neutral_beginnings(
+        SteerConfig(priors=["p"], output="o", prompts=8), tokenizer, lambda texts: np.full(len(texts), 0.5)
+    )
     assert len(set(prompts)) == 8 and {len(tokenizer(p).input_ids) for p in prompts} == {20}
 
 

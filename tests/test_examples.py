@@ -17,3 +17,11 @@ def test_record_train_repair(tmp_path, capsys):
     text = example["main"](["--activations", "4096", "--heldout", "500", "--folder", str(tmp_path)])
     assert text.startswith("The weather today") and len(text) > 20
     assert "Fréchet distance" in capsys.readouterr().out
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_six_lines(tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "six_lines.py"))
+    text = example["main"](["--activations", "2048", "--folder", str(tmp_path)])
+    assert "The weather today" in text and len(text) > 40

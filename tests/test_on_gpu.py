@@ -220,7 +220,7 @@ def test_delta_lm_loss_of_a_spread_model(tiny_glp, tiny_llm, tiny_tokenizer, sen
     from latentprior.evaluation.evaluate import lm_replacements
     from latentprior.stats.gaussian import GaussianPrior
 
-    glp, config = tiny_glp(32, (2,), "tiny-llama"), EvaluateConfig(steps=2)
+    glp, config = tiny_glp(32, (2,), "tiny-llama"), EvaluateConfig("prior", "heldout", "output", steps=2)
     gaussian = GaussianPrior.fit(torch.randn(100, 32, generator=seeded()))
     documents = (Document(i, text) for i, text in enumerate(sentences))
     batches = list(tokenize(documents, tiny_tokenizer, max_length=16, batch_tokens=64))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 from pathlib import Path
 
 import jaxtyping
@@ -12,9 +14,14 @@ import yaml
 from safetensors.torch import load_file
 
 from latentprior.cli import commands as cli
-from latentprior.cli.commands import main, spelled_out
-from latentprior.cli.usage import option_kinds
+from latentprior.cli.commands import main
+from latentprior.cli.help import EXAMPLES
+from latentprior.cli.parser import parse
+from latentprior.config import RecordConfig, SteerConfig, SweepConfig, TextSource, TrainConfig
+from latentprior.config.base import dashed
+from latentprior.config.options import build, options_of
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.compat
 
 
@@ -53,30 +60,80 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that succeeds prints."""
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_documents_every_option(command, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
-    assert stopped.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(cli.COMMANDS[command].config):
-        assert f"--{field.name}" in shown
-    assert cli.COMMANDS[command].help[:30] in shown
+def test_help_fits_two_screens_and_names_every_option(command, capsys):
+    text = shown(capsys, command, "--help")
+    lines = text.splitlines()
+    assert len(lines) <= 100 and all(len(line) <= 100 for line in lines), lines
+    assert f"  latentprior {command} --" in text and cli.COMMANDS[command].about[:30] in text
+    for name in options_of(cli.COMMANDS[command].config):
+        assert dashed(name) in text or dashed(name.rpartition(".")[2])[2:] in text
+    for noise in ("Literal", "type:", "CONFIG", "typing", "+  "):
+        assert noise not in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_whole_help_explains_every_option(command, capsys):
+    text = " ".join(shown(capsys, command, "--help-all").split())
+    for name, option in options_of(cli.COMMANDS[command].config).items():
+        assert f" {dashed(name)} " in text and option.doc in text
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_example_of_each_command_is_a_call_of_it(command):
+    example = EXAMPLES[command].replace("examples/", f"{ROOT}/examples/")
+    build(cli.COMMANDS[command].config, parse(example.split(), cli.COMMANDS[command].config).given)
+
+
+def documented() -> list[str]:
+    """Every call of a command in the README, the documentation and the examples, without comments."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.yaml")]
+    text = "\n".join(file.read_text(encoding="utf-8").replace("\\\n", " ") for file in files)
+    names = "|".join(cli.COMMANDS)
+    calls = re.findall(rf"^(?:#\s+)?(?:\S.* )?latentprior ((?:{names}) --[^#`|;&\n]*)", text, re.MULTILINE)
+    return sorted({call for call in calls if "..." not in call})
+
+
+@pytest.mark.parametrize("call", documented())
+def test_documented_calls_are_calls(call, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *words = shlex.split(call)
+    build(cli.COMMANDS[name].config, parse(words, cli.COMMANDS[name].config).given)
+
+
+def test_the_help_of_the_program_names_its_commands(capsys):
+    text = shown(capsys, "--help")
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert shown(capsys, "--version").strip()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_what_must_be_given_is_named(command, capsys):
+    for name, option in options_of(cli.COMMANDS[command].config).items():
+        if option.default is dataclasses.MISSING:
+            assert f"{dashed(name)} must be given: {option.doc}" in failure(capsys, command)
+            break
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["recrod"], "did you mean 'record'"),
-        (["record", "--max-lenght", "3"], "did you mean '--max_length'"),
+        (["record", "--max-lenght", "3"], "did you mean '--max-length'"),
         (["record", "--llm.dtype", "float61"], "(valid: auto, float32, bfloat16)"),
-        (["record", "--max-length", "0"], "RecordConfig.max_length must be positive"),
-        (["train", "--recipe", '{"learning_rat": 1}'], "did you mean 'learning_rate'"),
+        (["record", "--output", "x", "--max-length", "0"], "RecordConfig.max_length must be positive"),
+        (["train", "--recipe", '{"learning_rat": 1}'], "did you mean 'recipe.learning_rate'"),
         (["train", "--store", "nowhere"], "nowhere"),
-        (["record", "--text.dataset", "nofile.jsonl"], "no such file or folder: 'nofile.jsonl'"),
-        (["record", "--llm.model", "../no model"], "no such model"),
-        (["convert", "--output", "x"], "name a folder with --source"),
-        (["sample", "--prior", "/"], "holds no prior"),
+        (["record", "--output", "x", "--text.dataset", "nofile.jsonl"], "no such file or folder: 'nofile.jsonl'"),
+        (["record", "--output", "x", "--llm.model", "../no model"], "no such model"),
+        (["convert", "--output", "x"], "--source must be given"),
+        (["sample", "--prior", "/", "--output", "x"], "holds no prior"),
     ],
 )
 @pytest.mark.assets
@@ -86,33 +143,30 @@ def test_mistakes_take_one_line(arguments, expected, capsys, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("given", "spelled"),
+    ("given", "count"),
     [
-        ("1M", "1000000"),
-        ("2.5k", "2500"),
-        ("2e6", "2000000"),
-        ("1_000_000", "1000000"),
-        ("3G", "3000000000"),
-        ("12", "12"),
-        ("0.5", "0.5"),
-        ("1X", "1X"),
-        ("-1", "-1"),
+        ("1M", 1_000_000),
+        ("2.5k", 2500),
+        ("2e6", 2_000_000),
+        ("1_000_000", 1_000_000),
+        ("3G", 3_000_000_000),
+        ("12", 12),
+        ("-1", -1),
     ],
 )
-def test_counts_can_be_abbreviated(given, spelled):
-    assert spelled_out(["train", "--activations", given]) == ["train", f"--activations={spelled}"]
-    assert spelled_out(["train", f"--micro-batch={given}"]) == ["train", f"--micro_batch={spelled}"]
-    assert spelled_out(["sweep", "--budgets", f"64k,{given}"]) == ["sweep", f"--budgets=[64000,{spelled}]"]
-    assert spelled_out(["record", "--text.limit", given]) == ["record", f"--text.limit={spelled}"]
-    assert spelled_out(["sweep", "--preset", given]) == ["sweep", "--preset", given]  # no count
+def test_counts_can_be_abbreviated(given, count):
+    assert parse(["--activations", given], TrainConfig).given == {"activations": count}
+    assert parse([f"--micro-batch={given}"], TrainConfig).given == {"micro_batch": count}
+    assert parse(["--budgets", f"64k,{given}"], SweepConfig).given == {"budgets": [64000, count]}
+    assert parse(["--text.limit", given], RecordConfig).given == {"text.limit": count}
+    assert parse(["--preset", given], SweepConfig).given == {"preset": given}  # no count
 
 
 def test_a_count_that_is_none_is_one_line(capsys, tmp_path):
-    (tmp_path / "c.yaml").write_text("activations: 1M\n")
-    assert "activations must be a whole number (on the command line also 1M or 2e6), got '1X'" in failure(
-        capsys, "train", "--activations", "1X"
-    )
-    assert "activations must be a whole number" in failure(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    (tmp_path / "c.yaml").write_text("activations: 1X\n")
+    for wrong in (["--activations", "1X"], ["--config", str(tmp_path / "c.yaml")]):
+        said = failure(capsys, "train", *wrong)
+        assert "activations must be a whole number" in said and "'1X'" in said
 
 
 def test_an_option_without_a_meaning_is_one_line(capsys):
@@ -127,45 +181,48 @@ def test_an_option_without_a_meaning_is_one_line(capsys):
 @pytest.mark.parametrize("command", ["sample", "plan"])
 def test_an_output_file_that_is_a_folder_or_lies_below_a_file_is_said_first(capsys, tmp_path, command):
     (tmp_path / "file").write_text("")
-    assert "is a folder: name a file to write" in failure(capsys, command, "--output", str(tmp_path))
-    assert "file is a file, not a folder" in failure(capsys, command, "--output", str(tmp_path / "file" / "x"))
+    command, *prior = [command, "--prior", "p"] if command == "sample" else [command]
+    assert "is a folder: name a file to write" in failure(capsys, command, *prior, "--output", str(tmp_path))
+    assert "file is a file, not a folder" in failure(capsys, command, *prior, "--output", str(tmp_path / "file" / "x"))
 
 
 def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for option in ("--output", "--html"):
-        assert "file is a file, not a folder" in failure(capsys, "neurons", option, str(tmp_path / "file"))
+        call = ["neurons", "--prior", "p", "--output", str(tmp_path / "new"), option, str(tmp_path / "file")]
+        assert "file is a file, not a folder" in failure(capsys, *call)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["record", "--layer", "7"], "unknown option '--layer'; did you mean '--layers'? (valid: --help, --config"),
+        (["record", "--layer", "7"], "unknown option '--layer'; did you mean '--layers'? (valid: --output, "),
         (["record", "--out", "x"], "unknown option '--out'; did you mean '--output'?"),
         (["sample", "--prio", "x"], "unknown option '--prio'; did you mean '--prior'"),
         (
             ["record", "--llm.mode", "x"],
-            "did you mean '--llm.model' or '--llm.dtype' or '--llm.device_map'? (valid: --llm",
+            "did you mean '--llm.model' or '--llm.dtype' or '--llm.device-map'? (valid: --llm",
         ),
         (["record", "--llm.model.name", "x"], "unknown option '--llm.model.name'; did you mean '--llm.model'"),
         (["record", "--layers", "3", "5"], "unexpected argument '5': options begin with --, and lists have commas"),
-        (["record", "-l", "3"], "unknown option '-l'"),
+        (["record", "-l", "3"], "unknown option '--l'"),
         (["--layers"], "--layers has no command before it: name one of doctor, record, train"),
         ([], "name a command: doctor, record, train"),
         (
             ["record", "--layers", "one"],
-            "layers must be a whole number (on the command line also 1M or 2e6)",
+            "layers must be a whole number, such as",
         ),
         (
             ["record", "--text.limit", "some"],
-            "text.limit must be a whole number (on the command line also 1M or 2e6)",
+            "text.limit must be a whole number, such as",
         ),
         (["record", "--chat", "maybe"], "chat must be true or false, got 'maybe'"),
-        (["record", "--max-length"], "--max_length needs a value"),
+        (["record", "--max-length"], "--max-length needs a value"),
         (["record", "--llm", "gpt2"], "llm is a group of options, not 'gpt2': --llm.model, --llm.gguf, --llm.revision"),
         (["record", "--text.mix", '[{"datset": "x"}]'], "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
-        (["train", "--recipe", '{"batch_size": "many"}'], "Recipe.batch_size must be int, got 'many'"),
-        (["train", "--recipe", '{"betas": [0.9]}'], "Recipe.betas must be tuple[float, float], got [0.9]"),
+        (["train", "--recipe", '{"batch_size": "many"}'], "recipe.batch_size must be a whole number"),
+        (["train", "--recipe.betas", "0.9"], "recipe.betas must be 2 numbers, got '0.9'"),
+        (["steer", "--model", "x"], "--model may be --judge.model or --llm.model: say which"),
     ],
 )
 def test_no_option_is_half_accepted(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -179,9 +236,10 @@ def test_no_option_is_half_accepted(arguments, expected, capsys, tmp_path, monke
     ("content", "expected"),
     [
         ("llm:\n  modle: x\n", "unknown key 'llm.modle'; did you mean 'llm.model'"),
-        ("max_length: many\n", "max_length must be a whole number (on the command line also 1M or 2e6), got 'many'"),
+        ("max_length: many\n", "max_length must be a whole number, such as 7, 64k or 2e6, got 'many'"),
+        ("llm: x\n", "llm is a group of options, not 'x'"),
         ("text:\n  mix:\n  - datset: x\n", "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
-        ("layers: [1\n", "a configuration file is no valid YAML"),
+        ("layers: [1\n", "is no valid YAML"),
         ("- 1\n", "a configuration file holds options by name"),
         (None, "unknown configuration file in"),
     ],
@@ -202,13 +260,22 @@ def test_wrong_configuration_files_are_refused_in_plain_words(content, expected,
         (["record", "--llm.model", "tiny-lama", "--text.dataset", "text.txt"], "no such file or folder: 'text.txt' (d"),
         (["record", "LLM", "--text.dataset", "mine.csv", "--text.column", "boddy"], "'boddy'; did you mean 'body'?"),
         (["train", "--from", "llm", "--llm.model", "tiny-lama", "--text.dataset", "text.txt"], "'text.txt' (did you"),
-        (["evaluate", "--prior", "runs/proir"], "no prior at 'runs/proir': not a folder (did you mean 'runs/prior'?)"),
+        (
+            ["evaluate", "EVALUATE", "--prior", "runs/proir"],
+            "no prior at 'runs/proir': not a folder (did you mean 'runs/prior'?)",
+        ),
         (["evaluate", "EVALUATE", "--llm.model", "tiny-lama", "TEXT"], "'tiny-lama': there is no such folder (did"),
         (["evaluate", "EVALUATE", "LLM", "--text.dataset", "text.txt"], "no such file or folder: 'text.txt' (did you"),
         (["sample", "--prior", "runs/prior", "--checkpoint", "fianl"], "unknown checkpoint 'fianl'; did you mean 'fin"),
         (["sample", "--prior", "runs/prior", "--layer", "3"], "unknown layer '3' (valid: 1)"),
-        (["probe", "--tasks", "min.csv", "LLM"], "'min.csv': there is no such file (did you mean 'mine.csv'?)"),
-        (["probe", "--tasks", "mine.csv", "--label-column", "moood"], "'moood'; did you mean 'mood'? (valid: body, m"),
+        (
+            ["probe", "PROBE", "--tasks", "min.csv", "LLM"],
+            "'min.csv': there is no such file (did you mean 'mine.csv'?)",
+        ),
+        (
+            ["probe", "PROBE", "--tasks", "mine.csv", "--label-column", "moood"],
+            "'moood'; did you mean 'mood'? (valid: body, m",
+        ),
         (["neurons", "--prior", "runs/prior", "LLM", "--text.dataset", "text.txt"], "no such file or folder: 'text.t"),
     ],
 )
@@ -226,10 +293,10 @@ def test_unknown_names_show_before_anything_runs(runs, arguments, expected, caps
         "LLM": ["--llm.model", "tiny-llama"],
         "TEXT": ["--text.dataset", "texts.txt", "--text.part", "all"],
         "EVALUATE": stores,
+        "PROBE": ["--priors", "runs/prior"],
     }
     spelled = [part for word in arguments for part in words.get(word, [word])]
-    if arguments[0] in ("record", "train"):
-        spelled += ["--output", "new"]
+    spelled += ["--output", "new"]
     assert expected in failure(capsys, *spelled)
 
 
@@ -246,7 +313,7 @@ def test_the_old_place_of_the_device_names_the_new_one(capsys, tmp_path):
 
 def test_every_command_that_computes_takes_its_device_from_one_place():
     for name, command in cli.COMMANDS.items():
-        devices = [option for option, _ in option_kinds(command.config) if "device" in option.split(".")]
+        devices = [option for option in options_of(command.config) if "device" in option.split(".")]
         assert devices == ([] if name == "convert" else ["device"])
 
 
@@ -259,31 +326,58 @@ def test_yaml_cannot_run_code(capsys, tmp_path):
 
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="holds no prior"):
-        main(["sample", "--debug", "--prior", str(tmp_path)])
+        main(["sample", "--debug", "--prior", str(tmp_path), "--output", str(tmp_path / "x")])
 
 
 def test_markup_in_messages_is_text(capsys, tmp_path):
-    assert "[bold]x[/bold]" in failure(capsys, "sample", "--prior", "[bold]x[/bold]")
+    assert "[bold]x[/bold]" in failure(capsys, "sample", "--prior", "[bold]x[/bold]", "--output", str(tmp_path / "x"))
 
 
-def test_shorthands_are_spelled_out():
-    assert spelled_out(["record", "--resume", "--layers", "3,7", "--max-length", "5"]) == [
-        "record", "--resume=true", "--layers=[3,7]", "--max_length=5",
-    ]  # fmt: skip
-    assert spelled_out(["record", "--resume", "false", "--layers=[1]"]) == [
-        "record",
-        "--resume",
-        "false",
-        "--layers=[1]",
-    ]
-    assert spelled_out(["record", "--chat=true"]) == ["record", "--chat=true"]
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ("--resume --layers 3,7 --max-length 5", {"resume": True, "layers": [3, 7], "max_length": 5}),
+        ("--resume false --layers=[1] --chat=true", {"resume": False, "layers": [1], "chat": True}),
+        ("--dtype float32 --llm.dtype float32 --disk_budget null",
+         {"dtype": "float32", "llm.dtype": "float32", "disk_budget": None}),
+        ("--limit 3 --text.limit 4", {"text.limit": 4}),  # a group is named where it must be
+        ("--text {limit:\xa05,part:\xa0all}", {"text.limit": 5, "text.part": "all"}),
+        ("--text.mix [{dataset:\xa0a,weight:\xa02}]", {"text.mix": [TextSource("a", weight=2.0)]}),
+    ],
+)  # fmt: skip
+def test_words_become_values(words, given):
+    assert parse([word.replace("\xa0", " ") for word in words.split(" ")], RecordConfig).given == given
+
+
+def test_lists_and_numbers_are_read_as_they_are_written():
+    steer = parse(["--strengths", "-0.5,1e-3", "--directions", "5,7", "--methods", "[]"], SteerConfig)
+    assert steer.given == {"strengths": [-0.5, 1e-3], "directions": ["5", "7"], "methods": []}
+    recipe = parse(["--recipe.learning_rate", "4e-3", "--recipe", '{"betas": [0.9, 0.95], "ema": null}'], TrainConfig)
+    assert recipe.given == {"recipe.learning_rate": 4e-3, "recipe.betas": (0.9, 0.95), "recipe.ema": None}
+    train = build(TrainConfig, recipe.given)
+    assert train.recipe == {"learning_rate": 4e-3, "betas": (0.9, 0.95), "ema": None}
+    assert train.resolved_recipe().learning_rate == 4e-3
+
+
+def test_a_group_keeps_the_defaults_of_its_command():
+    text = build(SweepConfig, {"store": "a", "heldout": "b", "output": "c", "text.dataset": "d"}).text
+    assert (text.dataset, text.part) == ("d", "heldout")
+
+
+def test_a_later_value_counts(tmp_path):
+    (tmp_path / "c.yaml").write_text("output: b\nlayers: [1]\ntext: {limit: 1k}\n")
+    file = ["--config", str(tmp_path / "c.yaml")]
+    given = {"output": "b", "layers": [1], "text.limit": 1000}
+    assert parse(["--output", "a", *file], RecordConfig).given == given
+    assert parse([*file, "--output", "a"], RecordConfig).given == given | {"output": "a"}
 
 
 def test_printed_config_is_a_config(capsys, tmp_path, texts):
-    with pytest.raises(SystemExit):
-        main(["record", "--max-length", "77", "--text.dataset", texts, "--print_config"])
-    printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["max_length"] == 77
+    arguments = ["record", "--output", "x", "--max-length", "77", "--text.dataset", texts]
+    (tmp_path / "c.yaml").write_text(shown(capsys, *arguments, "--print_config"))
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["max_length"] == 77
+    given = parse(["--config", str(tmp_path / "c.yaml")], RecordConfig).given
+    assert build(RecordConfig, given) == build(RecordConfig, parse(arguments[1:], RecordConfig).given)
 
 
 def test_record_and_train_print_what_they_made(runs, capsys):
@@ -351,7 +445,7 @@ def test_probe_and_neurons_make_their_pages(runs, tmp_path, texts, llm_folder, c
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == f"skipped 1 of 2 tasks: {tmp_path / 'small.csv'}"
     assert "fewer than 120" in " ".join(printed.out.split()) and (tmp_path / "probe" / "report.html").is_file()
-    said = failure(capsys, *again[:4], str(tmp_path / "mine.csv"), "--text-column", "prmpt", *llm)
+    said = failure(capsys, *again, "--tasks", str(tmp_path / "mine.csv"), "--text-column", "prmpt")
     assert "unknown text column of mine.csv 'prmpt'; did you mean 'prompt'" in said
     site = tmp_path / "site"
     assert main(["neurons", "--prior", prior, "--probe", str(tmp_path / "probe"), "--output", str(tmp_path / "neurons"),

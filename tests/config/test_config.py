@@ -37,6 +37,13 @@ CLASSES = [c for c in vars(config).values() if inspect.isclass(c) and dataclasse
 REQUIRED = {
     "DenoiserConfig": {"d_input": 8, "d_model": 16, "d_mlp": 32},
     "ConvertConfig": {"source": "a", "output": "b"},
+    "EvaluateConfig": {"prior": "a", "heldout": "b", "output": "c"},
+    "NeuronsConfig": {"prior": "a", "output": "b"},
+    "ProbeConfig": {"priors": ["a"], "output": "b"},
+    "RecordConfig": {"output": "a"},
+    "SampleConfig": {"prior": "a", "output": "b"},
+    "SteerConfig": {"priors": ["a"], "output": "b"},
+    "SweepConfig": {"store": "a", "heldout": "b", "output": "c"},
     "TextSource": {"dataset": "a.txt"},
 }
 
@@ -72,14 +79,14 @@ def test_defaults_round_trip(cls: type):
 
 
 def test_changed_and_nested_values_round_trip_through_json():
-    record = RecordConfig(layers=[3, 4], llm=LLMConfig(dtype="float32"), text=TextConfig(limit=5))
+    record = RecordConfig("a", layers=[3, 4], llm=LLMConfig(dtype="float32"), text=TextConfig(limit=5))
     assert from_dict(RecordConfig, json.loads(json.dumps(to_dict(record)))) == record
     denoiser = DenoiserConfig(8, 16, 32, multi_layer_n_layers=4)
     assert from_dict(DenoiserConfig, json.loads(json.dumps(to_dict(denoiser)))) == denoiser
 
 
 def test_nested_values_may_be_partial():
-    record = from_dict(RecordConfig, {"text": {"limit": 5}})
+    record = from_dict(RecordConfig, {"output": "a", "text": {"limit": 5}})
     assert record.text == TextConfig(limit=5) and record.llm == LLMConfig()
 
 
@@ -87,7 +94,7 @@ def test_unknown_keys_are_named_with_the_nearest():
     with pytest.raises(InputError, match="unknown TrainConfig key 'presett'; did you mean 'preset'"):
         from_dict(TrainConfig, {"presett": "quick"})
     with pytest.raises(InputError, match="unknown TextConfig key 'colunm'; did you mean 'column'"):
-        from_dict(RecordConfig, {"text": {"colunm": "text"}})
+        from_dict(RecordConfig, {"output": "a", "text": {"colunm": "text"}})
 
 
 def test_the_old_place_of_the_device_names_the_new_one():
@@ -149,7 +156,7 @@ def test_shape_of_the_denoiser():
         (TrainConfig, {"recipe": {"lr": 1}}, "unknown recipe key 'lr'"),
         (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
         (TrainConfig, {"blocks": 0}, "TrainConfig.blocks must be positive"),
-        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown solver 'rk4'"),
+        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown EvaluateConfig.solvers 'rk4'"),
         (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
         (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
         (RepairConfig, {"steps": 0}, "RepairConfig.steps must be positive"),
@@ -180,12 +187,13 @@ def test_shape_of_the_denoiser():
         (NeuronsConfig, {"describe": 3}, "describing units needs an endpoint"),
         (SteerConfig, {"experiment": "files"}, "name the files of the directions"),
         (SteerConfig, {"experiment": "sae"}, "name the folder of the autoencoder"),
+        (SteerConfig, {"experiment": "sae", "sae": "x"}, "--store"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_values_are_refused(cls, change, message):
     with pytest.raises(InputError, match=message):
-        from_dict(cls, change)
+        from_dict(cls, REQUIRED.get(cls.__name__, {}) | change)
 
 
 @pytest.mark.parametrize("change", [{"d_model": 15}, {"d_mlp": 0}, {"n_layers": -1}, {"multi_layer_n_layers": 0}])
@@ -205,9 +213,9 @@ def test_bad_denoisers_are_refused(change):
         (lambda: TrainConfig(source="llm", store="x"), "--store means nothing with --from llm"),
         (lambda: TrainConfig(source="llm", follow=True), "--follow means nothing with --from llm"),
         (lambda: TrainConfig(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
-        (lambda: RecordConfig(wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
-        (lambda: RecordConfig(positions_per_document=2), "--positions-per-document means nothing unless"),
-        (lambda: EvaluateConfig(sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
+        (lambda: RecordConfig("a", wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
+        (lambda: RecordConfig("a", positions_per_document=2), "--positions-per-document means nothing unless"),
+        (lambda: EvaluateConfig("a", "b", "c", sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
     ],
 )
 def test_an_option_without_a_meaning_is_refused(make, option):
@@ -219,8 +227,10 @@ def test_an_option_at_its_default_or_with_a_meaning_is_taken():
     assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
     assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
     assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
-    assert RecordConfig(positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0)
-    assert EvaluateConfig(baseline=["sae"], sae=SAEConfig(k=3)).sae.k == 3
+    assert RecordConfig(
+        "a", positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0
+    )
+    assert EvaluateConfig("a", "b", "c", baseline=["sae"], sae=SAEConfig(k=3)).sae.k == 3
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_a_recording_that_stops_at_a_number_is_resumed_exactly(config, run_kille
     expected = files(record(replace(config, output=config.output + "-whole")).folder)
     resuming = replace(config, resume=True)
     draws, kills = random.Random(2), 0
-    while not run_killed(record, resuming, changes=draws.randint(5, 25)):
+    while not run_killed(record, resuming, changes=draws.randint(10, 50)):
         kills += 1
     assert kills >= 2 and files(config.output) == expected
 
@@ -238,7 +238,7 @@ def test_killed_between_any_two_changes_of_the_disk(config, run_killed, seed):
     expected = files(record(replace(config, output=config.output + "-whole")).folder)
     resuming = replace(config, resume=True)
     draws, kills, rows = random.Random(seed), 0, [0]
-    while not run_killed(record, resuming, changes=draws.randint(0, 22)):
+    while not run_killed(record, resuming, changes=draws.randint(0, 44)):
         kills += 1
         if (Path(config.output) / "manifest.json").exists():
             rows.append(len(ActivationStore(config.output, verify="full")))
@@ -292,7 +292,7 @@ def test_no_model_is_loaded_for_a_complete_store_or_one_of_other_settings(config
 def test_resume_with_other_settings_is_refused(config, run_killed, change, message):
     if "text" in change:
         change = {"text": replace(config.text, limit=5)}
-    assert not run_killed(record, config, changes=17)
+    assert not run_killed(record, config, changes=34)
     (Path(config.output) / LOCK).unlink()  # the killed process's
     before = files(config.output)
     with pytest.raises(InputError, match=message) as caught:
@@ -350,7 +350,7 @@ def test_a_recording_with_a_budget_is_resumed_exactly(budgeted, run_killed):
     expected = files(record(replace(budgeted, output=budgeted.output + "-whole")).folder)
     resuming = replace(budgeted, resume=True)
     draws, kills = random.Random(0), 0
-    while not run_killed(record, resuming, changes=draws.randint(15, 45)):
+    while not run_killed(record, resuming, changes=draws.randint(30, 90)):
         kills += 1
     assert kills >= 2 and files(budgeted.output) == expected
 
@@ -468,15 +468,16 @@ def test_chunks_continue_after_a_kill(book, run_killed, tmp_path):
     book = replace(book, shard_rows=200)
     whole = record(replace(book, output=str(tmp_path / "whole")))
     killed = replace(book, output=str(tmp_path / "killed"), resume=True)
-    assert not run_killed(record, killed, changes=20)
+    assert not run_killed(record, killed, changes=40)
     record(killed)
     assert files(killed.output) == files(whole.folder)
 
 
 def test_the_embedded_corpus_is_cut_unless_asked_otherwise():
-    assert not RecordConfig().chunks and RecordConfig(long_documents="chunk").chunks
+    assert not RecordConfig("o").chunks and RecordConfig("o", long_documents="chunk").chunks
     for text in (TextConfig("some/data"), TextConfig(mix=[TextSource("sae-probes")])):
-        assert RecordConfig(text=text).chunks and not RecordConfig(text=text, long_documents="cut").chunks
+        assert RecordConfig("o", text=text).chunks
+        assert not RecordConfig("o", text=text, long_documents="cut").chunks
 
 
 def test_counts_of_older_stores_are_read(config):

@@ -25,6 +25,8 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError
+from latentprior.utils.files import PARTIAL
+from latentprior.utils.settings import differences
 
 WIDTH = 8
 SHARD_ROWS = 16
@@ -338,7 +340,7 @@ def test_a_full_disk_at_any_moment_is_one_clean_error(tmp_path, disk):
         except InputError as error:
             assert "the disk is full" in str(error) and "\n" not in str(error)
         disk.start(lambda now: None)
-        assert not list(folder.glob("*.tmp"))
+        assert not list(folder.glob(f"*{PARTIAL}"))
         if (folder / files.MANIFEST).exists():
             store = ActivationStore(folder, verify="full")
             rows = store.rows(torch.arange(len(store)))
@@ -422,11 +424,14 @@ def test_resuming_a_complete_store_does_nothing(folder):
 def test_resuming_removes_what_a_kill_left_behind(folder):
     before = contents(folder)
     for name in ("shard-00009.safetensors", "shard-00009.parquet", "statistics-00009.safetensors", files.MANIFEST):
-        (folder / f"{name}.tmp").write_bytes(b"left over")
+        for ending in (PARTIAL, ".tmp"):  # of today and of older versions
+            (folder / f"{name}{ending}").write_bytes(b"left over")
     (folder / "statistics-00001.safetensors").write_bytes(b"left over")
-    (folder / "notes.tmp").write_bytes(b"mine")
+    own = {"notes.tmp": b"mine", f"notes{PARTIAL}": b"mine"}
+    for name, content in own.items():
+        (folder / name).write_bytes(content)
     write(folder, resume=True)
-    assert contents(folder) == before | {"notes.tmp": b"mine"}
+    assert contents(folder) == before | own
 
 
 def test_resume_starts_a_store_that_is_not_there_yet(tmp_path, folder):
@@ -454,7 +459,7 @@ def test_a_store_is_not_written_over(folder):
 )
 def test_resuming_with_other_settings_is_refused_and_touches_nothing(folder, layers, options, message):
     edit_manifest(folder, lambda manifest: manifest.update(complete=False))
-    (folder / "shard-00009.safetensors.tmp").write_bytes(b"left over")
+    (folder / f"shard-00009.safetensors{PARTIAL}").write_bytes(b"left over")
     before = contents(folder)
     with pytest.raises(InputError, match=message):
         write(folder, layers=layers, resume=True, **options)
@@ -669,5 +674,5 @@ def test_a_folder_without_a_store_is_one_line(tmp_path):
 def test_a_store_of_before_hookpoints_knew_their_weights_is_continued():
     here = Hookpoint("org/m", 2, 8, weights="ab").to_dict()
     older = here | {"weights": None}
-    assert not [*files.differences({"hookpoints": [older]}, {"hookpoints": [here]})]
-    assert [*files.differences({"hookpoints": [here]}, {"hookpoints": [here | {"weights": "cd"}]})]
+    assert not [*differences({"hookpoints": [older]}, {"hookpoints": [here]})]
+    assert [*differences({"hookpoints": [here]}, {"hookpoints": [here | {"weights": "cd"}]})]

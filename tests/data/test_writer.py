@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ BATCHES = 50
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(writer, "POLL", 0.001)
     monkeypatch.setattr(handover, "LONGEST_PAUSE", 0.01)
 
@@ -112,7 +113,7 @@ def test_a_kill_at_any_change_of_the_disk(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_file", copying(files.write_file))
-        patch.setattr(files.os, "replace", copying(files.os.replace))
+        patch.setattr(os, "replace", copying(os.replace))
         patch.setattr(Path, "unlink", copying(Path.unlink))
         write(folder, 24, budget=4 * SHARD_BYTES)
     expected, seen = contents(folder), set()

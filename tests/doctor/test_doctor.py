@@ -14,7 +14,7 @@ from torch import nn
 from conftest import FAMILIES
 from latentprior.cli.commands import FAILED, main
 from latentprior.config import DoctorConfig, LLMConfig
-from latentprior.doctor import checks, doctor, examine, patient
+from latentprior.doctor import checks, doctor, examine, subject
 from latentprior.lm.edits import EditCounts
 from latentprior.prior.glp import GLP
 from latentprior.utils.errors import InputError
@@ -95,7 +95,7 @@ def test_first_last_and_only_blocks(blocks, layer, tiny_llm, tiny_tokenizer):
 
 
 def test_without_room_for_float32_the_models_own_precision_is_compared(tiny_llm, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(patient, "device_memory", lambda device: 1000)
+    monkeypatch.setattr(subject, "device_memory", lambda device: 1000)
     lines = by_name(examine(tiny_llm().bfloat16(), tiny_tokenizer))
     assert not failing(lines.values())
     assert "(bfloat16, tolerance 0.3)" in lines[CACHED].detail and "bfloat16" in lines[PADDING].detail
@@ -103,24 +103,20 @@ def test_without_room_for_float32_the_models_own_precision_is_compared(tiny_llm,
 
 def test_ties_are_no_difference_and_other_tokens_hide_what_comes_after():
     tokens, logits = torch.tensor([[5, 6, 7]]), torch.randn(1, 3, 11, generator=torch.Generator().manual_seed(0))
-    assert patient.apart((tokens, logits), (tokens, logits)) == 0
+    assert subject.logit_distance((tokens, logits), (tokens, logits)) == 0
     other = logits.clone()
     other[:, 2] += 10  # behind the first different token
-    assert patient.apart((torch.tensor([[5, 8, 7]]), other), (tokens, logits)) == 0
-    assert patient.apart((tokens, other), (tokens, logits)) > 5
+    assert subject.logit_distance((torch.tensor([[5, 8, 7]]), other), (tokens, logits)) == 0
+    assert subject.logit_distance((tokens, other), (tokens, logits)) > 5
     other = logits.clone()
     other[:, 0] += 10
-    assert patient.apart((torch.tensor([[8, 6, 7]]), other), (tokens, logits)) > 5
+    assert subject.logit_distance((torch.tensor([[8, 6, 7]]), other), (tokens, logits)) > 5
 
 
 def test_layers(tiny_llm, tiny_tokenizer, tiny_glp):
     def layer(glp=None, wanted=None) -> int:
-        def load():
-            if glp is None:
-                raise patient.Skipped("none given")
-            return glp
-
-        return patient.Patient("cpu", lambda: (tiny_llm(), tiny_tokenizer), load, wanted).layer
+        model = subject.Subject("cpu", lambda: (tiny_llm(), tiny_tokenizer), lambda: glp, wanted, glp)
+        return model.layer
 
     assert layer() == 2
     assert layer(tiny_glp(32, (1, 3), "tiny-llama")) == 1
@@ -173,7 +169,7 @@ def test_a_cache_under_an_unknown_name(tiny_llm, tiny_tokenizer):
 
 
 def test_positions_that_are_read_wrongly_under_a_cache(tiny_llm, tiny_tokenizer, monkeypatch):
-    edit_positions = patient.edit_positions
+    edit_positions = subject.edit_positions
 
     def shifted(model, edits):
         def late(edit):
@@ -181,7 +177,7 @@ def test_positions_that_are_read_wrongly_under_a_cache(tiny_llm, tiny_tokenizer,
 
         return edit_positions(model, {layer: late(edit) for layer, edit in edits.items()})
 
-    monkeypatch.setattr(patient, "edit_positions", shifted)
+    monkeypatch.setattr(subject, "edit_positions", shifted)
     failed = failing(examine(tiny_llm(), tiny_tokenizer))
     assert failed[CACHED].startswith("under a push, generation with a key-value cache differs from generation without")
 
@@ -270,8 +266,8 @@ def test_a_model_that_attends_to_padding(tiny_llm, tiny_tokenizer):
 
 
 def test_an_identity_that_is_none(tiny_llm, tiny_tokenizer, monkeypatch):
-    project = patient.Identity.project
-    monkeypatch.setattr(patient.Identity, "project", lambda *args, **options: -project(*args, **options))
+    project = subject.Identity.project
+    monkeypatch.setattr(subject.Identity, "project", lambda *args, **options: -project(*args, **options))
     failed = failing(examine(tiny_llm(), tiny_tokenizer))
     assert failed.keys() == {IDENTITY} and "changes nothing changes what" in failed[IDENTITY]
 
@@ -282,7 +278,7 @@ def test_an_edit_that_never_happens(tiny_llm, tiny_tokenizer, monkeypatch):
         yield EditCounts()
 
     monkeypatch.setattr(checks, "attach", idle)
-    monkeypatch.setattr(patient, "edit_positions", idle)
+    monkeypatch.setattr(subject, "edit_positions", idle)
     failed = failing(examine(tiny_llm(), tiny_tokenizer))
     assert failed.keys() == {IDENTITY, CACHED, PADDING}
     assert failed[IDENTITY].startswith("0 positions were edited instead of 62")

@@ -64,7 +64,7 @@ def test_pca_axes_are_those_of_the_real_activations():
 
 def test_samples_too_few_for_the_two_sample_test_are_refused_before_anything_is_computed(store, tiny_glp):
     glp = tiny_glp(4, (1, 2), "m")
-    config = EvaluateConfig(heldout=str(store.folder), train=None, samples=29)
+    config = EvaluateConfig(prior="p", heldout=str(store.folder), output="o", samples=29)
     with pytest.raises(InputError, match="^29 samples are too few .* at width 4: raise --samples to at least 30"):
         _real_rows(config, glp, 2)
     assert len(_real_rows(replace(config, samples=30), glp, 2)[0]) == 30

@@ -230,7 +230,7 @@ def test_errors_of_one_line(explored, tmp_path, tiny_llm, tiny_glp):
         explore(dataclasses.replace(config, layer=3), glp, model, tokenizer, docs)
     with pytest.raises(InputError, match="out of range"):
         explore(config, tiny_glp(32, (9,)), model, tokenizer, docs)
-    with pytest.raises(InputError, match=r"serves layers \[0, 2\]"):
+    with pytest.raises(InputError, match=r"layers \[0, 2\].*--layer"):
         explore(config, tiny_glp(32, (0, 2)), model, tokenizer, docs)
     with pytest.raises(InputError, match="nothing to explore"):
         explore(config, glp, model, tokenizer, [Document(0, "")])

@@ -153,7 +153,7 @@ def test_distinct_times_and_layers_with_an_index_are_times_and_layers_of_each_ro
     torch.testing.assert_close(
         denoiser(z, t, layer, time_index=index, layer_index=None if layer is None else index), expected
     )
-    torch.testing.assert_close(denoiser.run(z, denoiser.gathered(t[index], rows)), expected)
+    torch.testing.assert_close(denoiser.run(z, denoiser.row_factors(t[index], rows)), expected)
 
 
 def test_low_precision_weights_keep_the_dtype_of_the_state():
@@ -181,31 +181,31 @@ def test_one_layer_of_one():
     assert denoiser(draw(2, 6), torch.tensor(0.5), torch.tensor(0)).isfinite().all()
 
 
-def test_the_time_path_is_remembered_in_a_context_only(monkeypatch):
+def test_the_time_path_is_cached_in_a_context_only(monkeypatch):
     net = Denoiser(DenoiserConfig(6, 8, 16, 2)).eval().requires_grad_(False)
     asked = []
     factors = Denoiser.factors
     monkeypatch.setattr(Denoiser, "factors", lambda self, t: asked.append(t.tolist()) or factors(self, t))
     with torch.no_grad():
-        assert net.tables([0.25, 0.5]) is not net.tables([0.25, 0.5]) and len(asked) == 2
-        with net.remembering():
-            first, other = net.tables([0.25, 0.5]), net.tables([0.25, 0.75])
-            with net.remembering():
-                assert net.tables([0.25, 0.5]) is first
-            assert net.tables([0.25, 0.75]) is other and len(asked) == 4
+        assert net.cached_factors([0.25, 0.5]) is not net.cached_factors([0.25, 0.5]) and len(asked) == 2
+        with net.caching():
+            first, other = net.cached_factors([0.25, 0.5]), net.cached_factors([0.25, 0.75])
+            with net.caching():
+                assert net.cached_factors([0.25, 0.5]) is first
+            assert net.cached_factors([0.25, 0.75]) is other and len(asked) == 4
             net.time_embed[0].weight.add_(0.5)  # as an optimizer's step
-            changed = net.tables([0.25, 0.75])
+            changed = net.cached_factors([0.25, 0.75])
             assert len(asked) == 5 and not torch.equal(changed[0][0], first[0][0])
             net.to(torch.bfloat16)
-            assert net.tables([0.25, 0.75])[0].dtype == torch.bfloat16 and len(asked) == 6
+            assert net.cached_factors([0.25, 0.75])[0].dtype == torch.bfloat16 and len(asked) == 6
             copied = copy.deepcopy(net)
-        assert net.tables([0.25, 0.75]) is not net.tables([0.25, 0.75]) and len(asked) == 8
-        copied.tables([0.25, 0.75])
-        copied.tables([0.25, 0.75])
+        assert net.cached_factors([0.25, 0.75]) is not net.cached_factors([0.25, 0.75]) and len(asked) == 8
+        copied.cached_factors([0.25, 0.75])
+        copied.cached_factors([0.25, 0.75])
         assert len(asked) == 10
-    with net.remembering():
-        net.tables([0.25, 0.75])
-        net.tables([0.25, 0.75])  # a graph for gradients is never remembered
+    with net.caching():
+        net.cached_factors([0.25, 0.75])
+        net.cached_factors([0.25, 0.75])  # a graph for gradients is never cached
     assert len(asked) == 12
 
 
@@ -213,18 +213,18 @@ def test_no_time_path_outlives_its_weights():
     """`data.copy_` and a freed address leave nothing to tell new weights by, so nothing may be kept."""
     net, other = (Denoiser(DenoiserConfig(6, 8, 16, 2)).eval().requires_grad_(False) for _ in range(2))
     with torch.no_grad():
-        with net.remembering():
-            net.tables([0.25, 0.5])
+        with net.caching():
+            net.cached_factors([0.25, 0.5])
         for p, q in zip(net.parameters(), other.parameters(), strict=True):
             p.data.copy_(q)
-        assert all(map(torch.equal, net.tables([0.25, 0.5]), other.tables([0.25, 0.5])))
-        with net.remembering():
-            assert all(map(torch.equal, net.tables([0.25, 0.5]), other.tables([0.25, 0.5])))
+        assert all(map(torch.equal, net.cached_factors([0.25, 0.5]), other.cached_factors([0.25, 0.5])))
+        with net.caching():
+            assert all(map(torch.equal, net.cached_factors([0.25, 0.5]), other.cached_factors([0.25, 0.5])))
 
 
-def test_what_is_remembered_is_bounded():
+def test_what_is_cached_is_bounded():
     net = Denoiser(DenoiserConfig(6, 8, 16, 2)).eval().requires_grad_(False)
-    with torch.no_grad(), net.remembering():
+    with torch.no_grad(), net.caching():
         for i in range(1000):
-            net.tables([i / 1000])
-            assert len(net._remembered) <= 64
+            net.cached_factors([i / 1000])
+            assert len(net._cache) <= 64

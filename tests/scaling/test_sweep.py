@@ -207,7 +207,7 @@ def test_what_cannot_work_is_refused_before_it_starts(config, tmp_path, texts, l
     other_model = replace(config, store=other, heldout=other, samples=20, delta_lm=True)
     refused(replace(other_model, llm=LLMConfig(model=llm_folder), text=TextConfig(dataset=texts)), "another")
     several = write_store(tmp_path / "several", 200, seed=0, layers=(0, 1))
-    refused(replace(config, store=several, heldout=several), "choose one to measure at with --layer")
+    refused(replace(config, store=several, heldout=several), "choose one with --layer")
 
 
 def test_a_folder_of_other_activations_is_refused(config, tmp_path):
@@ -240,5 +240,5 @@ def test_several_layers_are_measured_at_one(config, tmp_path):
 )
 def test_bad_configuration_takes_one_line(changes, message):
     with pytest.raises(InputError, match=message) as error:
-        from_dict(SweepConfig, changes)
+        from_dict(SweepConfig, {"store": "s", "heldout": "h", "output": "o"} | changes)
     assert "\n" not in str(error.value)

@@ -112,7 +112,7 @@ def test_a_prior_of_several_layers_is_told_which(tiny_glp, edit):
 
 
 def test_every_method_is_a_change_of_the_configured_repair():
-    config = SteerConfig(repair=RepairConfig(t_start=0.3, steps=2))
+    config = SteerConfig(["p"], "o", repair=RepairConfig(t_start=0.3, steps=2))
     for method, changes in REPAIRS.items():
         repair = config.repair_of(method)
         assert repair is not None

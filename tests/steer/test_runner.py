@@ -25,6 +25,7 @@ from latentprior.utils.errors import InputError
 TEXTS = ["The quick brown fox", "She", "A language model keeps what"]
 CONFIG = SteerConfig(
     priors=["one", "two"],
+    output="o",
     methods=["paired", "random"],
     strengths=[0.4, 1.0],
     new_tokens=4,

@@ -30,7 +30,8 @@ def llm(tiny_llm, tiny_tokenizer):
 
 
 def config(experiment: str = "sentiment", **options) -> SteerConfig:
-    return SteerConfig(experiment=experiment, labelled=120, prompts=3, prompt_tokens=12, reading="embedding", **options)
+    small = {"labelled": 120, "prompts": 3, "prompt_tokens": 12, "reading": "embedding"}
+    return SteerConfig(**{"priors": ["p"], "output": "o", "experiment": experiment} | small | options)
 
 
 def test_sentiment(llm):
@@ -58,7 +59,7 @@ def test_prompts_are_the_most_neutral_of_the_candidates(llm):
 
 def test_more_prompts_than_texts(llm):
     with pytest.raises(InputError, match="only 0 .* 1000000 tokens"):
-        tasks.beginnings(SteerConfig(prompts=2, prompt_tokens=1_000_000), llm[1])
+        tasks.beginnings(SteerConfig(["p"], "o", prompts=2, prompt_tokens=1_000_000), llm[1])
 
 
 def test_personas(llm, monkeypatch):

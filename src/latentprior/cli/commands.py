@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
 from rich.markup import escape
 
 from latentprior import config
@@ -25,25 +25,12 @@ from latentprior.cli.console import (
     print_tables,
     table,
 )
-from latentprior.cli.usage import mended, option_kinds
-from latentprior.config.base import moved
+from latentprior.cli.help import help_of, overview
+from latentprior.cli.parser import Command, command_of, parse
+from latentprior.config.options import build
 from latentprior.utils.errors import InputError, Stopped
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-ALIASES = {"--from": "--source"}  # `from` cannot be the name of a dataclass's field
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its configuration and what it does with it."""
-
-    config: type
-    run: Callable[[Any], int | None]
-    """Gives the exit status; None is success."""
-
-    @property
-    def help(self) -> str:
-        return (self.config.__doc__ or "").strip()
 
 
 # -- commands. Their imports are inside: torch takes seconds, --help should not ------------------------------------
@@ -66,22 +53,12 @@ def record(options: config.RecordConfig) -> None:
 
     with bars() as phase:
         store = record(options, report=phase("record"))
-    table(
-        "Activation store",
-        {
-            "folder": options.output,
-            "rows": len(store),
-            "width": store.width,
-            "layers": ", ".join(map(str, store.layers)),
-            "left out": left_out(store.manifest["left_out"]),
-        },
-    )
+    shown = {"folder": options.output, "rows": len(store), "width": store.width}
+    shown |= {"layers": ", ".join(map(str, store.layers)), "left out": left_out(store.manifest["left_out"])}
+    table("Activation store", shown)
 
 
 def train(options: config.TrainConfig) -> None:
-    import json
-    from pathlib import Path
-
     from latentprior.training.fit import fit
     from latentprior.utils.distributed import is_main
 
@@ -108,8 +85,6 @@ def train(options: config.TrainConfig) -> None:
 
 
 def sample(options: config.SampleConfig) -> None:
-    from pathlib import Path
-
     import torch
     from safetensors.torch import save_file
 
@@ -118,41 +93,20 @@ def sample(options: config.SampleConfig) -> None:
     from latentprior.utils.files import check_file, replaced
 
     check_file(options.output)
-    glp = GLP.from_pretrained(
-        options.prior,
-        options.checkpoint,
-        device=resolve_device(options.device),
-        dtype=getattr(torch, options.precision),
-    )
-    x = glp.sample(
-        options.n,
-        steps=options.steps,
-        solver=options.solver,
-        grid=options.grid,
-        layer=options.layer,
-        generator=options.seed,
-    )
+    device, dtype = resolve_device(options.device), getattr(torch, options.precision)
+    glp = GLP.from_pretrained(options.prior, options.checkpoint, device=device, dtype=dtype)
+    how: dict[str, Any] = {"steps": options.steps, "solver": options.solver, "grid": options.grid}
+    x, nfe = glp.sample(options.n, layer=options.layer, generator=options.seed, **how), glp.nfe(**how)
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nfe = glp.nfe(options.steps, solver=options.solver, grid=options.grid)
     with replaced(path) as partial:
         save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
-    table(
-        "Samples",
-        {
-            "file": path,
-            "activations": len(x),
-            "width": x.shape[1],
-            "NFE": nfe,
-            "mean norm": figure(float(x.norm(dim=1).mean())),
-        },
-    )
+    norm = figure(float(x.norm(dim=1).mean()))
+    table("Samples", {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe, "mean norm": norm})
 
 
 def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
     """Draw the page of a result, print its tables and where the page lies."""
-    from pathlib import Path
-
     from latentprior.report import write_report
 
     page = write_report(result, Path(folder) / "report.html")
@@ -183,9 +137,6 @@ def convert(options: config.ConvertConfig) -> None:
 
 
 def plan(options: config.PlanConfig) -> None:
-    import json
-    from pathlib import Path
-
     from latentprior.scaling.plan import plan, tables
     from latentprior.utils.files import check_file, replace_text
 
@@ -224,8 +175,6 @@ def probe(options: config.ProbeConfig) -> int:
 
 
 def neurons(options: config.NeuronsConfig) -> None:
-    from pathlib import Path
-
     from latentprior.judge.endpoint import endpoint_of
     from latentprior.neurons.collect import neurons
     from latentprior.neurons.describe import describe_store
@@ -295,95 +244,11 @@ COMMANDS = {
 }
 
 
-# -- parsing -------------------------------------------------------------------------------------------------------
-
-
-class Parser(ArgumentParser):
-    """Reports a wrong command line in one line, with the nearest valid names."""
-
-    config: type | None = None
-    """Of the command that it parses; None before a command."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        options = [option for action in self._actions for option in action.option_strings]
-        configs = {name: command.config for name, command in COMMANDS.items()}
-        raise InputError(mended(message, options, self.config, configs))
-
-
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Arguments as jsonargparse takes them.
-
-    Hyphens in option names are underscores, a bare flag means true, a list needs no brackets (``--layers 7,15``), and
-    whole numbers may be written as ``1M``, ``2e6`` or ``1_000_000``.
-    """
-    # Of this command alone: `blocks` is a number for one and a list for another.
-    commands = [COMMANDS[word] for word in arguments if word in COMMANDS][:1]
-    kinds = {f"--{name}": kind for command in commands for name, kind in option_kinds(command.config)}
-    spelled = []
-    remaining = deque(arguments)
-    while remaining:
-        name, equals, value = remaining.popleft().partition("=")
-        if name.startswith("--"):
-            name = ALIASES.get(name, name)
-            name = "--" + name[2:].replace("-", "_")
-            if error := moved(name[2:]):  # else taken for an abbreviation
-                raise error
-            following = bool(remaining) and not remaining[0].startswith("--")
-            if kinds.get(name) == "bool" and not equals and not following:
-                equals, value = "=", "true"
-            elif kinds.get(name, "").startswith("list") and (equals or following):
-                equals, value = "=", value if equals else remaining.popleft()
-                value = value if value.startswith("[") else f"[{value}]"
-                if kinds[name].startswith("list[int]"):
-                    value = f"[{','.join(_whole(item) for item in value[1:-1].split(','))}]"
-            elif kinds.get(name, "").startswith("int") and (equals or following):
-                equals, value = "=", _whole(value if equals else remaining.popleft())
-        spelled.append(name + equals + value)
-    return spelled
-
-
-def _whole(text: str) -> str:
-    """A whole number in digits; anything else as it is."""
-    count = config.count_of(text.strip())
-    return text if count is None else str(count)
-
-
-def build_parser() -> Parser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(
-        prog="latentprior",
-        description="Generative models of a language model's internal activations.",
-        allow_abbrev=False,
-        version=package_version(),
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    for name, command in COMMANDS.items():
-        sub = Parser(description=command.help, allow_abbrev=False)
-        sub.config = command.config
-        sub.add_argument("--config", action="config", help="YAML file with any of these options.")
-        sub.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
-        sub.add_class_arguments(command.config)
-        commands.add_subcommand(name, sub, help=command.help)
-    return parser
-
-
-def package_version() -> str:
-    from latentprior.utils.provenance import versions
-
-    return versions().get("latentprior", "unknown")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors are one line on standard error, unless --debug is given."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
     try:
-        values = build_parser().parse_args(spelled_out(arguments))
-        command = COMMANDS[values.command]
-        options = values[values.command].as_dict()
-        for key in ("config", "debug"):
-            options.pop(key, None)
-        return command.run(config.from_dict(command.config, options)) or 0
+        return _call(arguments)
     except KeyboardInterrupt:
         err.print("interrupted; the same command continues where it can")
         return INTERRUPTED
@@ -391,8 +256,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         err.print(f"terminated: {stopped}; the same command continues")
         return TERMINATED
     except (InputError, OSError) as error:
-        if debug:
+        if "--debug" in arguments:
             raise
         message = " ".join(str(error).split())
         err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         return USAGE if isinstance(error, InputError) else FAILED
+
+
+def _call(arguments: Sequence[str]) -> int:
+    if arguments[:1] in (["--help"], ["-h"]):
+        return _say(overview(COMMANDS))
+    if arguments[:1] == ["--version"]:
+        from latentprior.utils.provenance import versions
+
+        return _say(versions().get("latentprior", "unknown"))
+    name = command_of(arguments, COMMANDS)
+    command = COMMANDS[name]
+    call = parse(arguments[1:], command.config)
+    if call.flags & {"help", "help_all"}:
+        return _say(help_of(name, command, whole="help_all" in call.flags))
+    options = build(command.config, call.given)
+    if "print_config" in call.flags:
+        return _say(yaml.safe_dump(json.loads(json.dumps(config.to_dict(options))), sort_keys=False).rstrip())
+    return command.run(options) or 0
+
+
+def _say(text: str) -> int:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0

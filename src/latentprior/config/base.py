@@ -10,13 +10,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from latentprior.utils.errors import InputError, unknown
 
+Folder = str  # what --help shows as the type of an option
+File = str
+Size = str
+
 Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
 
-SOLVERS: tuple[Solver, ...] = ("euler", "midpoint", "heun", "ab2")
-SIDES: tuple[Side, ...] = ("output", "input", "mlp")
-GRIDS: tuple[Grid, ...] = ("uniform", "official")
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+SIDES: tuple[Side, ...] = get_args(Side)
+GRIDS: tuple[Grid, ...] = get_args(Grid)
 
 
 def typed(owner: object) -> None:
@@ -48,6 +52,17 @@ def positive(owner: object, *names: str) -> None:
             raise InputError(f"{type(owner).__name__}.{name} must be positive, got {value}")
 
 
+def choices(owner: object) -> None:
+    """Refuse a value of a field of type `Literal`, or of a list of it, that the type does not name."""
+    for name, kind in get_type_hints(type(owner)).items():
+        several = get_origin(kind) is list
+        choice = get_args(kind)[0] if several else kind
+        if get_origin(choice) is Literal:
+            for value in getattr(owner, name) if several else [getattr(owner, name)]:
+                if value not in get_args(choice):
+                    raise unknown(f"{type(owner).__name__}.{name}", value, get_args(choice))
+
+
 def one_of(owner: object, name: str, valid: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in valid:
@@ -74,7 +89,12 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
             inner = [g.name for g in dataclasses.fields(value) if g.name != "device"]
             given = [f"{name}.{key}" for key in inner if getattr(value, key) != getattr(default, key)]
         if given:
-            raise InputError(f"--{given[0].replace('_', '-')} means nothing {mode}: leave it out")
+            raise InputError(f"{dashed(given[0])} means nothing {mode}: leave it out")
+
+
+def dashed(name: str) -> str:
+    """The name of a field as an option of the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def unit_interval(owner: object, *names: str) -> None:
@@ -141,10 +161,18 @@ def moved(option: str) -> InputError | None:
 
 
 def beside(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
-    """A field that decides no result: where it goes, what is shown, how fast it comes. See `settings_of`."""
+    """A field that a run which continues another may change: where results go, which more there are, how fast.
+
+    All other fields decide results: see `settings_of`.
+    """
     if default_factory is dataclasses.MISSING:
         return dataclasses.field(default=default, metadata={"beside": True})
     return dataclasses.field(default_factory=default_factory, metadata={"beside": True})
+
+
+def changes_of(cls: type) -> Any:
+    """A field of type ``dict[str, Any]``: new values by name for some of the fields of `cls`, by default none."""
+    return dataclasses.field(default_factory=dict, metadata={"changes": cls})
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -6,13 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from latentprior.config.base import SIDES, Side, bytes_of, meaningless, one_of, positive, size_of, unit_interval
+from latentprior.config.base import (
+    SIDES,
+    File,
+    Folder,
+    Side,
+    Size,
+    beside,
+    bytes_of,
+    choices,
+    meaningless,
+    one_of,
+    positive,
+    size_of,
+    unit_interval,
+)
 from latentprior.utils.errors import InputError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
-DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("auto", "file", "paragraph", "line")
 LongDocuments = Literal["auto", "chunk", "cut"]
-LONG_DOCUMENTS: tuple[LongDocuments, ...] = ("auto", "chunk", "cut")
 SMOLLM2 = "smollm2-135m"
 
 
@@ -23,7 +35,7 @@ class LLMConfig:
     model: str = SMOLLM2
     """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs. With `gguf`
     the name that recordings and priors know the model by; the file's own name by default."""
-    gguf: str | None = None
+    gguf: File | None = None
     """A GGUF file to take the weights from instead, and the tokenizer, unless the folder `model` has one. It is
     dequantised once into the cache."""
     revision: str | None = None
@@ -37,8 +49,7 @@ class LLMConfig:
     """Run Python code that the model's repository ships. Off: such models are refused."""
 
     def __post_init__(self) -> None:
-        one_of(self, "dtype", ("auto", "float32", "bfloat16"))
-        one_of(self, "device_map", ("none", "auto"))
+        choices(self)
         if self.gguf is not None:
             if self.revision is not None:
                 raise InputError(f"a GGUF file has no revision {self.revision!r}")
@@ -64,8 +75,8 @@ class TextSource:
     """As `TextConfig.documents`."""
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "weight")
-        one_of(self, "documents", DOCUMENT_KINDS)
 
 
 @dataclass(frozen=True)
@@ -75,27 +86,26 @@ class TextConfig:
     dataset: str = "sae-probes"
     """The embedded corpus "sae-probes", a Hugging Face dataset id, or a txt, jsonl, csv or parquet file
     (also .zst), or a folder of them."""
+    part: Literal["train", "heldout", "all"] = "train"
+    """Documents to train on, documents held out of training, or both."""
+    limit: int | None = None
+    """Stop after this many documents of the chosen part."""
+    column: str | None = None
+    """Column that holds the text; by default "text", "prompt" or "content", or the only text column."""
+    documents: DocumentKind = "auto"
+    """What is a document of a txt file: the whole file, a paragraph (between blank lines) or a line. "auto": of several
+    files each is one; a single file is cut into paragraphs, or into lines if it has no blank ones."""
+    heldout: float = 0.05
+    """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
     subset: str | None = None
     """Configuration name of the Hugging Face dataset."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
-    column: str | None = None
-    """Column that holds the text; by default "text", "prompt" or "content", or the only text column."""
-    part: Literal["train", "heldout", "all"] = "train"
-    """Documents to train on, documents held out of training, or both."""
-    heldout: float = 0.05
-    """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
-    limit: int | None = None
-    """Stop after this many documents of the chosen part."""
     mix: list[TextSource] = field(default_factory=list)
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
-    documents: DocumentKind = "auto"
-    """What is a document of a txt file: the whole file, a paragraph (between blank lines) or a line. "auto": of several
-    files each is one; a single file is cut into paragraphs, or into lines if it has no blank ones."""
 
     def __post_init__(self) -> None:
-        one_of(self, "documents", DOCUMENT_KINDS)
-        one_of(self, "part", ("train", "heldout", "all"))
+        choices(self)
         unit_interval(self, "heldout")
         positive(self, "limit")
 
@@ -104,14 +114,23 @@ class TextConfig:
 class RecordConfig:
     """Record activations of a language model into a store on disk."""
 
-    output: str = "runs/activations"
+    output: Folder = beside()
     """Folder of the store."""
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
-    side: Side = "output"
-    """Record a block's output, its input, or the hidden units of its MLP."""
+    max_activations: int | None = None
+    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
+    All of the text by default."""
     max_length: int = 2048
     """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
+    resume: bool = beside(False)
+    """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass, padding included."""
+    device: str = beside("auto")
+    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
+    side: Side = "output"
+    """Record a block's output, its input, or the hidden units of its MLP."""
     long_documents: LongDocuments = "auto"
     """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
     "auto" is chunks, but for the embedded corpus, whose documents are cut."""
@@ -121,41 +140,28 @@ class RecordConfig:
     """How many positions "random" draws for each document."""
     chat: bool = False
     """Wrap every document as a user message in the tokenizer's chat template."""
-    batch_tokens: int = 4096
-    """Most tokens of one forward pass, padding included."""
-    max_activations: int | None = None
-    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
-    All of the text by default."""
-    shard_rows: int = 65536
-    """A shard is closed once it holds at least this many rows."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage precision."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
-    device: str = "auto"
-    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
-    seed: int = 0
-    """Seed of the random positions."""
-    resume: bool = False
-    """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
-    disk_budget: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage precision."""
+    shard_rows: int = 65536
+    """A shard is closed once it holds at least this many rows."""
+    disk_budget: Size | None = beside(None)
     """Most bytes of the store ("20GB"), at least two shards; its oldest shards go first."""
-    wait: bool = False
+    wait: bool = beside(False)
     """When the disk budget is used up, wait for a trainer that follows the store (train --follow) instead of removing
     the oldest shard unread."""
-    wait_seconds: float = 600.0
+    wait_seconds: float = beside(600.0)
     """With `wait`: give up when no shard was released for this long; --resume continues."""
+    seed: int = 0
+    """Seed of the random positions."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "side", SIDES)
-        one_of(self, "positions", ("all", "last", "random"))
-        one_of(self, "dtype", ("bfloat16", "float32"))
-        one_of(self, "sinks", ("drop", "keep"))
+        choices(self)
         positive(self, "max_length", "positions_per_document", "batch_tokens", "max_activations", "shard_rows")
         positive(self, "wait_seconds")
-        one_of(self, "long_documents", LONG_DOCUMENTS)
         budget = self.budget_bytes
         if not self.layers:
             raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
@@ -215,7 +221,7 @@ class StreamConfig:
         one_of(self, "side", SIDES)
         one_of(self, "buffer_device", ("auto", "cpu"))
         one_of(self, "sinks", ("drop", "keep"))
-        one_of(self, "long_documents", LONG_DOCUMENTS)
+        one_of(self, "long_documents", ("auto", "chunk", "cut"))
         positive(self, "max_length", "batch_tokens", "statistics", "lanes")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import GRIDS, SOLVERS, Grid, Solver, meaningless, one_of, positive
+from latentprior.config.base import SOLVERS, File, Folder, Grid, Solver, beside, choices, meaningless, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.utils.errors import InputError, unknown
-
-BASELINES = ("sae",)
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class SAEConfig:
     """A TopK sparse autoencoder (SAE), trained on the activations that the Gaussian baselines are fitted to."""
 
-    path: str | None = None
+    path: Folder | None = beside(None)
     """Folder of the SAE: one that lies there (this project's or SAELens's) is used, else it is trained and kept there.
     None is `sae` in the output folder."""
     expansion: int = 8
@@ -37,14 +35,13 @@ class SAEConfig:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Check that everything works with this language model, this prior and this machine: the first thing to paste into
-    a bug report."""
+    """Check that language model, prior and machine work together. Paste what it prints into a bug report."""
 
-    prior: str | None = None
+    prior: Folder | None = None
     """Folder or repository of a prior to check as well."""
     layer: int | None = None
-    """Block whose output is recorded and edited; None is the prior's, or the middle one."""
-    device: str = "auto"
+    """Block whose output is recorded and edited; by default the prior's, or the middle one."""
+    device: str = beside("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     llm: LLMConfig = field(default_factory=LLMConfig)
 
@@ -53,50 +50,49 @@ class DoctorConfig:
 class EvaluateConfig:
     """Measure a prior against real activations and in the language model."""
 
-    prior: str = "runs/prior"
+    prior: Folder
     """Folder or repository of the prior."""
-    checkpoint: str = "final"
-    """Which of its weights."""
-    heldout: str = "runs/heldout"
+    heldout: Folder
     """Activation store of held-out documents; it needs a little over twice `samples` rows."""
-    train: str | None = "runs/activations"
-    """Store to which the Gaussian baselines are fitted; None fits them to the half of the held-out rows that the
-    samples are not compared with."""
-    output: str = "runs/evaluation"
-    """Folder of evaluate.json."""
-    layer: int | None = None
-    """Which layer of a multi-layer prior."""
+    output: Folder = beside()
+    """Folder of evaluate.json and report.html."""
+    train: Folder | None = None
+    """Store to which the Gaussian baselines are fitted; by default they are fitted to the half of the held-out rows
+    that the samples are not compared with."""
     samples: int = 6000
     """Generated activations, and real ones in each of the two disjoint sets."""
     solvers: list[Solver] = field(default_factory=lambda: list(SOLVERS))
     """Solvers to compare."""
     nfes: list[int] = field(default_factory=lambda: [4, 20])
     """Numbers of denoiser evaluations to compare."""
-    projections: int = 512
-    """Random directions of the sliced Wasserstein distance."""
-    fit_rows: int = 100_000
-    """Most rows that the Gaussian baselines are fitted to."""
-    baseline: list[Literal["sae"]] = field(default_factory=list)
-    """Further baselines beside the Gaussians: "sae" reconstructs held-out activations with a sparse autoencoder."""
     delta_lm: bool = True
     """Measure what repairing every position costs the language model."""
-    per_document: bool = False
-    """Headline the delta LM loss as a mean over documents (the official definition), not over tokens."""
     t_starts: list[float] = field(default_factory=lambda: [0.5])
     """Noise levels of the repair."""
     steps: int = 20
     """Denoiser evaluations of the repair."""
     solver: Solver = "euler"
     """Solver of the repair."""
+    per_document: bool = False
+    """Headline the delta LM loss as a mean over documents (the official definition), not over tokens."""
+    baseline: list[Literal["sae"]] = field(default_factory=list)
+    """Further baselines beside the Gaussians: "sae" reconstructs held-out activations with a sparse autoencoder."""
+    layer: int | None = None
+    """Which layer of a multi-layer prior."""
+    checkpoint: str = "final"
+    """Which of the prior's weights."""
+    projections: int = 512
+    """Random directions of the sliced Wasserstein distance."""
+    fit_rows: int = 100_000
+    """Most rows that the Gaussian baselines are fitted to."""
     max_length: int = 128
     """Tokens of a document in the delta LM loss."""
     batch_tokens: int = 1024
     """Most tokens of one forward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise, projections and resampling."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -104,13 +100,8 @@ class EvaluateConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(part="heldout", limit=128))
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "samples", "projections", "fit_rows", "steps", "max_length", "batch_tokens")
-        for solver in (*self.solvers, self.solver):
-            if solver not in SOLVERS:
-                raise unknown("solver", solver, SOLVERS)
-        for baseline in self.baseline:
-            if baseline not in BASELINES:
-                raise unknown("baseline", baseline, BASELINES)
         for name in ("nfes", "t_starts"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"EvaluateConfig.{name} must be positive, got {getattr(self, name)}")
@@ -122,11 +113,9 @@ class EvaluateConfig:
 class SampleConfig:
     """Draw activations from a prior into a safetensors file."""
 
-    prior: str = "runs/prior"
+    prior: Folder
     """Folder or repository of the prior."""
-    checkpoint: str = "final"
-    """Which of its weights."""
-    output: str = "runs/samples.safetensors"
+    output: File = beside()
     """File to write: `activations` [n, d] float32."""
     n: int = 1024
     """How many activations."""
@@ -138,34 +127,34 @@ class SampleConfig:
     """Times of the evaluations; "official" are those of the official sampler."""
     layer: int | None = None
     """Which layer of a multi-layer prior."""
+    checkpoint: str = "final"
+    """Which of the prior's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the denoiser."""
-    device: str = "auto"
+    device: str = beside("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise."""
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "n", "steps")
-        one_of(self, "solver", SOLVERS)
-        one_of(self, "grid", GRIDS)
-        one_of(self, "precision", ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Convert a prior or recorded activations between this project's files and the official ones."""
 
-    source: str = ""
+    source: Folder
     """Folder (or repository, for a prior) to read."""
-    output: str = ""
+    output: Folder = beside()
     """Folder to write."""
     to: Literal["latentprior", "official"] = "latentprior"
     """Format to write."""
     checkpoint: str = "final"
     """Which weights of a prior."""
     model: str = ""
-    """Model that official activations, which do not say, come from."""
+    """Model that official activations, which do not say, come from; by default none is noted."""
     layer: int | None = None
     """Layer that official activations come from, if their folder's name does not say; or the one to write out of a
     store of several layers."""
@@ -173,19 +162,16 @@ class ConvertConfig:
     """Replace what an earlier conversion left in the output folder."""
 
     def __post_init__(self) -> None:
-        one_of(self, "to", ("latentprior", "official"))
-        for name in ("source", "output"):
-            if not getattr(self, name):
-                raise InputError(f"name a folder with --{name}")
+        choices(self)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
     """The main job end to end on the embedded model and corpus: record, train, evaluate, steer, report."""
 
-    output: str = "runs/demo"
+    output: Folder = beside("runs/demo")
     """Folder of everything; a second run reuses what is there. The page is report.html, its data demo.json."""
-    tiny: bool = False
+    tiny: bool = beside(False)
     """A run of under a minute that only shows that everything works."""
     layer: int = 15
     """Block whose output is modelled."""
@@ -205,9 +191,8 @@ class DemoConfig:
     """Steering strengths in units of the mean activation norm."""
     new_tokens: int = 20
     """Tokens to generate after each prompt."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of everything."""
     llm: LLMConfig = field(default_factory=LLMConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import one_of, positive, unit_interval
+from latentprior.config.base import Folder, beside, choices, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
 from latentprior.utils.errors import InputError
@@ -18,24 +18,28 @@ class NeuronsConfig:
     Documents pass once through language model and prior.
     """
 
-    output: str = "runs/neurons"
-    """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
-    prior: str = "runs/prior"
+    prior: Folder
     """Folder or repository of the prior."""
-    checkpoint: str = "final"
-    """Which of its weights."""
+    output: Folder = beside()
+    """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
+    tokens: int = 2_000_000
+    """Stop after this many tokens that count: not the first of a document, no attention sinks."""
+    html: Folder | None = beside(None)
+    """Folder of a static site to look at the units in any browser; by default none."""
+    probe: Folder | None = beside(None)
+    """Folder of a `latentprior probe` run of the same prior: names the tasks that a unit is among the best at."""
+    describe: int = beside(0)
+    """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
     layer: int | None = None
     """Which layer of a multi-layer prior."""
+    checkpoint: str = "final"
+    """Which of the prior's weights."""
     t: float = 0.1
     """Noise level at which the meta-neurons are read."""
     noises: int = 1
     """Noises over which a meta-neuron is averaged; every token has the same ones."""
-    tokens: int = 2_000_000
-    """Stop after this many tokens that count: not the first of a document, no attention sinks."""
     max_length: int = 64
     """Documents are cut to this many tokens, the beginning-of-sequence token included."""
-    batch_tokens: int = 4096
-    """Most tokens of one forward pass, padding included."""
     top: int = 20
     """Documents to keep of each unit and sign."""
     reservoir: int = 64
@@ -44,26 +48,21 @@ class NeuronsConfig:
     """Tokens to name that a unit promotes, and as many that it suppresses."""
     neighbours: int = 8
     """Most correlated units to name."""
-    probe: str | None = None
-    """Folder of a `latentprior probe` run of the same prior: names the tasks that a unit is among the best at."""
-    html: str | None = None
-    """Folder of a static site to look at the units in any browser; by default none."""
-    describe: int = 0
-    """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
+    batch_tokens: int = beside(4096)
+    """Most tokens of one forward pass, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise and of the random documents."""
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    llm: LLMConfig = field(default_factory=LLMConfig)
+    judge: JudgeConfig = beside(default_factory=JudgeConfig)
+    llm: LLMConfig = beside(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        choices(self)
         unit_interval(self, "t")
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
         positive(self, "noises", "tokens", "batch_tokens", "top", "reservoir")
         if self.max_length < 2:
             raise InputError(f"NeuronsConfig.max_length must be at least 2, got {self.max_length}")

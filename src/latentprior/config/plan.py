@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import one_of, positive, size_of
+from latentprior.config.base import File, Size, beside, changes_of, choices, one_of, positive, size_of
 from latentprior.config.data import LLMConfig
 from latentprior.config.training import PRESETS, Recipe, TrainConfig
 from latentprior.utils.errors import InputError
@@ -24,7 +24,7 @@ class PlanConfig:
     """Tokens of a document, the first included, which is never an activation."""
     batch_tokens: int = TrainConfig.batch_tokens
     """Tokens of one forward pass of the language model."""
-    buffer: str = TrainConfig.buffer
+    buffer: Size = TrainConfig.buffer
     """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB")."""
     blocks: int = TrainConfig.blocks
     """Residual blocks of the denoiser."""
@@ -36,7 +36,7 @@ class PlanConfig:
     """Activations to train on in all."""
     preset: str = TrainConfig.preset
     """Recipe, which sets batch size, time sampling, optimizer and averaging: "official" is the paper's."""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = changes_of(Recipe)
     """Fields of the preset's recipe to change, for example {"batch_size": 8192}."""
     micro_batch: int | None = None
     """Activations of one forward and backward pass of a process; by default 1024 on a CPU, all on a GPU."""
@@ -53,12 +53,12 @@ class PlanConfig:
     """Assumption: share of the chip's matrix peak that the language model's forward pass reaches."""
     prior_mfu: float = 0.4
     """Assumption: share of the chip's matrix peak that training the prior reaches."""
-    output: str | None = None
+    output: File | None = beside(None)
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        choices(self)
         one_of(self, "preset", tuple(PRESETS))
-        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
         positive(self, "batch_tokens", "blocks", "d_model", "d_mlp", "activations", "micro_batch", "chips")
         size_of("buffer", self.buffer)
         if self.max_length < 2:

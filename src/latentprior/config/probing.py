@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import one_of, positive
+from latentprior.config.base import Folder, beside, choices, positive
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError, unknown
 
@@ -16,21 +16,21 @@ SOURCES = ("layer", "rotation", "mlp-neurons", "sae", "random-denoiser", "meta-n
 class ProbeConfig:
     """Measure how well single features, meta-neurons among them, tell the classes of labelled texts apart."""
 
-    output: str = "runs/probe"
+    priors: list[Folder]
+    """Folders or repositories of priors, all of one hookpoint. The first is compared with the baselines, all of them
+    show how the AUC follows the held-out loss."""
+    output: Folder = beside()
     """Folder of everything: probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command
     continues."""
-    recording: str | None = None
-    """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = beside(default_factory=list)
     """Names of embedded tasks of SAE-Probes, or paths of CSV files; by default its 113 binary tasks."""
     text_column: str | None = None
     """Column of a CSV file that holds the texts; by default "text", "prompt" or "content", or the only text column."""
     label_column: str | None = None
     """Column of a CSV file that holds the two classes; by default "target", "label" or "class", or the only one beside
     the texts."""
-    priors: list[str] = field(default_factory=lambda: ["runs/prior"])
-    """Folders or repositories of priors, all of one hookpoint. The first is compared with the baselines, all of them
-    show how the AUC follows the held-out loss."""
+    recording: Folder | None = beside(None)
+    """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
     checkpoint: str = "final"
     """Which weights of the priors."""
     layer: int | None = None
@@ -39,7 +39,7 @@ class ProbeConfig:
     """Features to compare: layer (the layer's output), rotation (that through a random rotation), mlp-neurons (hidden
     units of the MLPs of all blocks up to the layer), sae (latents of `sae`), random-denoiser (an untrained denoiser of
     the prior's shape), meta-neurons (the prior's hidden units)."""
-    sae: str | None = None
+    sae: Folder | None = None
     """Folder of a sparse autoencoder of the same hookpoint, of `evaluate --baseline sae` or of SAELens; adds the source
     "sae"."""
     t: list[float] = field(default_factory=lambda: [0.1])
@@ -66,21 +66,18 @@ class ProbeConfig:
     """Tokens of a text, the beginning-of-sequence token included; longer texts keep their last, as in SAE-Probes."""
     max_test: int | None = None
     """Most test rows of a task, the first of the protocol's random order; by default all."""
-    batch_tokens: int = 4096
+    batch_tokens: int = beside(4096)
     """Most tokens of one forward pass, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 42
     """Seed of the split (the protocol's is 42), of noise, controls and resampling."""
-    llm: LLMConfig = field(default_factory=LLMConfig)
+    llm: LLMConfig = beside(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "noise", ("shared", "own"))
-        one_of(self, "method", ("rank", "logistic"))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        choices(self)
         positive(self, "noises", "candidates", "max_test", "batch_tokens")
         for source in self.sources:
             if source not in SOURCES:

@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import SOLVERS, Solver, from_dict, one_of, positive, to_dict, unit_interval
+from latentprior.config.base import (
+    Folder,
+    Solver,
+    beside,
+    choices,
+    from_dict,
+    positive,
+    to_dict,
+    unit_interval,
+)
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError, unknown
 
@@ -40,10 +49,9 @@ class RepairConfig:
     """Another noise at every position, or one for a whole sequence."""
 
     def __post_init__(self) -> None:
+        choices(self)
         unit_interval(self, "t_start")
         positive(self, "steps", "rate", "samples")
-        one_of(self, "solver", SOLVERS)
-        one_of(self, "noise", ("position", "sequence"))
 
 
 _PAPER: dict[str, Any] = {"paired": False, "samples": 1}
@@ -100,19 +108,17 @@ class JudgeConfig:
 class SteerConfig:
     """Steer a language model along directions at many strengths, repair, judge, and compare the methods' frontiers."""
 
+    priors: list[Folder] = beside()
+    """Folders or repositories of the priors that repair; the first also scores how far activations are off the data."""
+    output: Folder = beside()
+    """Folder of everything: results.parquet with every text, steer.json, report.html. The same command continues."""
     experiment: Experiment = "sentiment"
     """"sentiment" (directions from labelled sentences, neutral news beginnings as prompts); "sae" (features of a sparse
     autoencoder); "persona" (traits of a chat model); or "files" (directions from files, judged by `task`)."""
-    output: str = "runs/steer"
-    """Folder of everything: results.parquet with every text, steer.json, report.html. The same command continues."""
-    priors: list[str] = field(default_factory=lambda: ["runs/prior"])
-    """Folders or repositories of the priors that repair; the first also scores how far activations are off the data."""
-    layer: int | None = None
-    """Which layer of a multi-layer prior."""
-    directions: list[str] = field(default_factory=list)
+    directions: list[str] = beside(default_factory=list)
     """For "sentiment": difference_of_means, probe, pca, persona, shuffled; for "persona": names of traits; for "files":
     their paths; for "sae": numbers of latents. By default the experiment's own choice."""
-    methods: list[str] = field(default_factory=lambda: ["plain", "repaired", "paired", "random", "random-repaired"])
+    methods: list[str] = beside(default_factory=lambda: ["plain", "repaired", "paired", "random", "random-repaired"])
     """What to compare; "none" (unsteered) and "plain", with which the others are compared, are always there."""
     strengths: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
     """Strengths in mean activation norms."""
@@ -124,10 +130,10 @@ class SteerConfig:
     """Tokens of a prompt, of the experiments whose prompts are beginnings of texts."""
     new_tokens: int = 20
     """Tokens to generate after each prompt, greedily."""
+    layer: int | None = None
+    """Which layer of a multi-layer prior."""
     positions: Literal["all", "last", "generated"] = "last"
     """Which positions are steered; "last" is the paper's: the prompt's last and every new one."""
-    repair: RepairConfig = field(default_factory=RepairConfig)
-    """The repair; `methods` change parts of it."""
     task: str = "92_glue_sst2"
     """Embedded labelled task that sentiment directions and the offline judge learn from."""
     reading: Literal["both", "embedding", "layer"] = "both"
@@ -135,31 +141,29 @@ class SteerConfig:
     or both."""
     labelled: int = 3000
     """Most labelled texts to use: half for the directions, and all for the judge, which holds some out."""
-    sae: str | None = None
+    sae: Folder | None = None
     """Folder of the sparse autoencoder of the experiment "sae": one of `evaluate --baseline sae`, or of SAELens."""
-    store: str = "runs/activations"
-    """Activation store in which the features' top activations are looked for."""
+    store: Folder | None = None
+    """Activation store in which the top activations of the autoencoder's features are looked for."""
     features: int = 8
     """How many features of the autoencoder to draw, if `directions` names none."""
-    batch_rows: int = 256
+    batch_rows: int = beside(256)
     """Texts generated together."""
-    examples: int = 3
+    examples: int = beside(3)
     """Prompts whose texts are on the page."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of noise, controls and resampling."""
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    repair: RepairConfig = field(default_factory=RepairConfig)
+    """The repair; `methods` change parts of it."""
+    judge: JudgeConfig = beside(default_factory=JudgeConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "experiment", ("sentiment", "sae", "persona", "files"))
-        one_of(self, "positions", ("all", "last", "generated"))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
-        one_of(self, "reading", ("both", "embedding", "layer"))
+        choices(self)
         positive(self, "prompts", "prompt_tokens", "new_tokens", "labelled", "features", "batch_rows")
         if self.prompts < 2:
             raise InputError("SteerConfig.prompts must be at least 2: intervals are over prompts")
@@ -180,6 +184,8 @@ class SteerConfig:
             raise InputError("name the files of the directions with --directions")
         if self.experiment == "sae" and not self.sae:
             raise InputError("name the folder of the autoencoder with --sae")
+        if self.experiment == "sae" and not self.store:
+            raise InputError("name the store of the autoencoder's top activations with --store")
 
     def signed_strengths(self) -> list[float]:
         """Strengths, and where both signs are steered also the opposite ones."""

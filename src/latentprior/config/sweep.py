@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import from_dict, one_of, positive
+from latentprior.config.base import Folder, beside, changes_of, choices, from_dict, one_of, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.config.training import PRESETS, TrainConfig
+from latentprior.config.training import PRESETS, Recipe, TrainConfig
 from latentprior.utils.errors import InputError
 
 
@@ -15,11 +15,11 @@ from latentprior.utils.errors import InputError
 class SweepConfig:
     """Train priors of several sizes and budgets on a store, and fit the scaling law L(C) = E + A C^-alpha."""
 
-    store: str = "runs/activations"
+    store: Folder
     """Activation store to train on."""
-    heldout: str = "runs/heldout"
+    heldout: Folder
     """Activation store of held-out documents, for the loss and the Fréchet distance."""
-    output: str = "runs/sweep"
+    output: Folder = beside()
     """Folder of everything: a run in each folder of runs/, sweep.json and report.html. The same command continues an
     interrupted sweep, and one with more sizes or budgets trains only those that are new."""
     widths: list[int] = field(default_factory=lambda: [288, 576, 1152])
@@ -34,7 +34,7 @@ class SweepConfig:
     """Seeds of the runs; every one is combined with every size and budget."""
     preset: str = "quick"
     """Recipe of all runs, as in `train`."""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = changes_of(Recipe)
     """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
     layer: int | None = None
     """Which layer of a store of several the Fréchet distance and the delta LM loss are measured at."""
@@ -52,17 +52,16 @@ class SweepConfig:
     """Most tokens of one forward pass of the language model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; "auto" is bfloat16 where the device is fast at it."""
-    device: str = "auto"
-    """Torch device of everything: prior, statistics, activations and language model; "auto" is this process's CUDA
-    device if there is one, else the CPU."""
+    device: str = beside("auto")
+    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise and resampling."""
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=lambda: TextConfig(part="heldout"))
 
     def __post_init__(self) -> None:
+        choices(self)
         one_of(self, "preset", tuple(PRESETS))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
         positive(self, "mlp_ratio", "samples", "steps", "lm_documents", "max_length", "batch_tokens")
         for name in ("widths", "blocks", "budgets", "seeds"):
             values = getattr(self, name)

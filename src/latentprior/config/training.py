@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import meaningless, one_of, positive, typed, unit_interval
+from latentprior.config.base import changes_of, meaningless, one_of, positive, typed, unit_interval
 from latentprior.config.data import StreamConfig
 from latentprior.utils.errors import InputError, unknown
 
@@ -148,7 +148,7 @@ class TrainConfig(StreamConfig):
     preset: Literal["official", "quick", "fast"] = "quick"
     """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
     activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = changes_of(Recipe)
     """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
     blocks: int = 3
     """Residual blocks of the denoiser."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.data import tokens
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
 from latentprior.data.text import Document
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm import hooks
@@ -55,10 +55,8 @@ class ActivationBatch(ShortRepr):
         Raises:
             InputError: no row has this layer.
         """
-        mask = self.layer == layer
-        if not mask.any():
-            raise unknown("layer", layer, self.layer.unique().tolist())
-        return self.select(mask)
+        hooks.check_recorded([layer], self.layer.unique().tolist())
+        return self.select(self.layer == layer)
 
     def norms(self) -> Float[Tensor, " n"]:
         """Euclidean norm of each row, in float32."""
@@ -239,10 +237,9 @@ def split_sinks(batch: ActivationBatch, median_norm: Mapping[int, float]) -> tup
     Raises:
         InputError: a layer of the batch has no median.
     """
-    limit = torch.empty(len(batch))
-    for layer in batch.layer.unique().tolist():
-        if layer not in median_norm:
-            raise unknown("layer", layer, median_norm)
-        limit[batch.layer == layer] = SINK_FACTOR * median_norm[layer]
+    limit, layers = torch.empty(len(batch)), batch.layer.unique().tolist()
+    hooks.check_recorded(layers, median_norm)
+    for layer in layers:
+        limit[batch.layer == layer] = sink_threshold(median_norm[layer])
     sink = batch.norms().cpu() > limit
     return batch.select(~sink), batch.select(sink)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from latentprior.utils.errors import InputError, unknown
+from latentprior.lm.hooks import check_recorded
+from latentprior.utils.errors import InputError
 
 _TENSORS = ("count", "mean", "m2", "norm_sum", "median_norm")
 _CHUNK_ROWS = 8192  # bounds the float64 copy of what is added
@@ -109,9 +110,7 @@ class Moments:
         Raises:
             InputError: a layer that is not among these, twice or none at all.
         """
-        for layer in layers:
-            if layer not in self.layers:
-                raise unknown("layer", layer, self.layers)
+        check_recorded(layers, self.layers)
         chosen = Moments(layers, self.width)
         slots = [self.layers.index(layer) for layer in layers]
         for name in _TENSORS:
@@ -231,9 +230,7 @@ def _by_layer(x: Tensor, layer: Tensor | None, layers: tuple[int, ...], width: i
     if layer is not None and layer.shape != x.shape[:1]:
         raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
     present = layers if layer is None else layer.unique().tolist()
-    for number in present:
-        if number not in layers:
-            raise unknown("layer", number, layers)
+    check_recorded(present, layers)
     for number in present:
         rows = x if layer is None else x[(layer == number).to(x.device)]
         for chunk in rows.split(_CHUNK_ROWS):

@@ -5,32 +5,31 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from latentprior.data.activations import activations, model_inputs
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import SINK_FACTOR, sink_threshold
 from latentprior.data.tokens import TokenBatch, encode, pad, padding_id
-from latentprior.doctor.patient import (
+from latentprior.doctor.subject import (
     PUSH,
     TEXTS,
     TOLERANCE,
     Generated,
     Identity,
-    Patient,
-    apart,
+    Subject,
+    dtype_name,
     in_float32,
-    measured,
-    named,
+    in_words,
+    logit_distance,
     require_edits,
     require_equal,
 )
-from latentprior.lm.hooks import capture, find_blocks
+from latentprior.lm.hooks import Hookpoint, capture, find_blocks
 from latentprior.prior.repair import attach, hookpoints_on
-from latentprior.utils.chips import device_memory
+from latentprior.utils.chips import device_memory, time_on
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
 from latentprior.utils.provenance import versions
@@ -41,52 +40,59 @@ RECORDED = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 2e-3}
 """How far a recorded activation may be from the hidden state, relative to that one's norm."""
 
 
-def _versions(patient: Patient) -> str:
+def _versions(subject: Subject) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions().items()) + f"; {platform.platform()}"
 
 
-def _device(patient: Patient) -> str:
-    device = resolve_device(patient.place)
+def _device(subject: Subject) -> str:
+    device = resolve_device(subject.device)
     if device.type == "cuda":
         what = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         what = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return f"{device} ({what}), {device_memory(device) / 2**30:.0f} GiB; fast in {named(fast_dtype(device))}"
+    return f"{device} ({what}), {device_memory(device) / 2**30:.0f} GiB; fast in {dtype_name(fast_dtype(device))}"
 
 
-def _language_model(patient: Patient) -> str:
-    model, tokenizer = patient.llm
+def _language_model(subject: Subject) -> str:
+    model, tokenizer = subject.llm
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     bos = "no BOS token" if tokenizer.bos_token is None else f"BOS {tokenizer.bos_token!r}"
     kind = f"{type(model).__name__} {model.config._name_or_path}"
-    return f"{kind}: {parameters:,.1f} M parameters, {named(model.dtype)} on {patient.device}; {bos}"
+    return f"{kind}: {_millions(model)}, {dtype_name(model.dtype)} on {model.device}; {bos}"
 
 
-def _blocks(patient: Patient) -> str:
-    hookpoint, blocks = patient.hookpoint, find_blocks(patient.model)
-    kind, path = type(blocks[patient.layer]).__name__, hookpoint.path.rpartition(".")[0]
-    return f"{len(blocks)} at {path} ({kind}), width {hookpoint.width}; layer {patient.layer} is examined"
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:,.1f} M parameters"
 
 
-def _prior(patient: Patient) -> str:
-    glp = patient.prior
-    parameters = sum(p.numel() for p in glp.denoiser.parameters()) / 1e6
-    return f"{parameters:,.1f} M parameters; {', '.join(map(str, glp.hookpoints)) or 'no hookpoint'}"
+def _blocks(subject: Subject) -> str:
+    hookpoint, blocks = subject.hookpoint, find_blocks(subject.model)
+    kind, path = type(blocks[subject.layer]).__name__, hookpoint.path.rpartition(".")[0]
+    return f"{len(blocks)} at {path} ({kind}), width {hookpoint.width}; layer {subject.layer} is examined"
 
 
-def _prior_fits(patient: Patient) -> str:
-    chosen = hookpoints_on(patient.prior.hookpoints, patient.model, patient.wanted_layer, check_model=True)
-    return "model and width are those of " + ", ".join(h.path or f"layer {h.layer}" for h in chosen)
+def _prior(subject: Subject) -> str:
+    subject.prior = glp = subject.load_prior()
+    return f"{_millions(glp.denoiser)}; {', '.join(map(str, glp.hookpoints)) or 'no hookpoint'}"
+
+
+def _prior_fits(subject: Subject) -> str:
+    return "model and width are those of " + ", ".join(h.path or f"layer {h.layer}" for h in _hookpoints(subject))
+
+
+def _hookpoints(subject: Subject) -> list[Hookpoint]:
+    """The prior's, at the layer asked for if there is one."""
+    assert subject.prior is not None
+    return hookpoints_on(subject.prior.hookpoints, subject.model, subject.wanted_layer, check_model=True)
 
 
 @torch.no_grad()
-def _recording(patient: Patient) -> str:
-    model, layer, batch = patient.model, patient.layer, patient.batch
-    depth = len(find_blocks(model))
-    with capture(model, range(depth)) as captured:
-        given = model(**model_inputs(model, batch), output_hidden_states=True, use_cache=False).hidden_states
+def _recording(subject: Subject) -> str:
+    depth = len(find_blocks(subject.model))
+    with capture(subject.model, range(depth)) as captured:
+        inputs = model_inputs(subject.model, subject.batch)
+        given = subject.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     if len(captured) < depth:
         raise InputError(f"the hooks of {depth - len(captured)} of {depth} blocks did not run")
     if given is None or len(given) != depth + 1:
@@ -95,94 +101,100 @@ def _recording(patient: Patient) -> str:
         if not _same(captured[block], given[block + 1]):
             entry = next((f", but hidden_states[{i}]" for i, x in enumerate(given) if _same(captured[block], x)), "")
             raise InputError(f"the output of block {block} is not hidden_states[{block + 1}]{entry}")
-    whole = captured[layer].cpu()
-    (recorded,) = activations(model, [batch], [layer])
-    row = (batch.doc == recorded.doc[:, None]).long().argmax(dim=1)
-    expected = whole[row, recorded.position].float()
-    error = float(((recorded.x.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).nan_to_num().max())
-    if error > (allowed := RECORDED[model.dtype]):
-        kind = f"{named(model.dtype)}, tolerance {allowed:g}"
-        raise InputError(f"activations recorded at layer {layer} are {error:.2g} norms from a whole pass's ({kind})")
+    rows, error = _recorded(subject, captured[subject.layer].cpu())
     identical = f"identical for {depth - 1} of {depth} blocks (the last entry has the final norm)"
-    return f"{identical}; {len(recorded)} recorded at layer {layer}, {error:.1g} norms away"
+    return f"{identical}; {rows} recorded at layer {subject.layer}, {error:.1g} norms away"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b.to(a.device), rtol=0, atol=0, equal_nan=True)
 
 
-def _norms(patient: Patient) -> str:
-    recorded, first = patient.norms
+def _recorded(subject: Subject, hidden: Tensor) -> tuple[int, float]:
+    """How many activations are recorded, and how far at most from a whole pass's `hidden` [B, T, d], in norms."""
+    dtype, layer, batch = subject.model.dtype, subject.layer, subject.batch
+    (recorded,) = activations(subject.model, [batch], [layer])
+    row = (batch.doc == recorded.doc[:, None]).long().argmax(dim=1)
+    expected = hidden[row, recorded.position].float()
+    error = float(((recorded.x.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).nan_to_num().max())
+    if error > (allowed := RECORDED[dtype]):
+        kind = f"{dtype_name(dtype)}, tolerance {allowed:g}"
+        raise InputError(f"activations recorded at layer {layer} are {error:.2g} norms from a whole pass's ({kind})")
+    return len(recorded), error
+
+
+def _norms(subject: Subject) -> str:
+    recorded, first = subject.norms
     median = float(recorded.median())
-    sinks = int((recorded > SINK_FACTOR * median).sum())
+    sinks = int((recorded > sink_threshold(median)).sum())
     limit = f"over {SINK_FACTOR} times the median norm, {median:.3g}"
     rest = f"first positions, which are never recorded, up to {float(first.max()):.3g}"
-    return f"all finite in {named(patient.model.dtype)}; {sinks} of {len(recorded)} {limit}; {rest}"
+    return f"all finite in {dtype_name(subject.model.dtype)}; {sinks} of {len(recorded)} {limit}; {rest}"
 
 
-def _identity(patient: Patient) -> str:
-    rows, dtype, prior = patient.prompts, patient.model.dtype, Identity(patient.hookpoint)
-    plain = patient.generate(rows)
-    with attach(prior, patient.model, generator=0) as counts:
-        found = patient.generate(rows)
+def _identity(subject: Subject) -> str:
+    rows, dtype, prior = subject.prompts, subject.model.dtype, Identity(subject.hookpoint)
+    plain = subject.generate(rows)
+    with attach(prior, subject.model, generator=0) as counts:
+        found = subject.generate(rows)
     require_edits(prior.count, rows)
     require_edits(counts.edited, rows)
     distance = require_equal(found, plain, dtype, "a prior that changes nothing changes what the model writes")
     tokens = "identical tokens" if torch.equal(found[0], plain[0]) else "tokens differ at a tie"
-    return f"{tokens}, {counts.edited} positions edited; {measured(distance, dtype)}"
+    return f"{tokens}, {counts.edited} positions edited; {in_words(distance, dtype)}"
 
 
-def _cached(patient: Patient) -> str:
+def _cached(subject: Subject) -> str:
     differs, distances = "generation with a key-value cache differs from generation without", []
-    with in_float32(patient.model) as dtype:
-        for rows in (patient.prompts, patient.prompts[:1]):  # a batch without padding may come without a mask
-            plain = patient.generate(rows)
-            require_equal(patient.generate(rows, cache=False), plain, dtype, f"even without an edit, {differs}")
-            pushed = patient.pushed(rows)
-            uncached = patient.pushed(rows, cache=False)
+    with in_float32(subject.model) as dtype:
+        for rows in (subject.prompts, subject.prompts[:1]):  # a batch without padding may come without a mask
+            plain = subject.generate(rows)
+            require_equal(subject.generate(rows, cache=False), plain, dtype, f"even without an edit, {differs}")
+            pushed = subject.generate_pushed(rows)
+            uncached = subject.generate_pushed(rows, cache=False)
             distances.append(require_equal(uncached, pushed, dtype, f"under a push, {differs}"))
             effect = _effect(pushed, plain, dtype)
-    return f"{effect}; {measured(max(distances), dtype)}"
+    return f"{effect}; {in_words(max(distances), dtype)}"
 
 
 def _effect(pushed: Generated, plain: Generated, dtype: torch.dtype) -> str:
     """What a push does to the logits, which must be more than is tolerated: else a push that is lost would pass."""
-    effect = apart(pushed, plain)
+    effect = logit_distance(pushed, plain)
     if not effect > TOLERANCE[dtype]:
-        raise InputError(f"a push of {PUSH:g} median norms changes next to nothing: {measured(effect, dtype)}")
+        raise InputError(f"a push of {PUSH:g} median norms changes next to nothing: {in_words(effect, dtype)}")
     return f"a push of {PUSH:g} median norms moves logits by {effect:.2g} sd"
 
 
-def _left_padding(patient: Patient) -> str:
-    rows, distances = patient.prompts, []
+def _left_padding(subject: Subject) -> str:
+    rows, distances = subject.prompts, []
     lengths = ", ".join(str(len(row)) for row in rows)
-    with in_float32(patient.model) as dtype:
-        for generate, when in ((patient.generate, "even without an edit"), (patient.pushed, "under a push")):
+    with in_float32(subject.model) as dtype:
+        for generate, when in ((subject.generate, "even without an edit"), (subject.generate_pushed, "under a push")):
             tokens, logits = generate(rows)
-            for row, part in zip(rows, zip(tokens.split(1), logits.split(1), strict=True), strict=True):
+            for row, *part in zip(rows, tokens.split(1), logits.split(1), strict=True):
                 otherwise = f"{when}, a row of {len(row)} tokens differs alone and in a batch of {lengths} tokens"
-                distances.append(require_equal(part, generate([row]), dtype, otherwise))
-    return f"rows of {lengths} tokens; {measured(max(distances), dtype)}"
+                distances.append(require_equal((part[0], part[1]), generate([row]), dtype, otherwise))
+    return f"rows of {lengths} tokens; {in_words(max(distances), dtype)}"
 
 
 @torch.no_grad()
-def _model_speed(patient: Patient) -> str:
-    batch = _timed_batch(patient)
-    inputs = model_inputs(patient.model, batch)
-    rate = _rate(patient, lambda: patient.model(**inputs, use_cache=False))
-    return f"{rate * batch.ids.numel():,.0f} tokens/s in {_shape(batch)}, {named(patient.model.dtype)}"
+def _model_speed(subject: Subject) -> str:
+    batch = _timed_batch(subject)
+    inputs = model_inputs(subject.model, batch)
+    rate = _rate(subject, lambda: subject.model(**inputs, use_cache=False))
+    return f"{rate * batch.ids.numel():,.0f} tokens/s in {_shape(batch)}, {dtype_name(subject.model.dtype)}"
 
 
-def _recording_speed(patient: Patient) -> str:
-    batch = _timed_batch(patient)
-    rate = _rate(patient, lambda: list(activations(patient.model, [batch], [patient.layer])))
-    return f"{rate * int((batch.position > 0).sum()):,.0f} activations/s at layer {patient.layer} in {_shape(batch)}"
+def _recording_speed(subject: Subject) -> str:
+    batch = _timed_batch(subject)
+    rate = _rate(subject, lambda: list(activations(subject.model, [batch], [subject.layer])))
+    return f"{rate * int((batch.position > 0).sum()):,.0f} activations/s at layer {subject.layer} in {_shape(batch)}"
 
 
-def _timed_batch(patient: Patient) -> TokenBatch:
+def _timed_batch(subject: Subject) -> TokenBatch:
     rows, length = SPEED
-    row = sum(encode([*TEXTS], patient.llm[1]), [])[:length]
-    ids, mask, position = pad([row] * rows, padding_id(patient.llm[1]), "right")
+    row = sum(encode([*TEXTS], subject.tokenizer), [])[:length]
+    ids, mask, position = pad([row] * rows, padding_id(subject.tokenizer), "right")
     return TokenBatch.whole(ids, mask, torch.arange(rows), position, 0)
 
 
@@ -190,26 +202,22 @@ def _shape(batch: TokenBatch) -> str:
     return f"batches of {' x '.join(map(str, batch.ids.shape))}"
 
 
-def _rate(patient: Patient, run: Callable[[], object]) -> float:
+def _rate(subject: Subject, run: Callable[[], object]) -> float:
     """Calls of `run` a second, after one that is not counted."""
+    device = subject.model.device
     run()
-    _wait(patient.device)
-    began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < SECONDS:
+    began = now = time_on(device)
+    calls = 0
+    while calls == 0 or now - began < SECONDS:
         run()
-        _wait(patient.device)
-        calls += 1
-    return calls / (time.perf_counter() - began)
+        calls, now = calls + 1, time_on(device)
+    return calls / (now - began)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _prior_repairs(patient: Patient) -> str:
-    glp, hookpoint = patient.prior, patient.prior_hookpoint
-    (rows,) = activations(patient.model, [patient.batch], [hookpoint.layer], side=hookpoint.side)
+def _prior_repairs(subject: Subject) -> str:
+    hookpoint, glp = _hookpoints(subject)[0], subject.prior
+    assert glp is not None
+    (rows,) = activations(subject.model, [subject.batch], [hookpoint.layer], side=hookpoint.side)
     x, layer = rows.x.to(glp.device), hookpoint.layer if len(glp.hookpoints) > 1 else None
     repaired = glp.project(x, layer=layer, generator=0).float()
     if broken := int((~repaired.isfinite().all(dim=-1)).sum()):
@@ -217,23 +225,23 @@ def _prior_repairs(patient: Patient) -> str:
     moved = (repaired - x.float()).norm(dim=-1) / x.float().norm(dim=-1)
     if not moved.any():
         raise InputError(f"the repair changed none of {len(x)} activations")
-    with glp.attach(patient.model, layer=hookpoint.layer, generator=0) as counts:
-        patient.generate(patient.prompts)
-    require_edits(counts.edited + counts.passed_over["sink"], patient.prompts)
-    rate = _rate(patient, lambda: glp.project(x, layer=layer, generator=0)) * len(x)
+    with glp.attach(subject.model, layer=hookpoint.layer, generator=0) as counts:
+        subject.generate(subject.prompts)
+    require_edits(counts.edited + counts.passed_over["sink"], subject.prompts)
+    rate = _rate(subject, lambda: glp.project(x, layer=layer, generator=0)) * len(x)
     finite = f"{len(x)} activations finite, moved by {float(moved.median()):.2g} of their norm"
     return f"{finite}; {rate:,.0f} activations/s in 4 steps; text under repair is finite"
 
 
-def _memory(patient: Patient) -> str:
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # which is what the system counts in
-    used = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30:.2f} GiB resident at most"
+def _memory(subject: Subject) -> str:
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes that the system counts in
+    used = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB resident at most"
     if torch.cuda.is_available():
         used += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
     return used
 
 
-CHECKS: dict[str, tuple[tuple[str, ...], Callable[[Patient], str]]] = {
+CHECKS: dict[str, tuple[tuple[str, ...], Callable[[Subject], str]]] = {
     "versions": ((), _versions),
     "device and precision": ((), _device),
     "language model": (("device and precision",), _language_model),

@@ -1,4 +1,4 @@
-"""One line for each thing that must be true of a model, a prior and a machine: `doctor`, `examine`."""
+"""Run every check on a configuration (`doctor`) or on a model in memory (`examine`)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from torch import nn
 
 from latentprior.config import DoctorConfig
 from latentprior.doctor.checks import CHECKS
-from latentprior.doctor.patient import Patient, Skipped
+from latentprior.doctor.subject import Skipped, Subject
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
 from latentprior.utils.progress import Report, silent
 
-Status = Literal["ok", "failed", "skipped"]
-
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, how it came out, and its figures or, in plain words, what is wrong."""
+    """What one check found."""
 
     name: str
-    status: Status
+    status: Literal["ok", "failed", "skipped"]
     detail: str
+    """Its figures, or in plain words what is wrong."""
 
 
 def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
     """Whether the language model and the prior that `config` names work on this machine.
 
-    A check that fails or raises is a line of its own; those that need what failed are skipped, all others run.
+    A check that fails, whatever it raises, is one line; the checks that need it are skipped, and all others run.
     """
 
     def load_prior() -> GLP:
@@ -42,15 +41,14 @@ def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
         device = resolve_device(config.device)
         return GLP.from_pretrained(config.prior, device=device, dtype=fast_dtype(device))
 
-    return _examine(
-        Patient(config.device, lambda: load_llm(config.llm, config.device), load_prior, config.layer), report
-    )
+    load_model = lambda: load_llm(config.llm, config.device)  # noqa: E731
+    return _checked(Subject(config.device, load_model, load_prior, config.layer), report)
 
 
 def examine(
     model: nn.Module, tokenizer: Any, prior: GLP | None = None, *, layer: int | None = None, report: Report = silent
 ) -> list[Check]:
-    """`doctor` for a model that is loaded, and in evaluation mode; it is as before afterwards.
+    """`doctor` for a model in memory, which must be in evaluation mode; the model is left as it was.
 
     Args:
         layer: the block whose output is recorded and edited; by default the prior's, else the middle one.
@@ -62,22 +60,22 @@ def examine(
         return prior
 
     device = str(next(model.parameters()).device)
-    return _examine(Patient(device, lambda: (model, tokenizer), load_prior, layer), report)
+    return _checked(Subject(device, lambda: (model, tokenizer), load_prior, layer), report)
 
 
-def _examine(patient: Patient, report: Report) -> list[Check]:
+def _checked(subject: Subject, report: Report) -> list[Check]:
     done: dict[str, Check] = {}
-    for number, (name, (needs, look)) in enumerate(CHECKS.items()):
+    for number, (name, (needs, check)) in enumerate(CHECKS.items()):
         report(number, len(CHECKS), {"check": name})
-        missing = next((need for need in needs if done[need].status != "ok"), None)
-        done[name] = _check(name, look, patient) if missing is None else Check(name, "skipped", f"needs: {missing}")
+        missing = [need for need in needs if done[need].status != "ok"]
+        done[name] = Check(name, "skipped", f"needs: {missing[0]}") if missing else _check(name, check, subject)
     report(len(CHECKS), len(CHECKS), {})
     return list(done.values())
 
 
-def _check(name: str, look: Callable[[Patient], str], patient: Patient) -> Check:
+def _check(name: str, check: Callable[[Subject], str], subject: Subject) -> Check:
     try:
-        return Check(name, "ok", look(patient))
+        return Check(name, "ok", check(subject))
     except Skipped as reason:
         return Check(name, "skipped", str(reason))
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -33,29 +34,42 @@ from latentprior.utils.files import replace_text
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, silent, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.results import Result
 
 PLOTTED = 1000  # points of each kind in the PCA figure
 
 
-def evaluate(config: EvaluateConfig, *, phase: Phase = unseen) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateConfig, *, glp: GLP | None = None, llm: tuple[Any, Any] | None = None, phase: Phase = unseen
+) -> Result:
     """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
+
+    Args:
+        glp: the prior, in place of the one that `config` names; it is not changed.
+        llm: language model and tokenizer, in place of those that `config` names.
 
     Raises:
         InputError: too few held-out rows, stores, prior and language model that do not belong together, or a folder
             that another process writes.
     """
     with locked(config.output) as folder:
-        return _evaluate(config, folder, phase)
+        return _evaluate(config, folder, glp, llm, phase)
 
 
-def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, Any]:
+def _evaluate(
+    config: EvaluateConfig, folder: Path, glp: GLP | None, llm: tuple[Any, Any] | None, phase: Phase
+) -> Result:
     began = time.perf_counter()
-    glp = GLP.from_pretrained(config.prior, config.checkpoint, device=resolve_device(config.device))
+    device = resolve_device(config.device)
+    if glp is None:
+        glp = GLP.from_pretrained(config.prior, config.checkpoint, device=device)
+    else:
+        glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
     dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
     glp.cast(dtype)
     layer = _layer(glp, config)
     real, other, fitted, documents = _real_rows(config, glp, layer)
-    llm = _checked_llm(config, glp, layer) if config.delta_lm else None
+    llm = _checked_llm(config, glp, layer, llm) if config.delta_lm else None
     z_fitted = glp.normalizer.normalize(fitted, layer)
     gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
     sae = _sae(config, glp, layer, report=phase("train the SAE")) if "sae" in config.baseline else None
@@ -74,13 +88,13 @@ def _evaluate(config: EvaluateConfig, folder: Path, phase: Phase) -> dict[str, A
         )
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
-    return result
+    return Result(result, table="distribution")
 
 
-def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None) -> tuple[Any, Any]:
+def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None, llm: tuple[Any, Any] | None) -> tuple[Any, Any]:
     """The language model and its tokenizer; another model, layer or text shows before minutes of other measurements."""
     text.documents(config.text)
-    model, tokenizer = load_llm(config.llm, glp.device)
+    model, tokenizer = llm or load_llm(config.llm, glp.device)
     hookpoints_on(glp.hookpoints, model, layer, check_model=True)
     return model, tokenizer
 

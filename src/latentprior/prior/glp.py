@@ -1,46 +1,41 @@
 """`GLP`, the generative latent prior: normalizer, denoiser and provenance in one object.
 
 Every public method takes and returns *raw* activations with free leading dimensions; standardised ones are called
-``z``. Noise is always standardised.
-
-Whatever draws takes `generator`: a seed repeats exactly, before and after any other call, a `torch.Generator` advances,
-and None (the default) draws fresh numbers at every call, which `torch.manual_seed` makes repeat.
+``z``, and noise is always standardised. What draws takes `generator`: a seed repeats exactly, before and after any
+other call, a `torch.Generator` advances, and None draws fresh numbers, which `torch.manual_seed` makes repeat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
-from itertools import repeat
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentprior.config import Grid, Solver
-from latentprior.lm.edits import EditCounts, Positions
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import files as pretrained
-from latentprior.prior import flow, repair
+from latentprior.prior import flow
+from latentprior.prior.attachable import Attachable
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.repository import fetch
+from latentprior.prior.sampler import by_row, integrate, vectors_by_row
 from latentprior.utils.errors import InputError
 from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
 
 SCORE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 Layer = Int[Tensor, "..."] | int | None
-T = TypeVar("T")
 P = ParamSpec("P")
-CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
 
 
-def _where_the_prior_is(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable[Concatenate[GLP, P], Tensor]:
+def _on_priors_device(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable[Concatenate[GLP, P], Tensor]:
     """Compute on the prior's device whatever device the arguments are on; the result is back on the first one's."""
 
     call: Callable[..., Tensor] = method
@@ -57,17 +52,23 @@ def _where_the_prior_is(method: Callable[Concatenate[GLP, P], Tensor]) -> Callab
     return moved
 
 
-class GLP(nn.Module):
+class GLP(Attachable):
     """A generative latent prior over a language model's activations.
 
-    Activations may be on any device: methods compute where the prior is and give the result back where the activations
-    were.
+    Activations may be on any device: methods compute where the prior is and give the result back where they were.
 
     Args:
         denoiser: the network.
         normalizer: standardisation of raw activations.
         hookpoints: where in which model the training activations came from.
         provenance: corpus, training summary and versions, as JSON-ready values.
+
+    Examples:
+        >>> glp = lp.GLP.from_pretrained("runs/prior")
+        >>> x = glp.sample(4, steps=8, generator=0)  # raw activations [4, d]
+        >>> closer = glp.project(x + 1, t_start=0.5, generator=0)  # back to where activations live
+        >>> closer.shape == x.shape, glp.score(x, generator=0).shape
+        (True, torch.Size([4]))
     """
 
     def __init__(
@@ -108,18 +109,18 @@ class GLP(nn.Module):
 
     # -- the flow ------------------------------------------------------------------------------------------------
 
-    @_where_the_prior_is
+    @_on_priors_device
     def velocity(
         self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float, layer: Layer = None
     ) -> Float[Tensor, "*n d"]:
         """Velocity ``u_hat(z_t, t)`` at standardised `z_t` [..., d]; `t` is a scalar or [...]."""
         self.normalizer.check_width(z_t)
         times = torch.as_tensor(t, dtype=torch.float32, device=z_t.device)
-        times = _rowwise("t", times, z_t.shape[:-1])
+        times = by_row("t", times, z_t.shape[:-1])
         layers = self._layers(layer, z_t.shape[:-1])
         return self.denoiser(z_t.reshape(-1, self.width), times, layers).reshape(z_t.shape)
 
-    @_where_the_prior_is
+    @_on_priors_device
     def loss(
         self,
         x: Float[Tensor, "*n d"],
@@ -138,12 +139,12 @@ class GLP(nn.Module):
         if t is None:
             generator = generator_of(generator)  # goes on to draw the noise
             t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
-        t = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        t = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
         predicted = self.denoiser(flow.interpolate(z_0, eps, t), t, self._layers(layer, x.shape[:-1]))
         return F.mse_loss(predicted, flow.target(z_0, eps))
 
-    @_where_the_prior_is
+    @_on_priors_device
     @torch.no_grad()
     def sample(
         self,
@@ -172,9 +173,9 @@ class GLP(nn.Module):
         start = self._noise((n, self.width), noise, generator)
         schedule = flow.schedule(steps, solver=solver, grid=grid)
         layers = self._layers(layer, (n,))
-        return self.normalizer.denormalize(self._integrate(start, schedule, layers), layers)
+        return self.normalizer.denormalize(integrate(self.denoiser, start, schedule, layers), layers)
 
-    @_where_the_prior_is
+    @_on_priors_device
     @torch.no_grad()
     def project(
         self,
@@ -199,14 +200,17 @@ class GLP(nn.Module):
         Args:
             x: edited raw activations [..., d].
             reference: the activations before they were edited. Then the answer is
-                ``reference + project(x) - project(reference)`` with the same noise: what the repair costs an unedited
+                ``reference + project(x) - project(reference)`` with the same noise: what projecting costs an unedited
                 activation cancels, and an edit of zero changes nothing.
             t_start: noise level to start from, 0 (data) to 1 (noise).
             steps: denoiser evaluations (as the official code counts them with ``grid="official"``); see `nfe`.
-            solver, grid, layer, generator: as in `sample`; `layer` may be [...].
+            solver: as in `sample`.
+            grid: as in `sample`.
             noise: standardised noise of `x`'s shape.
-            hold: directions [d] or [..., d]; the repaired activation has the component along them that `x` has (and
-                the repaired reference that of the reference), while the flow adapts all others to it.
+            layer: as in `sample`, or [...].
+            generator: as in `sample`.
+            hold: directions [d] or [..., d]; the result has the component along them that `x` has (and the projected
+                reference that of the reference), while the flow adapts all others to it.
         """
         schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
         self.normalizer.check_width(x)
@@ -216,9 +220,9 @@ class GLP(nn.Module):
             return x.clone()
         eps = self._noise(shape, noise, generator).reshape(flat.shape)
         keep = self.normalizer.sinks(flat, layers)
-        held = None if hold is None else _rows_of("hold", hold, shape)
+        held = None if hold is None else vectors_by_row("hold", hold, shape)
         if reference is None:
-            repaired = self._repair(flat, eps, schedule, layers, held)
+            projected = self._project(flat, eps, schedule, layers, held)
         else:
             if reference.shape != shape:
                 raise InputError(f"reference has shape {tuple(reference.shape)}, x has {tuple(shape)}")
@@ -227,12 +231,12 @@ class GLP(nn.Module):
             keep = keep | (flat == clean).all(dim=-1)  # exact, while two rows of one product may round differently
             both_layers = None if layers is None else layers if layers.ndim == 0 else layers.repeat(2)
             both_held = None if held is None else held.repeat(2, 1)
-            both = self._repair(torch.cat([flat, clean]), eps.repeat(2, 1), schedule, both_layers, both_held)
+            both = self._project(torch.cat([flat, clean]), eps.repeat(2, 1), schedule, both_layers, both_held)
             edited, unedited = both.chunk(2)
-            repaired = clean + (edited - unedited)
-        return torch.where(keep[:, None], flat, repaired.to(x.dtype)).reshape(shape)
+            projected = clean + (edited - unedited)
+        return torch.where(keep[:, None], flat, projected.to(x.dtype)).reshape(shape)
 
-    @_where_the_prior_is
+    @_on_priors_device
     @torch.no_grad()
     def features(
         self,
@@ -250,13 +254,13 @@ class GLP(nn.Module):
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
-        times = _rowwise("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        times = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
         z_t = flow.interpolate(z_0, eps, times)
-        factors = self.denoiser.gathered(times, self._layers(layer, x.shape[:-1]))
+        factors = self.denoiser.row_factors(times, self._layers(layer, x.shape[:-1]))
         stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
         return stacked.reshape(*x.shape[:-1], *stacked.shape[1:])
 
-    @_where_the_prior_is
+    @_on_priors_device
     @torch.no_grad()
     def score(
         self,
@@ -288,69 +292,6 @@ class GLP(nn.Module):
         """Denoiser evaluations that `sample` (``t_start=1``) or `project` executes for each activation."""
         schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
         return schedule.nfe if t_start > 0 else 0
-
-    def attach(
-        self,
-        model: nn.Module,
-        *,
-        layer: Sequence[int] | int | None = None,
-        positions: Positions = "all",
-        edit: Callable[[Tensor], Tensor] | None = None,
-        paired: bool = False,
-        check_model: bool = True,
-        generator: Seed = None,
-        t_start: float = 0.5,
-        steps: int = 4,
-        solver: Solver = "euler",
-        grid: Grid = "uniform",
-    ) -> AbstractContextManager[EditCounts]:
-        """Repair what flows through the hookpoint of a running model, also under ``generate()``.
-
-        Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
-        attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
-        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
-        greedy ties may then fall otherwise), while the context is open and again under the same seed. The prior's
-        weights must not be changed meanwhile. When the context closes, the model is as before. The prior moves to the
-        device of the hidden states when it first gets some, and stays there.
-
-        Args:
-            model: the language model the prior was trained on; checked before anything runs.
-            layer: which of the prior's layers; all by default.
-            positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
-                "generated", only the tokens after the prompt; a number, from that position on; or a boolean mask
-                [B, columns of the prompt] (`latentprior.lm.edits.Positions`).
-            edit: changes the activations [N, d] before they are repaired, for example ``lambda x: x + a * w``.
-            paired: repair the edit against the unedited activation (`project`'s `reference`).
-            check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
-                say False for that. Width and layer are always checked.
-            generator: source of the noise, or a seed; None draws a fresh seed when the context opens.
-            t_start, steps, solver, grid: as in `project`.
-
-        Yields:
-            counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
-
-        Raises:
-            InputError: a model, layer or width that the prior was not trained on; what `latentprior.lm.edits.edit_positions`
-                refuses in the forward pass and on leaving the context with nothing edited.
-        """
-        several = len(self.hookpoints) > 1
-        flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)  # wrong options fail here, not in generate()
-        repairing = repair.attach(
-            self,
-            model,
-            layer=layer,
-            positions=positions,
-            edit=edit,
-            paired=paired,
-            check_model=check_model,
-            generator=generator,
-            sinks=lambda hidden, layer: self._sinks(hidden, layer if several else None),
-            t_start=t_start,
-            steps=steps,
-            solver=solver,
-            grid=grid,
-        )
-        return self._remembering(repairing)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -395,16 +336,6 @@ class GLP(nn.Module):
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _remembering(self, context: AbstractContextManager[T]) -> Iterator[T]:
-        """`context`, in which every decoding step repairs at the same few times."""
-        with self.denoiser.remembering(), context as handle:
-            yield handle
-
-    @_where_the_prior_is
-    def _sinks(self, x: Tensor, layer: Layer) -> Tensor:
-        return self.normalizer.sinks(x, layer)
-
     def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
         if noise is None:
             return normal(*shape, seed=generator, device=self.device)
@@ -418,64 +349,17 @@ class GLP(nn.Module):
         if self.denoiser.layer_embed is None:
             return None
         layers = self.normalizer.layers[0] if layer is None else torch.as_tensor(layer, device=self.device)
-        return _rowwise("layer", layers, leading)
+        return by_row("layer", layers, leading)
 
-    def _repair(
+    def _project(
         self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None = None
     ) -> Tensor:
         """Standardise, noise to the first knot, integrate, de-standardise: [N, d] -> [N, d]."""
         z_0 = self.normalizer.normalize(x, layers)
         z = flow.interpolate(z_0, eps, schedule.knots[0])
         if held is None:
-            return self.normalizer.denormalize(self._integrate(z, schedule, layers), layers)
+            return self.normalizer.denormalize(integrate(self.denoiser, z, schedule, layers), layers)
         g = self.normalizer.covector(held.to(z), layers).expand_as(z)
         value = (g * z_0).sum(dim=-1)
-        z = self._integrate(z, schedule, layers, (g, value))
+        z = integrate(self.denoiser, z, schedule, layers, (g, value))
         return self.normalizer.denormalize(flow.hold(z, g, value), layers)  # solvers but Euler end a little beside it
-
-    def _integrate(
-        self, z: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Integrate [N, d] along the schedule; the time path is computed once for all rows and steps.
-
-        Args:
-            held: directions [N, d] and the components [N] along them that the data prediction keeps.
-        """
-        times = sorted(set(schedule.times()))
-        tables = self.denoiser.tables(times)
-        row_of = {t: i for i, t in enumerate(times)}
-
-        def integrate(part: Tensor, part_layers: Tensor | None, *part_held: Tensor) -> Tensor:
-            extra = None if part_layers is None else self.denoiser.gathered_layers(part_layers)
-
-            def velocity(z_t: Tensor, t: float) -> Tensor:
-                i = row_of[t]
-                factors = [table[i : i + 1] for table in tables]
-                if extra is not None:
-                    factors = [a + b for a, b in zip(factors, extra, strict=True)]
-                return self.denoiser.run(z_t, factors)
-
-            return flow.integrate(flow.holding(velocity, *part_held) if part_held else velocity, part, schedule)
-
-        chunk = CPU_CHUNK if z.device.type == "cpu" else max(len(z), 1)
-        layer_parts = repeat(layers) if layers is None or layers.ndim == 0 else layers.split(chunk)
-        held_parts = (part.split(chunk) for part in held or ())
-        return torch.cat([integrate(*part) for part in zip(z.split(chunk), layer_parts, *held_parts, strict=False)])
-
-
-def _rowwise(name: str, value: Tensor, leading: Sequence[int]) -> Tensor:
-    """`value` itself if it is a scalar, else one entry for each activation."""
-    if value.ndim == 0:
-        return value
-    try:
-        return value.expand(leading).reshape(-1)
-    except RuntimeError as error:
-        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(leading)} rows") from error
-
-
-def _rows_of(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
-    """`value` [d] or [..., d] as one row for each activation of `shape`: [N, d]."""
-    try:
-        return value.expand(*shape).reshape(-1, shape[-1])
-    except RuntimeError as error:
-        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(shape)}") from error

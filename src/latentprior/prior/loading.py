@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
@@ -29,9 +29,6 @@ def priors_of(
         layer: which layer of multi-layer priors.
         device: where to put them; "auto" is this process's CUDA device if there is one, else the CPU.
         precision: of the denoisers; "auto" is bfloat16 where the device is fast at it.
-
-    Raises:
-        InputError: no prior there, one without hookpoint, no such layer, or priors of different hookpoints.
     """
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
@@ -49,15 +46,10 @@ def priors_of(
 
 
 def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
-    """Where a prior's activations come from; of a multi-layer prior, those of `layer`.
-
-    Raises:
-        InputError: it does not say, or has no such layer.
-    """
+    """Where a prior's activations come from; of a multi-layer prior, those of `layer`."""
     if not glp.hookpoints:
         raise InputError(f"{name} does not say what it was trained on: give it `hookpoints` first")
-    glp.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
-    return next(h for h in glp.hookpoints if layer is None or h.layer == layer)
+    return at_layer(glp.hookpoints, layer, name)
 
 
 def heldout_loss(glp: GLP) -> float | None:

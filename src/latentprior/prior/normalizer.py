@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentprior.data.moments import Moments
-from latentprior.data.sinks import SINK_FACTOR
+from latentprior.data.sinks import sink_threshold
+from latentprior.lm.hooks import check_recorded
 from latentprior.utils.devices import to_device
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
 LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes about this much
 
@@ -34,7 +35,7 @@ class Normalizer(nn.Module):
         var: per-layer variances.
         layers: the language model's layers that the rows belong to, in order.
         mean_norm: mean norm of an activation, the unit of steering strength; nan where unknown.
-        median_norm: median norm, against which attention sinks are told; nan where unknown.
+        median_norm: median norm, of which attention sinks have over 10 times; nan where unknown.
         basis: orthogonal columns for whitening, see `whitened`; None standardises each dimension by itself.
     """
 
@@ -82,10 +83,13 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
         self.register_buffer("row_of_layer", lookup, persistent=False)
-        self._served, self._row_of_layer = list(layers), lookup.cpu()  # on the CPU, where looking is not waiting
+        self._served, self._row_of_layer = (
+            list(layers),
+            lookup.cpu(),
+        )  # CPU: checked without a wait
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
-        """What every move and cast of a module comes down to: statistics move along and keep their precision."""
+        """Called by every move and cast of a module: the statistics move along and keep their precision."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
@@ -108,16 +112,13 @@ class Normalizer(nn.Module):
     def whitened(cls, moments: Moments, covariance: Float[Tensor, "layers d d"]) -> Normalizer:
         """The normalizer that decorrelates: z has mean 0 and covariance 1 over the data.
 
-        Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much, so
-        that no noise is blown up and every activation, also one off the data, comes back as it was. The directions are
-        in descending order of variance; the largest entry of each is positive, so that they are unique.
+        Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much: noise
+        is not amplified, and every activation can be restored. Directions are in descending order of variance, and the
+        largest entry of each is positive.
 
         Args:
             moments: of the training data.
             covariance: of the same rows, for each layer of the moments; see `moments.Covariance`.
-
-        Raises:
-            InputError: a covariance of another shape, or one that is not finite.
         """
         if covariance.shape != (*moments.mean.shape, moments.width):
             raise InputError(
@@ -151,8 +152,7 @@ class Normalizer(nn.Module):
         return self.standardised(x, self.rows(layer))
 
     def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, " ..."] | int) -> Tensor:
-        """`normalize` by the statistics' rows, see `known_rows`. A GPU is not waited for, but by a basis for rows on
-        it."""
+        """`normalize` by row of the statistics (`known_rows`); without a basis the host never waits for a GPU."""
         self.check_width(x)
         at = row if isinstance(row, int) else to_device(row, x.device)
         centred = _wide(x) - self.mean[at]
@@ -179,8 +179,18 @@ class Normalizer(nn.Module):
     def sinks(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
         """Which activations are attention sinks: ``[..., d] -> bool [...]``; none where the median is unknown."""
         self.check_width(x)
-        limit = SINK_FACTOR * self.median_norm[self.rows(layer)]
+        limit = sink_threshold(self.median_norm[self.rows(layer)])
         return _wide(x).norm(dim=-1) > limit  # false against nan
+
+    def norm_unit(self, layer: int | None = None) -> float:
+        """The mean norm of the layer's activations, the unit of steering strength.
+
+        Where it is not known, as in official checkpoints, the root mean square norm ``sqrt(sum(mean^2 + var))`` stands
+        for it: larger by a factor of about ``1 + CV^2 / 2``, with CV the norms' coefficient of variation.
+        """
+        row = self.rows(layer if len(self.layers) > 1 else None)
+        known = float(self.mean_norm[row])
+        return known if known > 0 else float((self.mean[row].square() + self.var[row]).sum().sqrt())
 
     def rows(self, layer: Int[Tensor, " ..."] | int | None) -> Tensor | int:
         """The statistics' row of each layer."""
@@ -189,8 +199,7 @@ class Normalizer(nn.Module):
                 raise InputError(f"this prior serves layers {self._served}: say which with `layer`")
             return 0
         if isinstance(layer, int):
-            if layer not in self._served:
-                raise unknown("layer", layer, self._served)
+            check_recorded([layer], self._served)
             return self._served.index(layer)
         layer = torch.as_tensor(layer)
         row = self.known_rows(layer)
@@ -198,7 +207,7 @@ class Normalizer(nn.Module):
         return row.to(self.layers.device)
 
     def known_rows(self, layer: Int[Tensor, " ..."]) -> Tensor:
-        """`rows` where the layers are, which are checked on the CPU only: a GPU would have to be waited for."""
+        """`rows` on the device of `layer`; layers on a GPU are not checked, as the host would have to wait for it."""
         on_host = layer.device.type == "cpu"
         table = self._row_of_layer if on_host else self.row_of_layer
         inside = (layer >= 0) & (layer < len(table))
@@ -209,7 +218,7 @@ class Normalizer(nn.Module):
 
     def _check_served(self, layer: Tensor, row: Tensor) -> None:
         if (wrong := row < 0).any():
-            raise unknown("layer", int(layer[wrong].flatten()[0]), self._served)
+            check_recorded(layer[wrong].flatten().tolist(), self._served)
 
     def check_width(self, x: Tensor) -> None:
         """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""

@@ -1,10 +1,10 @@
-"""Repairing the activations of a running model with a prior: `attach`."""
+"""Repair: projecting what flows through a running model, edited or not, position by position (`GLP.attach`)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from latentprior.config import Side
 from latentprior.lm.edits import EditCounts, EditedPositions, EditFunction, Positions, edit_positions
-from latentprior.lm.hooks import Hookpoint
-from latentprior.utils.errors import InputError, unknown
+from latentprior.lm.hooks import Hookpoint, at_layers
+from latentprior.prior.denoiser import Denoiser
+from latentprior.utils.errors import InputError
 from latentprior.utils.random import Seed, keyed_generator, seed_of
 
 
 @runtime_checkable
 class Projector(Protocol):
-    """What `attach` needs of a prior."""
+    """What repair needs of a prior."""
 
     hookpoints: tuple[Hookpoint, ...]
 
@@ -29,10 +30,10 @@ class Projector(Protocol):
 class PositionNoise:
     """Standard normal noise that depends on seed, layer, prompt and position alone.
 
-    A position gets the same noise however often it is computed and whatever else is in the batch, so that generation
-    without a cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one
-    prompt, such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the
-    row's index stands for them.
+    A position gets the same noise however often it is computed and whatever else is in the batch: generation without a
+    cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one prompt,
+    such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the row's
+    index stands for them.
 
     Args:
         seed: of everything.
@@ -53,42 +54,78 @@ class PositionNoise:
         row, position = at.row.tolist(), at.position.cpu()
         position = torch.zeros_like(position) if self._shared else position
         prompts = row if at.prompts is None else [at.prompts[i] for i in row]
-        places = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
-        blocks = {place: i for i, place in enumerate(dict.fromkeys(places))}
-        noise = torch.stack([self._block(at.layer, *place, width) for place in blocks], dim=1)
-        chosen = noise[:, [blocks[place] for place in places], position % self.BLOCK]
+        keys = list(zip(prompts, (position // self.BLOCK).tolist(), strict=True))
+        blocks = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        noise = torch.stack([self._block(at.layer, *key, width) for key in blocks], dim=1)
+        chosen = noise[:, [blocks[key] for key in keys], position % self.BLOCK]
         return chosen.flatten(0, 1).to(at.row.device)
 
     def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
         """Noise [samples, positions, width]."""
-        place = (layer, prompt, block)
-        if place not in self._blocks:
+        key = (layer, prompt, block)
+        if key not in self._blocks:
             rows = 1 if self._shared else self.BLOCK
-            drawn = torch.randn(self._samples, rows, width, generator=keyed_generator(self._seed, *place))
-            self._blocks[place] = drawn
+            drawn = torch.randn(self._samples, rows, width, generator=keyed_generator(self._seed, *key))
+            self._blocks[key] = drawn
             self._bytes += drawn.nbytes
             while self._bytes > self.BYTES and len(self._blocks) > 1:
                 self._bytes -= self._blocks.popitem(last=False)[1].nbytes
-        self._blocks.move_to_end(place)
-        return self._blocks[place]
+        self._blocks.move_to_end(key)
+        return self._blocks[key]
+
+
+class RunningRepair:
+    """Projects activations of a running model; what `attach` and steering's `PriorRepair` have in common.
+
+    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at
+    the same few times. The prior moves to the device of the first activations; what comes later from other devices it
+    moves itself.
+
+    Args:
+        prior: the prior.
+        seed: of the noise, see `PositionNoise`.
+        samples: projections with different noises, of which the mean is taken.
+        shared: one noise for all positions of a sequence.
+    """
+
+    def __init__(self, prior: Projector, seed: int, *, samples: int = 1, shared: bool = False) -> None:
+        self._prior, self._samples, self._moved = prior, samples, False
+        self._noise = PositionNoise(seed, samples=samples, shared=shared)
+        self._open = ExitStack()
+
+    def __enter__(self) -> RunningRepair:
+        if isinstance(denoiser := getattr(self._prior, "denoiser", None), Denoiser):
+            self._open.enter_context(denoiser.caching())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def __call__(
+        self, edited: Tensor, at: EditedPositions, *, reference: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """``prior.project(edited, ...)`` [N, d] with the noise of the positions; `options` hold for all rows."""
+        if not self._moved and isinstance(self._prior, nn.Module):
+            with torch.inference_mode(False):  # weights moved in inference mode could not be used outside it
+                self._prior.to(edited.device)
+        self._moved = True
+        noise = self._noise(at, edited.shape[-1])
+        if self._samples == 1:
+            return self._prior.project(edited, reference=reference, noise=noise, **options)
+        reference = None if reference is None else reference.repeat(self._samples, 1)
+        projected = self._prior.project(
+            edited.repeat(self._samples, 1), reference=reference, noise=noise, **options
+        )  # sample-major
+        return projected.unflatten(0, (self._samples, -1)).mean(dim=0)
 
 
 def hookpoints_on(
     hookpoints: Sequence[Hookpoint], model: nn.Module, layers: Sequence[int] | int | None, *, check_model: bool
 ) -> list[Hookpoint]:
-    """The hookpoints to use on `model`, checked before anything runs.
-
-    Raises:
-        InputError: the prior knows no hookpoint, not this layer, or was trained on another model or width.
-    """
+    """The hookpoints to use on `model`, checked before anything runs."""
     if not hookpoints:
         raise InputError("this prior does not say what it was trained on: give it `hookpoints` first")
-    wanted = [h.layer for h in hookpoints] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    by_layer = {h.layer: h for h in hookpoints}
-    for layer in wanted:
-        if layer not in by_layer:
-            raise unknown("layer", layer, by_layer)
-    chosen = [by_layer[layer] for layer in wanted]
+    chosen = at_layers(hookpoints, [layers] if isinstance(layers, int) else layers)
     for hookpoint in chosen:
         hookpoint.check(model, check_model=check_model)
     return chosen
@@ -103,6 +140,7 @@ def attach(
     positions: Positions = "all",
     edit: Callable[[Tensor], Tensor] | None = None,
     paired: bool = False,
+    samples: int = 1,
     check_model: bool = True,
     generator: Seed = None,
     sinks: Callable[[Tensor, int], Tensor] | None = None,
@@ -117,35 +155,15 @@ def attach(
     sides: set[Side] = {h.side for h in chosen}
     if len(sides) > 1:
         raise InputError("attach one side at a time: this prior has hookpoints on block inputs and outputs")
-    noise = PositionNoise(seed_of(generator))
     several = len(prior.hookpoints) > 1
-    follow = follower(prior)
 
-    def repaired(x: Tensor, at: EditedPositions) -> Tensor:
-        follow(x.device)
-        edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
-        return prior.project(
-            edited,
-            reference=x if paired else None,
-            noise=noise(at, x.shape[-1]),
-            layer=at.layer if several else None,
-            **options,
-        )
+    with RunningRepair(prior, seed_of(generator), samples=samples) as repair:
 
-    edits: dict[int, EditFunction] = {h.layer: repaired for h in chosen}
-    with edit_positions(model, edits, positions=positions, side=sides.pop(), sinks=sinks) as counts:
-        yield counts
+        def repaired(x: Tensor, at: EditedPositions) -> Tensor:
+            edited = x if edit is None else edit(x.clone())  # `x += v` must not reach the reference
+            layer = at.layer if several else None
+            return repair(edited, at, reference=x if paired else None, layer=layer, **options)
 
-
-def follower(prior: object) -> Callable[[torch.device], None]:
-    """Moves a prior to the device that is named first; what comes later from other devices the prior moves itself."""
-    moved = False
-
-    def follow(device: torch.device) -> None:
-        nonlocal moved
-        if not moved and isinstance(prior, nn.Module):
-            with torch.inference_mode(False):  # weights moved in inference mode could not be used outside it
-                prior.to(device)
-        moved = True
-
-    return follow
+        edits: dict[int, EditFunction] = {h.layer: repaired for h in chosen}
+        with edit_positions(model, edits, positions=positions, side=sides.pop(), sinks=sinks) as counts:
+            yield counts

@@ -12,11 +12,7 @@ CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")
 
 
 def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
-    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository.
-
-    Raises:
-        InputError: a folder without a prior, no such repository, or one without this checkpoint.
-    """
+    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository."""
     folder = Path(path_or_repo)
     if folder.is_dir():
         if not any(any(folder.glob(pattern)) for pattern in CONFIGS):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from latentprior.config import ProbeConfig, to_dict
+from latentprior.config import ProbeConfig, settings_of, to_dict
 from latentprior.data import corpus
 from latentprior.data.store.manifest import MANIFEST
 from latentprior.lm.hooks import Hookpoint
@@ -27,23 +27,22 @@ from latentprior.probe.summary import summarise
 from latentprior.probe.tasks import Task, Unfit, find_task
 from latentprior.sae.saelens import sae_at
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.results import Result
 from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
-# May differ between runs that continue each other.
-FREE = ("output", "recording", "tasks", "batch_tokens", "device", "llm")
 
 
-def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Json:
+def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
     """Load the language model if anything has to be recorded, and run the benchmark (`benchmark`)."""
     return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Json:
+def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
     """Record the tasks, probe every source on each, and write ``probe.json`` with tables beside it.
 
     Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
@@ -61,7 +60,7 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
             probed; a folder that another process writes.
     """
     with locked(config.output) as folder:
-        return _benchmark(config, llm, folder, phase)
+        return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
 
 
 def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
@@ -211,8 +210,7 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
     Raises:
         InputError: the folder holds results with other settings; the first difference is named.
     """
-    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    settings["model"] = config.llm.model
+    settings = settings_of(config) | {"model": config.llm.model}
     settings["heldout_loss"] = {name: heldout_loss(glp) for name, glp in priors.items()}
     path = folder / "settings.json"
     if path.exists():
@@ -239,6 +237,8 @@ def write_tables(folder: Path, results: Sequence[Json]) -> None:
     probes = [{"task": task["task"], "family": task["family"], **row} for task in results for row in task["rows"]]
     winners = [{"task": task["task"], **row} for task in results for row in task["winners"]]
     table = pa.Table.from_pylist(probes)
-    pq.write_table(table, folder / "probes.parquet", compression="zstd")
-    pyarrow.csv.write_csv(table, folder / "probes.csv")
-    pq.write_table(pa.Table.from_pylist(winners), folder / "winners.parquet", compression="zstd")
+    for name, rows in (("probes", table), ("winners", pa.Table.from_pylist(winners))):
+        with replaced(folder / f"{name}.parquet") as partial:
+            pq.write_table(rows, partial, compression="zstd")
+    with replaced(folder / "probes.csv") as partial:
+        pyarrow.csv.write_csv(table, partial)

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentprior.config import SAEConfig, to_dict
+from latentprior.config import SAEConfig, settings_of
 from latentprior.data.store.reader import ActivationStore
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.sae.sae import CONFIG, SAE
 from latentprior.sae.saelens import read_sae
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
 
@@ -79,7 +79,7 @@ def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> Non
 
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
     made = sae.provenance.get("settings", {})
-    wanted = _settings(config)
+    wanted = settings_of(config)
     if config.activations is None:
         del wanted["activations"]  # however many it saw
     for name, value in made.items():
@@ -88,10 +88,6 @@ def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
                 f"{folder} holds an SAE of {name} {value}, not {wanted[name]}: give --sae.{name} {value} or another "
                 "--sae.path"
             )
-
-
-def _settings(config: SAEConfig) -> dict[str, Any]:
-    return {name: value for name, value in to_dict(config).items() if name != "path"}
 
 
 def train_sae(
@@ -113,9 +109,7 @@ def train_sae(
     Raises:
         InputError: the extra `[sae]` is not installed, a layer that the store does not have, a store smaller than `k`.
     """
-    hookpoint = next((h for h in store.hookpoints if h.layer == layer), None)
-    if hookpoint is None:
-        raise unknown("layer", layer, store.layers)
+    hookpoint = at_layer(store.hookpoints, layer, store.folder)
     variance = float(store.moments().variance()[store.layers.index(layer)].sum())
     if not variance > 0:
         raise InputError(f"{store.folder} holds no activations of layer {layer} to train an SAE on, or equal ones")
@@ -146,7 +140,7 @@ def train_sae(
         "store": str(store.folder),
         "rows": len(store),
         "activations_seen": seen,
-        "settings": _settings(config) | {"activations": total},
+        "settings": settings_of(config) | {"activations": total},
     }
     bias = (coder.encoder.bias.detach().cpu() - encoder @ centre) / scale
     return SAE.of(encoder, bias, decoder, centre / scale, hookpoint, k=config.k, provenance=provenance)

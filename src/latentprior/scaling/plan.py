@@ -15,6 +15,7 @@ import torch
 
 from latentprior.config import DenoiserConfig, LLMConfig, PlanConfig, Recipe, to_dict
 from latentprior.config.base import size_of
+from latentprior.lm.hooks import check_in_range
 from latentprior.prior.cost import (
     flops_per_activation,
     muon_flops_per_step,
@@ -111,8 +112,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 def _layers(config: PlanConfig, shape: LLMShape) -> list[int]:
     for layer in config.layers:
-        if not 0 <= layer < shape.blocks:
-            raise InputError(f"layer {layer} is out of range: {config.llm.model} has layers 0 to {shape.blocks - 1}")
+        check_in_range(layer, shape.blocks, config.llm.model)
     return sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
 
 

@@ -22,7 +22,7 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.data.text_files import text_settings
 from latentprior.evaluation.evaluate import document_halves
 from latentprior.evaluation.lm_loss import delta, lm_losses
-from latentprior.lm.hooks import same_places
+from latentprior.lm.hooks import at_layer, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.cost import paper_flops_per_activation, parameters, training_flops_per_activation
 from latentprior.prior.flow import TRAIN_GRID
@@ -33,7 +33,7 @@ from latentprior.scaling.law import PowerLaw, correlation, envelope, fit_power_l
 from latentprior.stats.frechet import GaussianMoments, frechet_distance
 from latentprior.training.fit import fit
 from latentprior.utils.devices import fast_dtype, resolve_device
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
@@ -278,13 +278,8 @@ def _distinct_times(recipe: Recipe) -> float:
 
 def _layer(store: ActivationStore, config: SweepConfig) -> int | None:
     """The layer to measure at; None for a store of one layer."""
-    if config.layer is not None and config.layer not in store.layers:
-        raise unknown("layer", config.layer, store.layers)
-    if len(store.layers) == 1:
-        return None
-    if config.layer is None:
-        raise InputError(f"{config.store} holds layers {list(store.layers)}: choose one to measure at with --layer")
-    return config.layer
+    hookpoint = at_layer(store.hookpoints, config.layer, config.store)
+    return hookpoint.layer if len(store.layers) > 1 else None
 
 
 def _identity(store: ActivationStore) -> str:

@@ -28,8 +28,6 @@ from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.provenance import versions
 from latentprior.utils.settings import check_settings
 
-# Settings that only say which conditions there are, where and how fast.
-ADDING = ("output", "priors", "directions", "methods", "examples", "judge", "batch_rows", "device")
 SETTINGS = "settings.json"
 
 
@@ -112,7 +110,9 @@ def finished(
 
 def keep_settings(config: SteerConfig, tasks: Sequence[SteeringTask], folder: Path) -> None:
     """Refuse a folder of other settings than those of `config`; write them if it is new."""
-    settings = {name: value for name, value in settings_of(config).items() if name not in ADDING}
+    settings = settings_of(config)
+    if config.store is None:
+        del settings["store"]  # older folders name one that no experiment but "sae" reads
     if config.experiment == "files":  # a file may change under its name; other directions follow from the settings
         settings["directions"] = _digests(task.direction for task in tasks)
     path = folder / SETTINGS

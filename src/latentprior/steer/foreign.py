@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, check_in_range
 from latentprior.steer.direction import Direction
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replaced
@@ -204,8 +204,7 @@ def _of_layer(found: Tensor, hookpoint: Hookpoint, blocks: int | None, path: Pat
             f"{path} holds {rows} rows, outputs of {rows} blocks or hidden states of {rows - 1}: say which with "
             "blocks=, the number of blocks of the model"
         )
-    if hookpoint.layer >= blocks:
-        raise InputError(f"layer {hookpoint.layer} is out of range: blocks={blocks} has layers 0 to {blocks - 1}")
+    check_in_range(hookpoint.layer, blocks, f"blocks={blocks}")
     if rows == blocks:
         return found[_block(hookpoint)], {}
     if rows != blocks + 1:

@@ -345,7 +345,7 @@ def _span_means(
         for doc in batch.doc.unique().tolist():
             start, stop = spans[doc]
             mine = batch.doc == doc
-            ordinary = mine & (norms <= sink_threshold(norms[mine]))
+            ordinary = mine & (norms <= sink_threshold(float(norms[mine].median())))
             inside = mine & (batch.position >= start) & (batch.position < stop)
             chosen = inside & ordinary
             means[doc] = batch.x[chosen if chosen.any() else inside].double().mean(dim=0)

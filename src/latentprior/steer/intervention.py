@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentprior.config import Side
-from latentprior.data.sinks import sinks_in
+from latentprior.data.sinks import sink_threshold
 from latentprior.lm.edits import (
     EditCounts,
     EditedPositions,
@@ -138,7 +138,7 @@ def steering(
         by_side.setdefault(side, {})[layer] = _EditsThenRepair([_PreparedEdit(e, units[layer]) for e in here], repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
-        return sinks_in(hidden, units[layer])
+        return hidden.float().norm(dim=-1) > sink_threshold(units[layer])
 
     with ExitStack() as stack:
         if isinstance(repair, AbstractContextManager):

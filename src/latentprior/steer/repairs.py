@@ -9,7 +9,6 @@ also where it was not edited, because the projection of an *unedited* activation
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from latentprior.config import RepairConfig
 from latentprior.lm.edits import EditedPositions
 from latentprior.prior.glp import GLP
-from latentprior.prior.repair import PositionNoise, follower
+from latentprior.prior.repair import RunningRepair
 from latentprior.utils.errors import InputError
 
 T_STEP = 0.05  # adaptive noise levels are multiples of this, so that rows of like strength are repaired in one batch
@@ -40,17 +39,15 @@ class PriorRepair:
 
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
         self.glp, self.config = glp, config
-        self._open = ExitStack()
-        self._follow = follower(glp)
-        self._noise = PositionNoise(seed, samples=config.samples, shared=config.noise == "sequence")
+        self._repair = RunningRepair(glp, seed, samples=config.samples, shared=config.noise == "sequence")
 
     def __enter__(self) -> PriorRepair:
-        """`steering` opens it: every decoding step repairs at the same few times (`Denoiser.remembering`)."""
-        self._open.enter_context(self.glp.denoiser.remembering())
+        """`steering` opens it."""
+        self._repair.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._open.close()
+        self._repair.__exit__(*error)
 
     @property
     def nfe(self) -> int:
@@ -62,7 +59,6 @@ class PriorRepair:
         self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], at: EditedPositions, push: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n d"]:
         """The repaired activations; what was not pushed is only touched by a repair that is not paired."""
-        self._follow(edited.device)
         clean, edited, push = clean.float(), edited.float(), push.float()
         if self.config.rate is None:
             return self._repaired(clean, edited, at, push, self.config.t_start)
@@ -84,18 +80,17 @@ class PriorRepair:
         return (size / (1 + size) / T_STEP).ceil().long().to(push.device)
 
     def _repaired(self, clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor, t_start: float) -> Tensor:
-        config, n = self.config, self.config.samples
-        repaired = self.glp.project(
-            edited.repeat(n, 1),
-            reference=clean.repeat(n, 1) if config.paired else None,
+        config = self.config
+        repaired = self._repair(
+            edited,
+            at,
+            reference=clean if config.paired else None,
             t_start=t_start,
             steps=config.steps,
             solver=config.solver,
-            noise=self._noise(at, edited.shape[-1]),
             layer=self._layer(at),
-            hold=push.repeat(n, 1) if config.hold else None,
+            hold=push.repeat(config.samples, 1) if config.hold else None,
         )
-        repaired = repaired.view(n, *edited.shape).mean(dim=0)
         if config.readd:
             unit = torch.nn.functional.normalize(push, dim=-1)
             repaired = repaired + ((edited - repaired) * unit).sum(dim=-1, keepdim=True) * unit

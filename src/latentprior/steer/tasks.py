@@ -74,7 +74,7 @@ def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
         _traits(config)
     if config.experiment == "sae":
         sae_at(str(config.sae), hookpoint, model=config.llm.model)
-        ActivationStore(config.store)
+        ActivationStore(str(config.store))
         _latents(config)
     return directions_in_files(config, hookpoint, count_blocks(config.llm)) if config.experiment == "files" else []
 
@@ -216,7 +216,7 @@ def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpo
     sae = sae_at(str(config.sae), hookpoint, model=config.llm.model)
     latents = _latents(config) or config.features
     described = describe_latents(
-        sae, ActivationStore(config.store), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
+        sae, ActivationStore(str(config.store)), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
     )
     if len(described) < 2:
         raise InputError("a latent is judged against others: name at least two, or raise `features`")

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from latentprior.training.loop import State
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, sync_folder
+from latentprior.utils.files import replace_text, sync
 
 MARKER = "complete.json"
 KEPT = 2  # the newest states; older ones are removed
@@ -68,7 +68,7 @@ def save_state(
         partial.replace(target)
         marker = {"step": state.step, "settings": settings, "position": position}
         replace_text(target / MARKER, json.dumps(marker))
-        sync_folder(folder)
+        sync(folder)
         for old in complete_states(folder)[:-KEPT]:
             (old / MARKER).unlink()  # first, so that what a kill leaves of it is no complete state
             shutil.rmtree(old)

@@ -23,7 +23,7 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.data.stream.buffer import Source, Stream, buffer_turns, check_memory
 from latentprior.data.text_files import text_settings
-from latentprior.lm.hooks import Hookpoint, drop_blocks_after
+from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
 from latentprior.utils.distributed import World
@@ -295,9 +295,7 @@ def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
     Raises:
         InputError: a layer that the store does not have.
     """
-    for layer in layers:
-        if layer not in store.layers:
-            raise InputError(f"{store.folder} holds no layer {layer}, only {list(store.layers)}")
+    check_recorded(layers, store.layers)
     return [layer for layer in store.layers if not layers or layer in layers]
 
 

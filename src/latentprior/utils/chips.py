@@ -46,10 +46,10 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     product, fastest = torch.empty_like(a), math.inf
     began = time.perf_counter()
     while not math.isfinite(fastest) or time.perf_counter() - began < seconds:
-        start = _now(device)
+        start = time_on(device)
         for _ in range(repeats):
             torch.mm(a, b, out=product)
-        fastest = min(fastest, (_now(device) - start) / repeats)
+        fastest = min(fastest, (time_on(device) - start) / repeats)
     return 2 * size**3 / fastest
 
 
@@ -74,7 +74,7 @@ def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     return None if chip is None else CHIPS[chip].tflops * 1e12
 
 
-def _now(device: torch.device) -> float:
+def time_on(device: torch.device) -> float:
     """Seconds, once `device` has done what was asked of it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

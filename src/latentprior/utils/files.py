@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all: `replaced` is the one atomic write, which everything that is kept uses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from latentprior.utils.errors import InputError
+
+PARTIAL = ".partial"  # ending of a file that is being written
 
 
 def check_folder(folder: str | Path) -> None:
@@ -26,44 +28,55 @@ def check_file(path: str | Path) -> None:
     check_folder(Path(path).parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or of a folder the renames in it, to disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Flush every file below `folder` to disk, before a rename of `folder` that a power cut must not undo by half."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` to a temporary name, flush it to disk, then rename it to `path`."""
+    """Write a file whole or not at all; see `replaced`."""
     replace_bytes(path, text.encode("utf-8"))
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """`replace_text` for bytes."""
+    """Write a file whole or not at all; see `replaced`."""
     with replaced(path) as partial:
         partial.write_bytes(content)
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A temporary name to write a file under, which is flushed to disk and renamed to `path` when the block ends well.
 
     The file gets the permissions of the process's new files, whoever writes it: safetensors would keep it to its owner.
+
+    Args:
+        flush: False for thousands of files that can be written again: after a power cut some may be empty.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         partial.unlink(missing_ok=True)  # what a kill left may have other permissions
         partial.touch()
         mode = partial.stat().st_mode
         yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        if flush:
+            sync(partial)
         partial.chmod(mode)
-        partial.replace(path)
+        os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
-    sync_folder(path.parent)
+    if flush:
+        sync(path.parent)

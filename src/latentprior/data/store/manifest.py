@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ import torch
 
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import sync_folder
+from latentprior.utils.files import replaced
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -187,20 +186,14 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     Raises:
         InputError: it cannot be written, as on a full disk; nothing is left behind.
     """
-    temporary = path.with_name(path.name + ".tmp")
     digest, size = hashlib.sha256(), 0
     try:
-        with open(temporary, "wb") as file:
+        with replaced(path) as partial, open(partial, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
                 digest.update(chunk)
                 size += memoryview(chunk).nbytes
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 

@@ -14,10 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.moments import Moments
 from latentprior.data.store import manifest as files
+from latentprior.lm.hooks import check_recorded
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.random import keyed_generator
 
@@ -30,11 +32,7 @@ class Shard:
     def __init__(
         self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
     ) -> None:
-        """Open and check the shard that a manifest lists as `entry`.
-
-        Raises:
-            InputError: a file is missing or is not what was written.
-        """
+        """Open and check the shard that a manifest lists as `entry`."""
         self._rows, self._width, self._dtype = entry["rows"], width, dtype
         self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
         self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
@@ -78,11 +76,7 @@ class Shard:
         return rows
 
     def column(self, name: str) -> np.ndarray:
-        """One column of the metadata, [rows].
-
-        Raises:
-            InputError: a damaged file.
-        """
+        """One column of the metadata, [rows]."""
         try:
             # Not read_table: that would take a folder called "layer=15" for a column.
             column = pq.ParquetFile(self._metadata).read(columns=[name])[name].to_numpy()
@@ -96,7 +90,9 @@ class Shard:
 class ActivationStore:
     """A recorded store, also one that is still being written: it holds what the manifest listed when it was opened.
 
-    Shards are memory-mapped, so opening costs no memory and rows are read as they are asked for.
+    Shards are memory-mapped, so opening costs no memory and rows are read as they are asked for: ``store[5]`` is one
+    activation [d], ``store[10:20]``, ``store[[3, 1]]`` and ``store[mask]`` are several [n, d], in the stored precision.
+    Negative numbers count from the end. A loop over single rows is slow: take slices, `batches` or a `dataset`.
 
     Attributes:
         folder: where it lies.
@@ -105,6 +101,14 @@ class ActivationStore:
         layers: their layer numbers.
         width: d, dimensions of an activation.
         dtype: storage precision.
+
+    Examples:
+        >>> store = lp.ActivationStore("runs/acts")
+        >>> store[-1].shape == (store.width,), store[10:20].shape == (10, store.width)
+        (True, True)
+        >>> loader = torch.utils.data.DataLoader(store.dataset(), batch_size=16, shuffle=True)
+        >>> next(iter(loader)).shape == (16, store.width)
+        True
     """
 
     def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
@@ -114,9 +118,6 @@ class ActivationStore:
             folder: the store.
             verify: "size" checks that all files are there, their sizes and headers; "full" their SHA-256 too,
                 which reads everything.
-
-        Raises:
-            InputError: no store, a newer format, or a missing or damaged file, which is named.
         """
         if verify not in ("size", "full"):
             raise unknown("verify", verify, ("size", "full"))
@@ -141,13 +142,33 @@ class ActivationStore:
         place = f"{self.hookpoints[0].model or 'some model'} layers {list(self.layers)}"
         return f"ActivationStore({str(self.folder)!r}: {place}, {self.manifest['dtype']} [{len(self)}, {self.width}])"
 
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor | np.ndarray) -> Tensor:
+        """One activation [d], or those of a slice, of row numbers or of a mask [n, d], in the stored precision.
+
+        Raises:
+            IndexError: a row outside the store, or a mask of another length.
+        """
+        if isinstance(index, slice):
+            return self.rows(torch.arange(*index.indices(len(self))) if len(self) else torch.arange(0))
+        rows = torch.as_tensor(index)
+        if rows.dtype == torch.bool:
+            if rows.shape != (len(self),):
+                raise IndexError(f"a mask of shape {list(rows.shape)} does not fit a store of {len(self)} rows")
+            rows = rows.nonzero().squeeze(1)
+        if rows.ndim > 1 or rows.is_floating_point() and rows.numel():
+            raise IndexError(f"rows are an integer, a slice, or integers or a mask [n], got {rows.dtype}")
+        rows = rows.long()
+        found = self.rows(torch.where(rows < 0, rows + len(self), rows).reshape(-1))
+        return found[0] if rows.ndim == 0 else found
+
+    def dataset(self, layers: Sequence[int] | None = None) -> ActivationDataset:
+        """A torch dataset of the store's rows, or of those of `layers`, for a `DataLoader`; see `ActivationDataset`."""
+        return ActivationDataset(self, layers)
+
     def moments(self) -> Moments:
         """Moments of all rows for each layer, also of those that a disk budget has removed since.
 
         They are read once: a recorder that goes on replaces the file.
-
-        Raises:
-            InputError: the statistics are damaged or belong to other rows.
         """
         if self._statistics is None:
             path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
@@ -169,9 +190,6 @@ class ActivationStore:
 
         Returns:
             [n, d] in the stored dtype.
-
-        Raises:
-            IndexError: an index outside the store.
         """
         self._check_indices(indices)
         wanted = indices.numpy()
@@ -195,10 +213,6 @@ class ActivationStore:
 
         Returns:
             four [n] int64 tensors: layer, doc, position, token.
-
-        Raises:
-            IndexError: an index outside the store.
-            InputError: a damaged file.
         """
         self._check_indices(indices)
         layer, doc, position, token = (
@@ -211,23 +225,13 @@ class ActivationStore:
 
         Args:
             indices: [n] int64.
-
-        Raises:
-            IndexError: an index outside the store.
-            InputError: a damaged file.
         """
         layer, doc, position, token = self.metadata(indices)
         return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
 
     def rows_at(self, layers: Sequence[int]) -> Tensor:
-        """Numbers [n] int64 of the rows of `layers`, in the store's order.
-
-        Raises:
-            InputError: a layer that the store does not have, or a damaged file.
-        """
-        for layer in layers:
-            if layer not in self.layers:
-                raise unknown("layer", layer, self.layers)
+        """Numbers [n] int64 of the rows of `layers`, in the store's order."""
+        check_recorded(layers, self.layers)
         if set(layers) == set(self.layers):
             return torch.arange(len(self))
         return torch.isin(self._column("layer"), torch.tensor(list(layers))).nonzero().squeeze(1)
@@ -304,3 +308,33 @@ class ActivationStore:
                 column[a:b] = shard.column(name)
             self._columns[name] = torch.from_numpy(column)
         return self._columns[name]
+
+
+class ActivationDataset(Dataset[Any]):
+    """A map-style torch dataset of a store's rows: item i is an activation [d], in the stored precision.
+
+    Of a store of several layers, or with several of its `layers` chosen, an item is the pair of activation and layer
+    number. `DataLoader` fetches each batch in one gather.
+
+    Raises:
+        InputError: a layer that the store does not have.
+    """
+
+    def __init__(self, store: ActivationStore, layers: Sequence[int] | None = None) -> None:
+        self.store = store
+        self.layers = store.layers if layers is None else tuple(layers)
+        self._rows = store.rows_at(self.layers)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} is not in a dataset of {len(self)}")
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of one batch; `DataLoader` calls it."""
+        rows = self._rows[list(indices)]
+        x = self.store.rows(rows)
+        return list(x) if len(self.layers) == 1 else list(zip(x, self.store.metadata(rows)[0].tolist(), strict=True))

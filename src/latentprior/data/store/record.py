@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentprior.config import RecordConfig, to_dict
+from latentprior.config import RecordConfig, settings_of
 from latentprior.data import text, tokens
 from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
 from latentprior.data.sinks import sink_threshold
@@ -24,7 +23,7 @@ from latentprior.lm.loading import load_llm
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
-from latentprior.utils.settings import differences
+from latentprior.utils.settings import check_settings
 
 CALIBRATION_ROWS = 4096  # rows of each layer from which the median norm is taken before the first row is stored
 
@@ -54,25 +53,38 @@ def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
         text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
         return load_llm(config.llm, config.device)
 
-    return _record(config, llm, report)
+    return record_documents(config, llm, report=report)
 
 
 def record_from(model: nn.Module, tokenizer: Any, config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     """`record` with a model that is loaded already."""
-    return _record(config, lambda: (model, tokenizer), report)
+    return record_documents(config, lambda: (model, tokenizer), report=report)
 
 
-def _record(config: RecordConfig, llm: Callable[[], tuple[Any, Any]], report: Report) -> ActivationStore:
+def record_documents(
+    config: RecordConfig,
+    llm: Callable[[], tuple[Any, Any]],
+    documents: Callable[[], Iterable[text.Document]] | None = None,
+    described: dict[str, Any] | None = None,
+    report: Report = silent,
+) -> ActivationStore:
+    """`record` with a model and documents that are asked for when they are needed.
+
+    Args:
+        documents: those of ``config.text`` by default.
+        described: stands for ``config.text`` among what decides the rows of the store.
+    """
+    made_of = source(config) | ({} if described is None else {"text": described})
     with locked(config.output) as folder:
-        if (folder / MANIFEST).exists() and (store := _kept(config)).manifest["complete"]:
+        if (folder / MANIFEST).exists() and (store := _kept(config, made_of)).manifest["complete"]:
             remove_leftovers(folder, store.manifest)
             return store
         model, tokenizer = llm()
-        _fill(model, tokenizer, config, report)
+        _fill(model, tokenizer, documents() if documents else text.documents(config.text), config, made_of, report)
         return ActivationStore(folder)
 
 
-def _kept(config: RecordConfig) -> ActivationStore:
+def _kept(config: RecordConfig, made_of: dict[str, Any]) -> ActivationStore:
     """The store that is to be continued, refused as far as that takes no model."""
     if not config.resume:
         raise holds_a_store(config.output)
@@ -84,9 +96,7 @@ def _kept(config: RecordConfig) -> ActivationStore:
         "source": {name: value for name, value in store.manifest["source"].items() if name != "blocks"},
     }
     wanted = {"layers": _layers(config), "side": config.side, "dtype": config.dtype, "shard_rows": config.shard_rows}
-    wanted["source"] = json.loads(json.dumps(source(config)))
-    if difference := next(differences(known, wanted), None):
-        raise InputError(f"cannot resume {config.output}: {difference}")
+    check_settings(config.output, "an activation store", known, wanted | {"source": made_of})
     return store
 
 
@@ -94,12 +104,19 @@ def _layers(config: RecordConfig) -> list[int]:
     return sorted(dict.fromkeys(config.layers))
 
 
-def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report) -> None:
+def _fill(
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Iterable[text.Document],
+    config: RecordConfig,
+    made_of: dict[str, Any],
+    report: Report,
+) -> None:
     """Record what the store does not hold yet."""
     layers = _layers(config)
     hookpoints = [Hookpoint.of(model, layer, config.side) for layer in layers]
     token_batches = tokens.tokenize(
-        text.documents(config.text),
+        documents,
         tokenizer,
         max_length=config.max_length,
         batch_tokens=config.batch_tokens,
@@ -111,7 +128,7 @@ def _fill(model: nn.Module, tokenizer: Any, config: RecordConfig, report: Report
         hookpoints,
         dtype=config.dtype,
         shard_rows=config.shard_rows,
-        source=source(config) | {"blocks": len(find_blocks(model))},
+        source=made_of | {"blocks": len(find_blocks(model))},
         resume=config.resume,
         budget=config.budget_bytes,
         wait_seconds=config.wait_seconds if config.wait else None,
@@ -142,10 +159,8 @@ def _first_of_each_layer(rows: ActivationBatch, room: dict[int, float]) -> Activ
 
 
 def source(config: RecordConfig) -> dict[str, Any]:
-    """What decides the rows of a store: the configuration without its folder, budget, device and how it resumes."""
-    values = to_dict(config)
-    for key in ("output", "resume", "disk_budget", "wait", "wait_seconds", "device"):
-        del values[key]
+    """What decides the rows of a store."""
+    values = settings_of(config)
     values["text"] = text_settings(config.text)
     # As before there were mixtures and chunks, so that older recordings can be resumed.
     if not config.text.mix:
@@ -176,11 +191,7 @@ def _recorded(
 
 
 def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:
-    """`recorded`, unchanged, once the first rows have set each layer's median norm (unless a resumed store knows it).
-
-    Raises:
-        InputError: a layer without a row to calibrate on.
-    """
+    """`recorded`, once its first rows have set each layer's median norm (unless a resumed store knows it)."""
     medians = writer.moments.median_norm
     if writer.sink_thresholds:
         yield from recorded
@@ -197,7 +208,7 @@ def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[N
     for i, layer in enumerate(writer.moments.layers):
         norms = rows.at_layer(layer).norms()
         medians[i] = norms.median()
-        writer.sink_thresholds[layer] = sink_threshold(norms)
+        writer.sink_thresholds[layer] = sink_threshold(float(medians[i]))
     while held:
         yield held.popleft()
     yield from recorded

@@ -27,8 +27,8 @@ from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import check_folder
-from latentprior.utils.settings import differences
+from latentprior.utils.files import PARTIAL, check_folder
+from latentprior.utils.settings import check_settings
 
 POLL = 0.2  # seconds before the second look for a release
 
@@ -95,8 +95,7 @@ class StoreWriter:
                 raise holds_a_store(self.folder)
             store = ActivationStore(self.folder)
             stored = {key: store.manifest[key] for key in files.SETTINGS}
-            if difference := next(differences(stored, self._settings), None):
-                raise InputError(f"cannot resume {self.folder}: {difference}")
+            check_settings(self.folder, "an activation store", stored, self._settings)
             self._manifest, self.moments = store.manifest, store.moments()
         else:
             self._manifest = files.empty_manifest(self._settings)
@@ -290,7 +289,9 @@ class StoreWriter:
 
 def remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Remove what a kill left behind in a store and what its manifest no longer lists."""
-    patterns = ["shard-*.tmp", "statistics*.tmp", f"{files.MANIFEST}.tmp", "statistics-*.safetensors"]
+    patterns = ["statistics-*.safetensors"]
+    for ending in (PARTIAL, ".tmp"):  # older versions wrote under the latter
+        patterns += [f"shard-*{ending}", f"statistics*{ending}", f"{files.MANIFEST}{ending}"]
     if manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
         patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
     listed = files.listed_files(manifest)

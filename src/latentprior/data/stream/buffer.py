@@ -165,7 +165,7 @@ class Source:
 
     def sink_thresholds(self) -> dict[int, float]:
         """The norm over which a row of each layer is left out."""
-        return {layer: sink_threshold(torch.tensor([median])) for layer, median in self.medians.items()}
+        return {layer: sink_threshold(median) for layer, median in self.medians.items()}
 
 
 def _layers_mixed(rows: ActivationBatch, layers: int) -> ActivationBatch:

@@ -5,8 +5,14 @@ side `hidden_states[layer]`, its "mlp" side the hidden units of its MLP, the inp
 found from the model itself, so any decoder-only architecture works.
 """
 
-from latentprior.lm.hooks.blocks import drop_blocks_after, find_blocks, forward_parameters, text_config
-from latentprior.lm.hooks.hookpoint import Hookpoint, same_places
+from latentprior.lm.hooks.blocks import (
+    check_in_range,
+    drop_blocks_after,
+    find_blocks,
+    forward_parameters,
+    text_config,
+)
+from latentprior.lm.hooks.hookpoint import Hookpoint, at_layer, at_layers, check_recorded, same_places
 from latentprior.lm.hooks.passes import ForwardInputs, cache_argument, capture, edit, forward_inputs, run_cut
 from latentprior.lm.hooks.replay import Outputs, blocks_before, keeping, replaying
 
@@ -14,9 +20,13 @@ __all__ = [
     "ForwardInputs",
     "Hookpoint",
     "Outputs",
+    "at_layer",
+    "at_layers",
     "blocks_before",
     "cache_argument",
     "capture",
+    "check_in_range",
+    "check_recorded",
     "drop_blocks_after",
     "edit",
     "find_blocks",

@@ -121,13 +121,18 @@ def _stream_width(model: nn.Module, block: nn.Module) -> int:
     return known or Counter(size for p in block.parameters() for size in p.shape).most_common(1)[0][0]
 
 
+def check_in_range(layer: int, blocks: int, name: str) -> None:
+    """Raise `InputError` unless the model called `name` has `layer` among its `blocks` blocks."""
+    if not 0 <= layer < blocks:
+        raise InputError(f"layer {layer} is out of range: {name} has layers 0 to {blocks - 1}")
+
+
 def select_blocks(model: nn.Module, layers: Iterable[int]) -> dict[int, nn.Module]:
     """The blocks of `layers`, checked; repeated layers count once."""
     path, blocks = find_blocks_at(model)
     selected = {}
     for layer in layers:
-        if not 0 <= layer < len(blocks):
-            raise InputError(f"layer {layer} is out of range: {type(model).__name__} has layers 0 to {len(blocks) - 1}")
+        check_in_range(layer, len(blocks), type(model).__name__)
         _refuse_compiled(model, f"{path}.{layer}".lstrip("."))
         selected[layer] = blocks[layer]
     return selected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch import nn
 from latentprior import config
 from latentprior.config import Side
 from latentprior.lm.hooks.blocks import check_side, find_blocks_at, language_model, select_blocks, width_of
-from latentprior.utils.errors import InputError
+from latentprior.utils.errors import InputError, unknown
 
 CHUNK = 2**18  # weights counted at a time: their bits stay in the cache
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of the Hub, unless there is such a folder
@@ -133,6 +133,38 @@ class Hookpoint:
     def from_dict(cls, values: dict[str, Any]) -> Hookpoint:
         """The inverse of `to_dict`; an unknown key is an `InputError`."""
         return config.from_dict(cls, values)
+
+
+def check_recorded(layers: Iterable[int], recorded: Iterable[int]) -> None:
+    """Raise `InputError` for the first of `layers` that is not among those `recorded`."""
+    recorded = list(recorded)
+    for layer in layers:
+        if layer not in recorded:
+            raise unknown("layer", layer, recorded)
+
+
+def at_layers(hookpoints: Sequence[Hookpoint], layers: Iterable[int] | None = None) -> list[Hookpoint]:
+    """The hookpoints of `layers`, in that order; all of them by default.
+
+    Raises:
+        InputError: a layer that has none.
+    """
+    by_layer = {hookpoint.layer: hookpoint for hookpoint in hookpoints}
+    layers = list(by_layer if layers is None else layers)
+    check_recorded(layers, by_layer)
+    return [by_layer[layer] for layer in layers]
+
+
+def at_layer(hookpoints: Sequence[Hookpoint], layer: int | None, owner: object) -> Hookpoint:
+    """The hookpoint of `layer`, which may be None where there is one only; `owner` has them, for the message.
+
+    Raises:
+        InputError: a layer that has none, or None where there are several.
+    """
+    chosen = at_layers(hookpoints, None if layer is None else [layer])
+    if len(chosen) != 1:
+        raise InputError(f"{owner} has layers {[h.layer for h in chosen]}: choose one with --layer")
+    return chosen[0]
 
 
 def same_places(some: Sequence[Hookpoint], others: Sequence[Hookpoint]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latentprior.data.moments import Moments
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import replaced
+from latentprior.utils.files import replace_text, replaced
 
 STATISTICS = "rep_statistics.pt"
 INDEX = "data_indices.npy"
@@ -43,11 +43,7 @@ class OfficialActivations:
         return len(self._index)
 
     def rows(self, indices: Sequence[int] | Int[Tensor, " n"] | np.ndarray) -> Float[Tensor, "n d"]:
-        """Activations [n, d] in the order of `indices`, repeats allowed; one gather for each file.
-
-        Raises:
-            InputError: an index outside the folder's rows.
-        """
+        """Activations [n, d] in the order of `indices`, repeats allowed; one gather for each file."""
         wanted = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
         if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
             raise InputError(f"{self.folder} has rows 0 to {len(self) - 1}, asked for {wanted.min()} to {wanted.max()}")
@@ -60,11 +56,7 @@ class OfficialActivations:
         return out.view(self.dtype) if self._storage == np.int16 else out.to(self.dtype)
 
     def statistics(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean [d] and variance [d] as the folder holds them.
-
-        Raises:
-            InputError: it holds none, or none that fit.
-        """
+        """Mean [d] and variance [d] as the folder holds them."""
         mean, var = read_statistics(self.folder / STATISTICS, self.width)
         if len(mean) != 1:
             raise InputError(f"{self.folder / STATISTICS} holds statistics of {len(mean)} layers, expected one")
@@ -79,11 +71,7 @@ class OfficialActivations:
 
 
 def read_activations(folder: str | Path) -> OfficialActivations:
-    """Open an official activation folder; every row's place is checked, no row is read.
-
-    Raises:
-        InputError: files that are missing, truncated or do not fit together; rows of unequal width; no rows.
-    """
+    """Open an official activation folder; every row's place is checked, no row is read."""
     folder = Path(folder)
     storage = _read_dtype(folder / DTYPE)
     index = _read_index(folder / INDEX)
@@ -113,9 +101,6 @@ def write_activations(
         x: raw activations, or parts of them, which are written one after another.
         dtype: storage precision, bfloat16 or float32.
         file_rows: most rows of one data file.
-
-    Raises:
-        InputError: another precision (float16 overflows), no rows, or a folder that holds activations already.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise unknown("storage type", str(dtype).removeprefix("torch."), ("bfloat16", "float32"))
@@ -134,8 +119,9 @@ def write_activations(
         rows += len(stored)
     if moments is None or not rows:
         raise InputError("nothing to write: no activations")
-    (folder / DTYPE).write_text("int16\n" if dtype == torch.bfloat16 else "float32\n")
-    torch.save({"mean": moments.mean[0].float(), "var": moments.variance()[0].float()}, folder / STATISTICS)
+    replace_text(folder / DTYPE, "int16\n" if dtype == torch.bfloat16 else "float32\n")
+    with replaced(folder / STATISTICS) as partial:
+        torch.save({"mean": moments.mean[0].float(), "var": moments.variance()[0].float()}, partial)
     file, row = np.divmod(np.arange(rows), file_rows)
     index = np.stack([file, row * moments.width, (row + 1) * moments.width], axis=1).astype(np.uint64)
     with replaced(folder / INDEX) as partial, partial.open("wb") as handle:  # last: it can be read from here on
@@ -155,11 +141,7 @@ def _append(folder: Path, stored: Tensor, rows: int, file_rows: int) -> None:
 
 
 def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance, [layers, d] each, whether saved as [d], [1, d], [1, 1, d] or [layers, d].
-
-    Raises:
-        InputError: a file that is missing, damaged or unsafe, or tables that are not of this width.
-    """
+    """Mean and variance, [layers, d] each, whether saved as [d], [1, d], [1, 1, d] or [layers, d]."""
     if not path.is_file():
         raise InputError(f"{path} is missing")
     try:

@@ -1,7 +1,7 @@
 """Reader and writer of the official implementation's checkpoints, as plain tensors.
 
 A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``. Nothing in a file is ever executed.
-Times need no conversion here: the folder stores none. Activation folders are in `official_activations`.
+Activation folders are read by `official.activations`.
 """
 
 from __future__ import annotations
@@ -64,9 +64,6 @@ def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCh
     Args:
         folder: holds ``config.yaml``, ``rep_statistics.pt`` and the weights.
         checkpoint: name of the weights' file without its ending, in the folder or in its ``checkpoints/``.
-
-    Raises:
-        InputError: an unknown checkpoint, or files that are missing, damaged, unsafe or do not fit together.
     """
     folder = Path(folder)
     values = _read_yaml(folder / CONFIG)
@@ -110,9 +107,6 @@ def write_checkpoint(
         statistics_layers: layers of the rows of `mean`; those of the hookpoints, else all, by default.
         name: of the weights' file, without its ending.
         run_name: of the training run.
-
-    Raises:
-        InputError: a name that is none, weights or statistics that do not fit, hookpoints that the format cannot hold.
     """
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise InputError(f"checkpoint name {name!r} may hold letters, digits, '_', '-' and '.' only")

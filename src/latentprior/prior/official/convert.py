@@ -15,10 +15,10 @@ from latentprior.data.sinks import sink_threshold
 from latentprior.data.store.manifest import MANIFEST
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
 from latentprior.prior.official import checkpoint as official
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 from latentprior.utils.files import check_folder
 from latentprior.utils.locks import LOCK, locked
 
@@ -83,10 +83,7 @@ def _store_to_official(config: ConvertConfig) -> dict[str, Any]:
     if config.to != "official":
         raise InputError(f"{config.source} is an activation store of this project already")
     store = ActivationStore(config.source)
-    if config.layer is None and len(store.layers) > 1:
-        raise InputError(f"{config.source} holds layers {list(store.layers)}: choose one with --layer")
-    if config.layer is not None and config.layer not in store.layers:
-        raise unknown("layer", config.layer, store.layers)
+    at_layer(store.hookpoints, config.layer, config.source)
     _clear(Path(config.output))
     rows = 0
 
@@ -118,7 +115,7 @@ def _official_to_store(config: ConvertConfig) -> dict[str, Any]:
     hookpoint = Hookpoint(config.model, layer, read.width)
     with StoreWriter(config.output, [hookpoint], source={"converted": config.source}) as writer:
         writer.moments.median_norm[0] = median
-        writer.sink_thresholds[layer] = sink_threshold(norms)
+        writer.sink_thresholds[layer] = sink_threshold(median)
         for number, part in enumerate(_parts(len(read))):
             batch, nonfinite = finite_rows(_unplaced(read.rows(part), layer))
             kept, sinks = split_sinks(batch, {layer: median})
@@ -141,11 +138,7 @@ def _parts(rows: int) -> Iterator[Tensor]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier conversion left.
-
-    Raises:
-        InputError: something else lies there; nothing is removed then.
-    """
+    """Remove what an earlier conversion left."""
     there = [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
     for path in there:
         if path.is_dir() or not any(path.match(pattern) for pattern in WRITTEN):

@@ -14,7 +14,7 @@ from latentprior.report.site.listing import Listing
 from latentprior.report.site.shell import GENERATOR, unit_path
 from latentprior.report.site.unit import render_unit
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.progress import Report, silent
 
 # The site's style sheet first: it marks a folder whose index is not there yet as ours.
@@ -101,9 +101,8 @@ def _write_units(store: NeuronStore, folder: Path, report: Report) -> tuple[List
 
 def _write_page(path: Path, page: str) -> None:
     """Whole or not at all, but not flushed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    partial.replace(path)
+    with replaced(path, flush=False) as partial:
+        partial.write_bytes(page.encode("utf-8"))
 
 
 def _remove_others(folder: Path, written: set[str]) -> None:

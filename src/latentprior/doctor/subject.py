@@ -1,8 +1,8 @@
-"""A model under examination: what it records and writes, plain and under edits, and how far two texts are apart.
+"""What the checks look at: a language model, perhaps a prior, and what the model writes with and without edits.
 
-Texts are compared by their logits, token by token until they part, in standard deviations of the logits: two tokens
-that rounding alone exchanges (a tie) are no difference then, and an activation that is read or edited at a wrong place
-is one however the texts come out.
+Generated texts are compared by their logits, in standard deviations of the logits and up to the first different token.
+So a tie that rounding decides is no difference, while an activation that is read or edited at a wrong position is one
+even if the texts are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from latentprior.data.tokens import TokenBatch, encode, pad, padding_id, tokeniz
 from latentprior.lm.edits import EditedPositions, edit_positions
 from latentprior.lm.hooks import Hookpoint, find_blocks, run_cut
 from latentprior.prior.glp import GLP
-from latentprior.prior.repair import hookpoints_on
 from latentprior.utils.chips import device_memory
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import normal
@@ -44,7 +43,7 @@ TEXTS = (
 LENGTHS = (24, 13, 7)  # tokens of the prompts: different, so that a batch of them is padded
 LONGEST = 64  # tokens of a text that is recorded
 NEW = 8  # tokens to generate
-PUSH = 2.0  # size of the push, in median norms of the layer
+PUSH = 2.0  # norm of the edit under which texts are compared, in median norms of the layer
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
 """How far logits of equal generations may be apart."""
 
@@ -54,13 +53,16 @@ class Skipped(Exception):
 
 
 @dataclass
-class Patient:
-    """A model, perhaps a prior, and what several checks need of them; all of it is made when first asked for."""
+class Subject:
+    """A model, perhaps a prior, and what several checks need of them; made when first asked for."""
 
-    place: str
+    device: str
+    """As it was named; the model's own is `model.device`."""
     load_llm: Callable[[], tuple[Any, Any]]
     load_prior: Callable[[], GLP]
     wanted_layer: int | None
+    prior: GLP | None = None
+    """The prior, once it is loaded."""
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
@@ -71,22 +73,8 @@ class Patient:
         return self.llm[0]
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @cached_property
-    def prior_or_error(self) -> GLP | Exception:
-        """Loaded once, also if that fails: a Hub that does not answer is slow to say so."""
-        try:
-            return self.load_prior()
-        except Exception as error:
-            return error
-
-    @property
-    def prior(self) -> GLP:
-        if isinstance(self.prior_or_error, Exception):
-            raise self.prior_or_error
-        return self.prior_or_error
+    def tokenizer(self) -> Any:
+        return self.llm[1]
 
     @cached_property
     def layer(self) -> int:
@@ -94,29 +82,23 @@ class Patient:
         if self.wanted_layer is not None:
             return self.wanted_layer
         depth = len(find_blocks(self.model))
-        prior = self.prior_or_error
-        known = [] if isinstance(prior, Exception) else [h.layer for h in prior.hookpoints if h.layer < depth]
+        known = [h.layer for h in self.prior.hookpoints if h.layer < depth] if self.prior else []
         return known[0] if known else depth // 2
 
     @cached_property
     def hookpoint(self) -> Hookpoint:
         return Hookpoint.of(self.model, self.layer)
 
-    @property
-    def prior_hookpoint(self) -> Hookpoint:
-        """Where the prior's activations come from: at the layer asked for, else at its first."""
-        return hookpoints_on(self.prior.hookpoints, self.model, self.wanted_layer, check_model=True)[0]
-
     @cached_property
     def batch(self) -> TokenBatch:
         """The texts, padded on the right."""
         documents = (Document(index, text) for index, text in enumerate(TEXTS))
-        (batch,) = tokenize(documents, self.llm[1], max_length=LONGEST, batch_tokens=LONGEST * len(TEXTS))
+        (batch,) = tokenize(documents, self.tokenizer, max_length=LONGEST, batch_tokens=LONGEST * len(TEXTS))
         return batch
 
     @cached_property
     def prompts(self) -> list[list[int]]:
-        return [row[:length] for row, length in zip(encode([*TEXTS], self.llm[1]), LENGTHS, strict=False)]
+        return [row[:length] for row, length in zip(encode([*TEXTS], self.tokenizer), LENGTHS, strict=False)]
 
     @cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -125,17 +107,17 @@ class Patient:
         hidden = run_cut(self.model, [self.layer], **inputs)[self.layer]
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
         if broken := int((self.batch.mask & ~norms.isfinite()).sum()):
-            where = f"at layer {self.layer} in {named(self.model.dtype)}"
+            where = f"at layer {self.layer} in {dtype_name(self.model.dtype)}"
             raise InputError(f"{broken} of {int(self.batch.mask.sum())} activations {where} are infinite or NaN")
         return norms[self.batch.position > 0], norms[self.batch.position == 0]
 
     def generate(self, rows: Sequence[list[int]], *, cache: bool = True) -> Generated:
         """Greedy continuations of `rows`, padded on the left."""
-        filler = padding_id(self.llm[1])
+        filler = padding_id(self.tokenizer)
         ids, mask, _ = pad([*rows], filler, "left")
         out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.long().to(self.device),
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.long().to(self.model.device),
             use_cache=cache,
             do_sample=False,
             num_beams=1,
@@ -150,8 +132,8 @@ class Patient:
             raise InputError("the logits of generated tokens are infinite or NaN")
         return out.sequences[:, ids.shape[1] :].cpu(), logits
 
-    def pushed(self, rows: Sequence[list[int]], *, cache: bool = True) -> Generated:
-        """`generate` while every position but the first is pushed far away, each in a direction of its position."""
+    def generate_pushed(self, rows: Sequence[list[int]], *, cache: bool = True) -> Generated:
+        """`generate` with a large edit at every position but the first, in a direction of its own at each."""
         directions = F.normalize(normal(NEW, self.hookpoint.width, seed=0), dim=-1)
         directions = PUSH * float(self.norms[0].median()) * directions
         count = 0
@@ -168,7 +150,7 @@ class Patient:
 
 
 class Identity:
-    """A prior that gives back what it gets, and counts it."""
+    """A prior that changes nothing, and counts the activations it gets."""
 
     def __init__(self, hookpoint: Hookpoint) -> None:
         self.hookpoints, self.count = (hookpoint,), 0
@@ -188,7 +170,7 @@ def require_edits(count: int, rows: Sequence[list[int]], *, cache: bool = True) 
         raise InputError(f"{count} positions were edited instead of {expected} in generation {how} a key-value cache")
 
 
-def apart(found: Generated, expected: Generated) -> float:
+def logit_distance(found: Generated, expected: Generated) -> float:
     """How far logits [B, NEW, V] are apart at most, up to the first different token of each row.
 
     Root mean square over the vocabulary, in standard deviations of the logits: 1.4 if they have nothing in common.
@@ -200,31 +182,27 @@ def apart(found: Generated, expected: Generated) -> float:
 
 
 def require_equal(found: Generated, expected: Generated, dtype: torch.dtype, otherwise: str) -> float:
-    """How far two generations are `apart`.
-
-    Raises:
-        InputError: further than rounding in `dtype` explains; the message begins with `otherwise`.
-    """
-    distance = apart(found, expected)
+    """The `logit_distance` of two generations; if rounding in `dtype` does not explain it, an `InputError`."""
+    distance = logit_distance(found, expected)
     if distance > TOLERANCE[dtype]:
-        raise InputError(f"{otherwise}: {measured(distance, dtype)}")
+        raise InputError(f"{otherwise}: {in_words(distance, dtype)}")
     return distance
 
 
-def measured(distance: float, dtype: torch.dtype) -> str:
-    return f"logits are {distance:.2g} sd apart ({named(dtype)}, tolerance {TOLERANCE[dtype]:g})"
+def in_words(distance: float, dtype: torch.dtype) -> str:
+    return f"logits are {distance:.2g} sd apart ({dtype_name(dtype)}, tolerance {TOLERANCE[dtype]:g})"
 
 
-def named(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[torch.dtype]:
-    """The weights in float32 while the context is open, if they fit into half the memory; gives their precision."""
+    """The weights in float32 within the context, if they fit into half the memory; gives their precision."""
     whole: Any = model
     half = [t for t in chain(model.parameters(), model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
-    fits = sum(4 * t.numel() for t in half) < device_memory(next(model.parameters()).device) / 2
+    fits = sum(4 * t.numel() for t in half) < device_memory(whole.device) / 2
     only_half = "flash" in str(whole.config._attn_implementation)  # its kernels take nothing else
     if only_half or not fits or any(t.is_meta for t in half):
         yield whole.dtype
