@@ -41,7 +41,7 @@ def test_a_whitened_prior_is_not_written_officially(tiny_glp, tmp_path):
     old = glp.normalizer
     glp.normalizer = Normalizer(old.mean, old.var, old.layers.tolist(), basis=2 * torch.eye(4)[None])
     glp.save_pretrained(tmp_path / "ours")
-    with pytest.raises(InputError, match="is whitened, and the official format"):
+    with pytest.raises(InputError, match="whitened"):
         convert(ConvertConfig(source=str(tmp_path / "ours"), output=str(tmp_path / "x"), to="official"))
     assert not (tmp_path / "x").exists()
     convert(ConvertConfig(source=str(tmp_path / "ours"), output=str(tmp_path / "copy")))
@@ -119,7 +119,7 @@ def test_one_layer_of_several(tmp_path):
     config = ConvertConfig(source=str(tmp_path / "store"), output=str(tmp_path / "x"), to="official", layer=2)
     assert convert(config)["rows"] == 30
     assert torch.equal(official.read_activations(tmp_path / "x").rows(torch.arange(30)), x[layer == 2])
-    for wrong, message in ((None, "choose one with --layer"), (3, "unknown layer '3'.*valid: 1, 2")):
+    for wrong, message in ((None, "--layer"), (3, "unknown layer '3'.*valid: 1, 2")):
         with pytest.raises(InputError, match=message):
             convert(replace(config, layer=wrong, output=str(tmp_path / "y")))
 
@@ -135,13 +135,13 @@ def test_nothing_is_overwritten_unasked(tmp_path, kind):
     config = ConvertConfig(source=str(source), output=str(tmp_path / "out"), to=to)
     convert(config)
     before = contents(tmp_path / "out")
-    with pytest.raises(InputError, match="out holds something: add --overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         convert(config)
     (tmp_path / "out" / "config.json").write_text("of another format")
     convert(replace(config, overwrite=True))
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds 'notes.txt', which no conversion leaves"):
+    with pytest.raises(InputError, match="notes.txt"):
         convert(replace(config, overwrite=True))
     assert contents(tmp_path / "out") == before | {"notes.txt": b"mine"}
     for output, message in ((source, "in place"), (tmp_path / "out" / "notes.txt", "is a file")):
@@ -155,9 +155,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_messages(tmp_path):
     official_folder(tmp_path / "unnamed")
-    with pytest.raises(InputError, match="name it with --layer"):
+    with pytest.raises(InputError, match="--layer"):
         convert(ConvertConfig(source=str(tmp_path / "unnamed"), output=str(tmp_path / "store")))
-    with pytest.raises(InputError, match="official activations already"):
+    with pytest.raises(InputError, match="official activations"):
         convert(ConvertConfig(source=str(tmp_path / "unnamed"), output=str(tmp_path / "x"), to="official"))
     with pytest.raises(InputError, match="holds no prior"):
         convert(ConvertConfig(source=str(tmp_path), output=str(tmp_path / "x")))

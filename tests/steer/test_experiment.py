@@ -157,7 +157,9 @@ def test_what_is_written_is_what_is_returned_and_drawn(run_it, tmp_path):
 
 def refusal(*priors: Any, **options: Any) -> str:
     with pytest.raises(InputError) as error:
-        run.experiment(SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options}), never)
+        run.experiment(
+            SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options}), never
+        )
     return str(error.value)
 
 
