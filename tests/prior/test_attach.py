@@ -322,15 +322,15 @@ def test_options_reach_the_prior(tiny_llm, tiny_glp, monkeypatch):
 @pytest.mark.parametrize(
     ("prior", "options", "message"),
     [
-        ({"model": "someone/other"}, {}, "'someone/other', not 'tiny-llama'.*check_model=False"),
-        ({"layers": (9,), "llm_layers": 12}, {}, "layer 9 is out of range: LlamaForCausalLM has layers 0 to 3"),
-        ({"width": 16}, {}, "width 16, but the model's hidden size is 32"),
-        ({"width": 16}, {"check_model": False}, "width 16, but the model's hidden size is 32"),
+        ({"model": "someone/other"}, {}, "someone/other.*tiny-llama.*check_model=False"),
+        ({"layers": (9,), "llm_layers": 12}, {}, "layer 9.*0 to 3"),
+        ({"width": 16}, {}, "16.*32"),
+        ({"width": 16}, {"check_model": False}, "16.*32"),
         ({}, {"layer": 2}, r"unknown layer '2' \(valid: 1\)"),
-        ({}, {"layer": []}, r"name at least one of the prior's layers \[1\]"),
-        ({}, {"paired": True}, "give `edit`"),
-        ({}, {"steps": 0}, "steps must be at least 1"),
-        ({}, {"t_start": 1.5}, "t_start must lie in"),
+        ({}, {"layer": []}, r"layers \[1\]"),
+        ({}, {"paired": True}, "`edit`"),
+        ({}, {"steps": 0}, "steps"),
+        ({}, {"t_start": 1.5}, "t_start"),
     ],
 )
 def test_what_does_not_fit_is_refused(prior, options, message, tiny_llm, tiny_glp):
@@ -350,13 +350,13 @@ def test_another_model_on_purpose(tiny_llm, tiny_glp):
 def test_unknown_origin(tiny_llm, tiny_glp):
     glp = tiny_glp()
     glp.hookpoints = ()
-    with pytest.raises(InputError, match="does not say what it was trained on"), glp.attach(tiny_llm()):
+    with pytest.raises(InputError, match="hookpoints"), glp.attach(tiny_llm()):
         pass
 
 
 def test_both_sides_at_once(tiny_llm):
     points = (Hookpoint("", 1, 32), Hookpoint("", 2, 32, "input"))
-    with pytest.raises(InputError, match="one side at a time"), attach(Stub(hookpoints=points), tiny_llm()):
+    with pytest.raises(InputError, match="one side"), attach(Stub(hookpoints=points), tiny_llm()):
         pass
 
 

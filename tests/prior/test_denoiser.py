@@ -167,9 +167,9 @@ def test_low_precision_weights_keep_the_dtype_of_the_state():
 
 def test_layers_must_fit_the_denoiser():
     z, t = draw(2, 6), torch.tensor(0.5)
-    with pytest.raises(InputError, match="one layer: call it without `layer`"):
+    with pytest.raises(InputError, match="`layer`"):
         make(SINGLE)(z, t, torch.tensor(0))
-    with pytest.raises(InputError, match="several layers: say which"):
+    with pytest.raises(InputError, match="several layers"):
         make(MULTI)(z, t)
     for layer in (5, -1):
         with pytest.raises(InputError, match=rf"layer must lie in 0\.\.4, got \[0, {layer}\]|got \[{layer}, 0\]"):

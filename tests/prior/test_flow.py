@@ -206,12 +206,12 @@ def test_one_evaluation_is_one_euler_step(solver):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "eular"}, "unknown solver 'eular'; did you mean 'euler'"),
-        ({"grid": "offical"}, "unknown grid 'offical'; did you mean 'official'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"t_start": 1.2}, r"t_start must lie in \[0, 1\] .* got 1.2"),
-        ({"t_start": -0.1}, "t_start must lie in"),
-        ({"t_start": float("nan")}, "t_start must lie in"),
+        ({"solver": "eular"}, "eular.*euler"),
+        ({"grid": "offical"}, "offical.*official"),
+        ({"steps": 0}, "steps.*0"),
+        ({"t_start": 1.2}, r"t_start.*\[0, 1\].*1.2"),
+        ({"t_start": -0.1}, "t_start"),
+        ({"t_start": float("nan")}, "t_start"),
     ],
 )
 def test_wrong_options_are_refused(options, message, monkeypatch):

@@ -146,7 +146,7 @@ def test_cast_priors_compute_what_the_exact_one_does(tiny_glp, glp, dtype, toler
 def test_float16_is_not_written(tiny_glp, tmp_path):
     glp = tiny_glp(D)
     glp.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="float16 storage is refused.*bfloat16"):
+    with pytest.raises(InputError, match="float16.*bfloat16"):
         tiny_glp(D).half().save_pretrained(tmp_path)
     assert_equal(GLP.from_pretrained(tmp_path), glp)
 
@@ -412,7 +412,7 @@ LAYERED = {
 @pytest.mark.parametrize("call", LAYERED.values(), ids=LAYERED)
 def test_layers_are_checked_before_anything_runs(glp, several, call, monkeypatch):
     rows = [count_evaluations(prior, monkeypatch) for prior in (several, glp)]
-    with pytest.raises(InputError, match=r"serves layers \[0, 2, 3\]: say which"):
+    with pytest.raises(InputError, match=r"\[0, 2, 3\]"):
         call(several, None)
     for layer in (1, 4, -1, torch.tensor([0, 1, 2])):  # layer 1 exists in the model, but has no statistics
         with pytest.raises(InputError, match=r"unknown layer.*valid: 0, 2, 3"):
@@ -433,22 +433,22 @@ def test_a_multi_layer_prior_with_statistics_of_one_layer(tiny_glp):
 
 
 WRONG = {
-    "width": (lambda g: g.project(draw(3, D + 1)), "width 9, this prior was trained on width 8"),
+    "width": (lambda g: g.project(draw(3, D + 1)), "width 9.*width 8"),
     "width, unchanged": (lambda g: g.project(draw(3, D + 1), t_start=0.0), "width 9"),
     "width of velocity": (lambda g: g.velocity(draw(3, D + 1), 0.5), "width 9"),
     "width of features": (lambda g: g.features(draw(3, D + 1)), "width 9"),
     "width of loss": (lambda g: g.loss(draw(3, D + 1)), "width 9"),
-    "noise": (lambda g: g.project(draw(3, D), noise=draw(2, D)), r"\(2, 8\), activations have \(3, 8\)"),
-    "noise of sample": (lambda g: g.sample(3, noise=draw(2, D)), r"noise has shape \(2, 8\)"),
-    "reference": (lambda g: g.project(draw(3, D), reference=draw(2, D)), r"reference has shape \(2, 8\), x"),
-    "layer": (lambda g: g.velocity(draw(3, D), 0.5, torch.tensor([0, 2])), r"layer has shape \[2\].*have \[3\]"),
-    "t": (lambda g: g.loss(draw(3, D), t=torch.rand(2), layer=0), r"t has shape \[2\], activations have \[3\]"),
-    "n": (lambda g: g.sample(0), "n must be at least 1, got 0"),
-    "steps": (lambda g: g.sample(1, steps=0), "steps must be at least 1"),
-    "solver": (lambda g: g.sample(1, solver="eulr"), "unknown solver 'eulr'; did you mean 'euler'"),
-    "grid": (lambda g: g.project(draw(1, D), grid="offical"), "unknown grid 'offical'; did you mean 'official'"),
-    "t_start": (lambda g: g.project(draw(1, D), t_start=1.5), r"t_start must lie in \[0, 1\]"),
-    "nfe": (lambda g: g.nfe(0, t_start=0.0), "steps must be at least 1"),
+    "noise": (lambda g: g.project(draw(3, D), noise=draw(2, D)), r"noise.*\(2, 8\).*\(3, 8\)"),
+    "noise of sample": (lambda g: g.sample(3, noise=draw(2, D)), r"noise.*\(2, 8\)"),
+    "reference": (lambda g: g.project(draw(3, D), reference=draw(2, D)), r"reference.*\(2, 8\)"),
+    "layer": (lambda g: g.velocity(draw(3, D), 0.5, torch.tensor([0, 2])), r"layer.*\[2\].*\[3\]"),
+    "t": (lambda g: g.loss(draw(3, D), t=torch.rand(2), layer=0), r"t has.*\[2\].*\[3\]"),
+    "n": (lambda g: g.sample(0), "n must.*0"),
+    "steps": (lambda g: g.sample(1, steps=0), "steps"),
+    "solver": (lambda g: g.sample(1, solver="eulr"), "eulr.*euler"),
+    "grid": (lambda g: g.project(draw(1, D), grid="offical"), "offical.*official"),
+    "t_start": (lambda g: g.project(draw(1, D), t_start=1.5), "t_start"),
+    "nfe": (lambda g: g.nfe(0, t_start=0.0), "steps"),
 }  # fmt: skip
 
 
@@ -462,7 +462,7 @@ def test_wrong_arguments_are_refused_in_one_line(tiny_glp, call, message):
 
 
 def test_parts_of_different_widths(glp, tiny_glp):
-    with pytest.raises(InputError, match="denoiser of width 8, statistics of width 6"):
+    with pytest.raises(InputError, match="8.*6"):
         GLP(glp.denoiser, tiny_glp(6).normalizer)
 
 
@@ -590,7 +590,7 @@ def test_intermediate_checkpoints(saved, tiny_glp):
     early.save_pretrained(saved / "checkpoints" / "4096")
     assert_equal(GLP.from_pretrained(saved, checkpoint="4096"), early)
     assert GLP.from_pretrained(saved).provenance["seed"] == 0
-    with pytest.raises(InputError, match=r"unknown checkpoint '4069'; did you mean '4096'\? \(valid: 4096, final\)"):
+    with pytest.raises(InputError, match="4069.*4096.*final"):
         GLP.from_pretrained(saved, checkpoint="4069")
 
 
@@ -607,7 +607,7 @@ def test_checkpoint_names_cannot_lead_out(saved, tiny_glp, name):
 def test_official_folders_are_read():
     glp = GLP.from_pretrained(GOLDEN)
     assert glp.provenance["format"] == "official" and not glp.training
-    with pytest.raises(InputError, match=r"unknown checkpoint 'finall'; did you mean 'final'"):
+    with pytest.raises(InputError, match="finall.*final"):
         GLP.from_pretrained(GOLDEN, checkpoint="finall")
 
 
@@ -640,29 +640,29 @@ DAMAGE = {
     "empty weights": (lambda f: truncate(f / "model.safetensors", 0), "holds no readable prior"),
     "truncated config": (lambda f: truncate(f / "config.json", 40), "holds no readable prior"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "holds no readable prior"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "has prior format None"),
-    "other format": (lambda f: rewrite_config(f, format=3), "has prior format 3, this version reads 1 and 2"),
-    "no basis": (lambda f: rewrite_config(f, format=2), "lacks the statistic 'basis'"),
-    "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json lacks the key 'denoiser'"),
-    "no hookpoints": (lambda f: rewrite_config(f, hookpoints=None), "config.json lacks the key 'hookpoints'"),
-    "no provenance": (lambda f: rewrite_config(f, provenance=None), "config.json lacks the key 'provenance'"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "format None"),
+    "other format": (lambda f: rewrite_config(f, format=3), "format 3"),
+    "no basis": (lambda f: rewrite_config(f, format=2), "basis"),
+    "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json.*denoiser"),
+    "no hookpoints": (lambda f: rewrite_config(f, hookpoints=None), "config.json.*hookpoints"),
+    "no provenance": (lambda f: rewrite_config(f, provenance=None), "config.json.*provenance"),
     "denoiser without width": (lambda f: rewrite_config(f, denoiser={"d_model": 4}), "no configuration.*d_input"),
-    "unknown key": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_modle": 1}), "unknown.* key 'd_modle'"),
-    "odd width": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": 15}), "d_model must be even"),
-    "width of words": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": "x"}), "is no configuration of"),
-    "denoiser is a number": (lambda f: rewrite_config(f, denoiser=3), "is no configuration of a prior"),
-    "hookpoints are a number": (lambda f: rewrite_config(f, hookpoints=3), "is no configuration of a prior"),
+    "unknown key": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_modle": 1}), "d_modle"),
+    "odd width": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": 15}), "d_model"),
+    "width of words": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": "x"}), "no configuration"),
+    "denoiser is a number": (lambda f: rewrite_config(f, denoiser=3), "no configuration"),
+    "hookpoints are a number": (lambda f: rewrite_config(f, hookpoints=3), "no configuration"),
     "other shape": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_mlp": 64}), "do not fit its configuration"),
     "more blocks": (lambda f: rewrite_config(f, denoiser=SHAPE | {"n_layers": 3}), "do not fit its configuration"),
-    "no mean": (lambda f: change_weights(f, **{"normalizer.mean": None}), "lacks the statistic 'mean'"),
-    "no layers": (lambda f: change_weights(f, **{"normalizer.layers": None}), "lacks the statistic 'layers'"),
+    "no mean": (lambda f: change_weights(f, **{"normalizer.mean": None}), "mean"),
+    "no layers": (lambda f: change_weights(f, **{"normalizer.layers": None}), "layers"),
     "nan mean": (lambda f: change_weights(f, **{"normalizer.mean": torch.full((2, 8), torch.nan)}), "must be finite"),
     "other layers": (lambda f: change_weights(f, **{"normalizer.layers": torch.tensor([3])}), "do not fit layers"),
     "missing weight": (lambda f: change_weights(f, **{"denoiser.ln.bias": None}), r"do not fit.*ln\.bias"),
     "extra weight": (lambda f: change_weights(f, **{"denoiser.extra": torch.ones(1)}), "do not fit.*extra"),
     "width of statistics": (
         lambda f: change_weights(f, **{"normalizer.mean": torch.zeros(2, 6), "normalizer.var": torch.ones(2, 6)}),
-        "denoiser of width 8, statistics of width 6",
+        "8.*6",
     ),
 }  # fmt: skip
 
@@ -797,7 +797,7 @@ def test_a_projection_holds_the_component_along_a_direction(glp):
     assert (repaired - x).norm(dim=1).min() > 1e-2
     one = glp.project(x[:1], hold=w[0], steps=6, solver="ab2", generator=0)
     torch.testing.assert_close(one, glp.project(x[:1], hold=w[:1], steps=6, solver="ab2", generator=0))
-    with pytest.raises(InputError, match=r"hold has shape \[2, \d+\], activations have \[5, \d+\]"):
+    with pytest.raises(InputError, match=r"hold.*\[2, \d+\].*\[5, \d+\]"):
         glp.project(x, hold=w[:2])
 
 

@@ -101,13 +101,13 @@ def test_unknown_layers_are_named(layer):
 
 
 def test_several_layers_need_a_name():
-    with pytest.raises(InputError, match=r"this prior serves layers \[2, 5\]: say which"):
+    with pytest.raises(InputError, match=r"\[2, 5\]"):
         make((2, 5)).normalize(draw(3, D))
 
 
 @pytest.mark.parametrize("function", ["normalize", "denormalize", "sinks"])
 def test_other_widths_are_refused(function):
-    with pytest.raises(InputError, match="width 4, this prior was trained on width 5"):
+    with pytest.raises(InputError, match="width 4.*width 5"):
         getattr(make(), function)(draw(3, 4))
 
 
@@ -133,13 +133,13 @@ def test_no_sinks_without_a_median():
 @pytest.mark.parametrize(
     ("mean", "var", "layers", "message"),
     [
-        (torch.zeros(2, D), torch.ones(2, D), (1,), "do not fit layers"),
-        (torch.full((1, D), torch.nan), torch.ones(1, D), (1,), "must be finite"),
-        (torch.zeros(1, D), -torch.ones(1, D), (1,), "no negative variance"),
-        (torch.zeros(1, D), torch.full((1, D), torch.inf), (1,), "must be finite"),
-        (torch.zeros(2, D), torch.ones(2, D), (1, 1), "different and count from 0"),
-        (torch.zeros(1, D), torch.ones(1, D), (-1,), "different and count from 0"),
-        (torch.zeros(0, D), torch.ones(0, D), (), "different and count from 0"),
+        (torch.zeros(2, D), torch.ones(2, D), (1,), "layers"),
+        (torch.full((1, D), torch.nan), torch.ones(1, D), (1,), "finite"),
+        (torch.zeros(1, D), -torch.ones(1, D), (1,), "negative"),
+        (torch.zeros(1, D), torch.full((1, D), torch.inf), (1,), "finite"),
+        (torch.zeros(2, D), torch.ones(2, D), (1, 1), "layers"),
+        (torch.zeros(1, D), torch.ones(1, D), (-1,), "layers"),
+        (torch.zeros(0, D), torch.ones(0, D), (), "layers"),
     ],
 )
 def test_bad_statistics_are_refused(mean, var, layers, message):

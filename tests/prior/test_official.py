@@ -19,13 +19,8 @@ from safetensors.torch import load_file, save_file
 from latentprior.config import DenoiserConfig
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
-from latentprior.prior.official.checkpoint import (
-    OfficialCheckpoint,
-    read_activations,
-    read_checkpoint,
-    write_activations,
-    write_checkpoint,
-)
+from latentprior.prior.official.activations import read_activations, write_activations
+from latentprior.prior.official.checkpoint import OfficialCheckpoint, read_checkpoint, write_checkpoint
 from latentprior.utils.errors import InputError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official-single-layer"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from latentprior.cli.commands import main
 from latentprior.lm.hooks import Hookpoint
-from latentprior.prior.official import checkpoint as official
+from latentprior.prior.official.activations import write_activations
 from latentprior.sae.sae import SAE
 from latentprior.steer.direction import Direction, write_direction
 from latentprior.utils.files import replace_text, replaced
@@ -35,7 +35,7 @@ def test_outputs_have_the_permissions_of_new_files(tiny_glp, tmp_path, mode, cap
     prior, out = str(glp.save_pretrained(tmp_path / "prior")), tmp_path / "out"
     assert main(["sample", "--prior", prior, "--output", str(out / "samples.safetensors"), "--n", "4"]) == 0
     assert main(["convert", "--source", prior, "--to", "official", "--output", str(out / "official")]) == 0
-    official.write_activations(out / "layer_1", torch.randn(4, 8))
+    write_activations(out / "layer_1", torch.randn(4, 8))
     point, weights = Hookpoint("a/b", 1, 8), torch.ones(4, 8)
     SAE.of(weights, torch.zeros(4), weights, torch.zeros(8), point, k=2).save(out / "sae")
     direction = Direction.of(torch.ones(8), point, "d", "random")

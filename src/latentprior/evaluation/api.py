@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from latentprior.config import EvaluateConfig, from_dict
-from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.reader import ActivationStore, folder_of
 from latentprior.evaluation import evaluate as command
 from latentprior.prior.glp import GLP
 from latentprior.utils.progress import Phase, unseen
@@ -60,15 +60,11 @@ def evaluate(
         folder = output or stack.enter_context(tempfile.TemporaryDirectory())
         values = {
             "prior": repr(prior) if isinstance(prior, GLP) else str(prior),
-            "heldout": _folder(heldout),
-            "train": None if train is None else _folder(train),
+            "heldout": folder_of(heldout),
+            "train": None if train is None else folder_of(train),
             "output": str(folder),
             "delta_lm": llm is not None,
             **options,
         }
         glp = prior if isinstance(prior, GLP) else None
         return command.evaluate(from_dict(EvaluateConfig, values), glp=glp, llm=llm, phase=phase)
-
-
-def _folder(store: ActivationStore | str | Path) -> str:
-    return str(store.folder if isinstance(store, ActivationStore) else store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no readable prior: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{folder} holds no readable prior: {shorten(str(error), 300)}") from error
     found = config.get("format") if isinstance(config, dict) else None
     if found not in (FORMAT, WHITENED_FORMAT):
         raise InputError(f"{folder} has prior format {found}, this version reads {FORMAT} and {WHITENED_FORMAT}")
@@ -146,8 +147,7 @@ def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) 
     try:
         denoiser.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise InputError(f"weights in {folder} do not fit its configuration: {detail[:300]}") from error
+        raise InputError(f"weights in {folder} do not fit its configuration: {shorten(str(error), 300)}") from error
     return denoiser
 
 

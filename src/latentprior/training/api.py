@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentprior.config import TrainConfig, from_dict
-from latentprior.data.store.reader import ActivationStore
+from latentprior.data.store.reader import ActivationStore, folder_of
 from latentprior.prior.glp import GLP
 from latentprior.training.fit import fit
 from latentprior.utils.progress import Report, silent
@@ -48,13 +48,9 @@ def train(
         >>> glp.hookpoints[0].layer == store.layers[0]
         True
     """
-    values = {"store": _folder(store), "output": str(output), "preset": preset, **options}
+    values = {"store": folder_of(store), "output": str(output), "preset": preset, **options}
     if activations is not None:
         values["activations"] = activations
     if heldout is not None:
-        values["heldout"] = _folder(heldout)
+        values["heldout"] = folder_of(heldout)
     return fit(from_dict(TrainConfig, values), report=report)
-
-
-def _folder(store: ActivationStore | str | Path) -> str:
-    return str(store.folder if isinstance(store, ActivationStore) else store)

@@ -310,6 +310,11 @@ class ActivationStore:
         return self._columns[name]
 
 
+def folder_of(store: ActivationStore | str | Path) -> str:
+    """The folder of a store, or of one that is named by it."""
+    return str(store.folder if isinstance(store, ActivationStore) else store)
+
+
 class ActivationDataset(Dataset[Any]):
     """A map-style torch dataset of a store's rows: item i is an activation [d], in the stored precision.
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -181,7 +182,7 @@ def _read_index(path: Path) -> np.ndarray:
             has_header = file.read(len(NPY_MAGIC)) == NPY_MAGIC
         index = np.load(path, mmap_mode="r") if has_header else np.fromfile(path, np.uint64).reshape(-1, 3)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is no index of rows: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path} is no index of rows: {shorten(str(error), 300)}") from error
     if index.ndim != 2 or index.shape[1] != 3 or index.dtype.kind not in "iu":
         raise InputError(f"{path} is no index of rows: {index.dtype} of shape {index.shape}, expected uint64 [N, 3]")
     if not len(index):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -22,24 +23,9 @@ from torch import Tensor
 from latentprior.config import DenoiserConfig, Side, from_dict
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
-from latentprior.prior.official.activations import (
-    STATISTICS,
-    OfficialActivations,
-    read_activations,
-    read_statistics,
-    write_activations,
-)
+from latentprior.prior.official.activations import STATISTICS, read_statistics
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replace_text, replaced
-
-__all__ = [
-    "OfficialActivations",
-    "OfficialCheckpoint",
-    "read_activations",
-    "read_checkpoint",
-    "write_activations",
-    "write_checkpoint",
-]
 
 CONFIG = "config.yaml"
 PREFIX = "model."  # of every weight's name
@@ -236,7 +222,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no plain YAML: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path} is no plain YAML: {shorten(str(error), 300)}") from error
     if not isinstance(values, dict) or not isinstance(values.get("glp_kwargs"), dict):
         raise InputError(f"{path} is no official configuration: it has no glp_kwargs")
     return values
@@ -269,7 +255,7 @@ def _read_weights(path: Path, config: DenoiserConfig) -> dict[str, Tensor]:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{path} is damaged: {shorten(str(error), 300)}") from error
     _check_weights(weights, config, path)
     return {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
 

@@ -17,12 +17,12 @@ from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
-from latentprior.prior.official import checkpoint as official
+from latentprior.prior.official.activations import INDEX, read_activations, write_activations
+from latentprior.prior.official.checkpoint import write_checkpoint
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import check_folder
 from latentprior.utils.locks import LOCK, locked
 
-OFFICIAL_INDEX = "data_indices.npy"
 CHUNK = 65536  # rows copied at a time, and most rows that the median norm is taken from
 WRITTEN = (  # what a conversion leaves behind, whole or killed
     *("config.json", "model.safetensors", "README.md", "config.yaml", "final.safetensors", "rep_statistics.pt"),
@@ -54,7 +54,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
 def _convert(config: ConvertConfig, source: Path) -> dict[str, Any]:
     if (source / MANIFEST).is_file():
         return _store_to_official(config)
-    if (source / OFFICIAL_INDEX).is_file():
+    if (source / INDEX).is_file():
         return _official_to_store(config)
     return _prior(config)
 
@@ -67,7 +67,7 @@ def _prior(config: ConvertConfig) -> dict[str, Any]:
     if config.to == "latentprior":
         glp.save_pretrained(config.output)
     else:
-        official.write_checkpoint(
+        write_checkpoint(
             config.output,
             config=glp.denoiser.config,
             weights=glp.denoiser.state_dict(),
@@ -95,14 +95,14 @@ def _store_to_official(config: ConvertConfig) -> dict[str, Any]:
             rows += len(part)
             yield store.rows(part)
 
-    official.write_activations(Path(config.output), parts(), dtype=store.dtype)
+    write_activations(Path(config.output), parts(), dtype=store.dtype)
     return {"activations": config.source, "written": config.output, "rows": rows}
 
 
 def _official_to_store(config: ConvertConfig) -> dict[str, Any]:
     if config.to != "latentprior":
         raise InputError(f"{config.source} holds official activations already")
-    read = official.read_activations(Path(config.source))
+    read = read_activations(Path(config.source))
     layer = config.layer if config.layer is not None else read.layer
     if layer is None:
         raise InputError(f"the folder name {config.source!r} does not say which layer it holds: name it with --layer")
