@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> str:
     real = record_from(model, tokenizer, heldout).rows(torch.arange(options.heldout)).float().to(model.device)
 
     folder = str(options.folder / "prior")
-    fit(TrainConfig(store=store.output, heldout=heldout.output, output=folder, activations=options.activations))
+    fit(TrainConfig.of(store=store.output, heldout=heldout.output, output=folder, activations=options.activations))
     glp = GLP.from_pretrained(folder, device=model.device)
     samples = glp.normalizer.normalize(glp.sample(options.heldout, steps=20, solver="ab2", generator=0))
     distance = frechet_distance(glp.normalizer.normalize(real), samples)

@@ -136,7 +136,7 @@ class _Demo:
 
     def train(self, phase: Phase) -> dict[str, Any]:
         width = self.llm[0].config.hidden_size
-        config = TrainConfig(
+        config = TrainConfig.of(
             store=self.path("activations"),
             heldout=self.path("heldout"),
             output=self.path("prior"),

@@ -19,12 +19,15 @@ from latentprior.config import (
     JudgeConfig,
     LLMConfig,
     NeuronsConfig,
+    PriorOptions,
     ProbeConfig,
     Recipe,
     RecordConfig,
     RepairConfig,
+    RunOptions,
     SAEConfig,
     SteerConfig,
+    StoreOptions,
     TextConfig,
     TrainConfig,
     from_dict,
@@ -44,8 +47,13 @@ REQUIRED = {
     "SampleConfig": {"prior": "a", "output": "b"},
     "SteerConfig": {"priors": ["a"], "output": "b"},
     "SweepConfig": {"store": "a", "heldout": "b", "output": "c"},
+    "RunOptions": {"output": "a"},
     "TextSource": {"dataset": "a.txt"},
+    "TrainConfig": {"store": StoreOptions("a"), "run": RunOptions("b")},
 }
+
+
+NEEDED = {"store": "a", "output": "b"}
 
 
 @pytest.fixture
@@ -102,6 +110,39 @@ def test_the_old_place_of_the_device_names_the_new_one():
         from_dict(RecordConfig, {"llm": {"device": "cpu"}})
 
 
+def test_options_of_training_need_no_group_and_keep_their_old_names():
+    flat = {"store": "s", "heldout": "h", "output": "o", "blocks": 2, "seed": 3, "lanes": 6, "device": "cpu"}
+    flat |= {"layers": [1], "recipe": {"draws": 2, "learning_rate": 1e-3}}
+    config = from_dict(TrainConfig, flat)
+    assert config.store == StoreOptions(path="s", heldout="h") and config.prior.blocks == 2
+    assert config.run.seed == 3 and config.stream.document_shards == 6 and config.resolved_recipe().noise_samples == 2
+    nested = {"store": {"path": "s", "heldout": "h"}, "run": {"output": "o", "seed": 3, "device": "cpu"}, "layers": [1]}
+    nested |= {"prior": {"blocks": 2}, "stream": {"document_shards": 6}}
+    assert from_dict(TrainConfig, nested | {"recipe": {"noise_samples": 2, "learning_rate": 1e-3}}) == config
+    saved = config.without_groups()
+    assert saved.items() >= flat.items() and from_dict(TrainConfig, json.loads(json.dumps(saved))) == config
+    assert from_dict(TrainConfig, to_dict(config)) == config
+    live = TrainConfig.of(source="llm", output="o", llm={"model": "m"}, text={"limit": 5}, noise_samples=4)
+    assert live.stream.llm.model == "m" and live.stream.text.limit == 5 and live.recipe == {"noise_samples": 4}
+    assert live.changed(blocks=5, buffer="1k").changed(blocks=3, buffer="65536") == live
+
+
+def test_names_without_a_group_that_several_have_are_refused():
+    @dataclass(frozen=True)
+    class Two:
+        one: LLMConfig = field(default_factory=LLMConfig)
+        other: LLMConfig = field(default_factory=LLMConfig)
+
+    with pytest.raises(InputError, match="model may be one.model or other.model"):
+        from_dict(Two, {"model": "m"})
+
+
+@pytest.mark.parametrize(("given", "name"), [({"output": "o"}, "--store"), ({"store": "s"}, "--output")])
+def test_what_training_cannot_guess_is_asked_for(given, name):
+    with pytest.raises(InputError, match=name):
+        from_dict(TrainConfig, given)
+
+
 def test_a_free_dictionary_stays_one():
     @dataclass(frozen=True)
     class Own:
@@ -118,15 +159,15 @@ def test_the_official_recipe_is_the_papers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_changed_by_recipe_keys(preset):
-    assert TrainConfig(preset=preset).resolved_recipe() == PRESETS[preset]
-    changed = TrainConfig(preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
+    assert TrainConfig.of(**NEEDED, preset=preset).resolved_recipe() == PRESETS[preset]
+    changed = TrainConfig.of(**NEEDED, preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
     assert changed == dataclasses.replace(PRESETS[preset], learning_rate=1e-3)
 
 
 def test_shape_of_the_denoiser():
-    assert TrainConfig(blocks=6).denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
-    assert TrainConfig(d_model=10).denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
-    assert TrainConfig(d_mlp=12).denoiser(4) == DenoiserConfig(4, 8, 12, 3)
+    assert PriorOptions(blocks=6).denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
+    assert PriorOptions(d_model=10).denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
+    assert PriorOptions(d_mlp=12).denoiser(4) == DenoiserConfig(4, 8, 12, 3)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +178,7 @@ def test_shape_of_the_denoiser():
         (TextConfig, {"heldout": 1.5}, r"TextConfig.heldout must lie in \[0, 1\], got 1.5"),
         (TextConfig, {"documents": "lines"}, "unknown TextConfig.documents 'lines'; did you mean 'line'"),
         (RecordConfig, {"long_documents": "split"}, "unknown RecordConfig.long_documents 'split'"),
-        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown TrainConfig.long_documents 'split'"),
+        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown StreamConfig.long_documents 'split'"),
         (TextConfig, {"limit": 0}, "TextConfig.limit must be positive"),
         (RecordConfig, {"side": "outputs"}, "did you mean 'output'"),
         (RecordConfig, {"layers": []}, "RecordConfig.layers is empty"),
@@ -153,9 +194,9 @@ def test_shape_of_the_denoiser():
         (Recipe, {"logit_mean": float("inf")}, "Recipe.logit_mean must be finite"),
         (Recipe, {"schedule": "constant", "warmup": 0.5, "cooldown": 0.6}, "more than the whole run"),
         (TrainConfig, {"preset": "offical"}, "unknown TrainConfig.preset 'offical'; did you mean 'official'"),
-        (TrainConfig, {"recipe": {"lr": 1}}, "unknown recipe key 'lr'"),
+        (TrainConfig, {"recipe": {"lr": 1}}, "unknown Recipe key 'lr'"),
         (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
-        (TrainConfig, {"blocks": 0}, "TrainConfig.blocks must be positive"),
+        (TrainConfig, {"blocks": 0}, "PriorOptions.blocks must be positive"),
         (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown solver 'rk4'"),
         (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
         (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
@@ -205,14 +246,20 @@ def test_bad_denoisers_are_refused(change):
 @pytest.mark.parametrize(
     ("make", "option"),
     [
-        (lambda: TrainConfig(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
-        (lambda: TrainConfig(buffer="2GB"), "--buffer means nothing for a store"),
-        (lambda: TrainConfig(record_to="x"), "--record-to means nothing for a store"),
-        (lambda: TrainConfig(statistics=7), "--statistics means nothing for a store without --follow"),
-        (lambda: TrainConfig(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
-        (lambda: TrainConfig(source="llm", store="x"), "--store means nothing with --from llm"),
-        (lambda: TrainConfig(source="llm", follow=True), "--follow means nothing with --from llm"),
-        (lambda: TrainConfig(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
+        (
+            lambda: TrainConfig.of(**NEEDED, llm=LLMConfig(dtype="float32")),
+            "--stream.llm.dtype means nothing",
+        ),
+        (lambda: TrainConfig.of(**NEEDED, buffer="2GB"), "--stream.buffer means nothing for a store"),
+        (lambda: TrainConfig.of(**NEEDED, record_to="x"), "--stream.record-to means nothing for a store"),
+        (
+            lambda: TrainConfig.of(**NEEDED, statistics=7),
+            "--stream.statistics means nothing",
+        ),
+        (lambda: TrainConfig.of(**NEEDED, wait_seconds=7.0), "--store.wait-seconds means nothing for a store"),
+        (lambda: TrainConfig.of(output="o", source="llm", store="x"), "--store.path means nothing with --from llm"),
+        (lambda: TrainConfig.of(output="o", source="llm", follow=True), "--store.follow means nothing with --from llm"),
+        (lambda: TrainConfig.of(output="o", source="llm", disk_budget="9GB"), "--disk-budget means nothing"),
         (lambda: RecordConfig("a", wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
         (lambda: RecordConfig("a", positions_per_document=2), "--positions-per-document means nothing unless"),
         (lambda: EvaluateConfig("a", "b", "c", sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
@@ -224,9 +271,11 @@ def test_an_option_without_a_meaning_is_refused(make, option):
 
 
 def test_an_option_at_its_default_or_with_a_meaning_is_taken():
-    assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
-    assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
-    assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
+    assert TrainConfig.of(**NEEDED, follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
+    assert TrainConfig.of(output="o", source="llm").layers == [15] and TrainConfig.of(**NEEDED).layers == []
+    streamed = {"source": "llm", "record_to": "x", "disk_budget": "9GB", "buffer": "64k", "output": "o"}
+    assert TrainConfig.of(**streamed).stream.record_to == "x"
+    assert TrainConfig.of(**streamed, store="runs/activations").stream.record_to == "x"  # as older files have it
     assert RecordConfig(
         "a", positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0
     )

@@ -75,11 +75,11 @@ def train(options: config.TrainConfig) -> None:
     if not is_main():
         return
     training = glp.provenance["training"]
-    result = json.loads(Path(options.output, "train.json").read_text(encoding="utf-8"))
+    result = json.loads(Path(options.run.output, "train.json").read_text(encoding="utf-8"))
     total = sum(result["seconds"].values())
     times = (f"{part} {seconds:.3g} s ({seconds / total:.1%})" for part, seconds in result["seconds"].items())
     rows = {
-        "folder": options.output,
+        "folder": options.run.output,
         "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
         "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
         "held-out loss": figure(training.get("heldout_loss")),

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from latentprior.config.base import dashed
-from latentprior.config.options import Option, flat, option_named, options_of, read
+from latentprior.config.options import Option, flat, option_named, options_of, read, resolved
 from latentprior.utils.errors import InputError, unknown
 
 FLAGS = ("help", "help_all", "debug", "print_config")
@@ -71,7 +71,8 @@ def parse(words: Sequence[str], config: type) -> Call:
         if name in FLAGS or word == "-h":
             call.flags.add("help" if word == "-h" else name)
             continue
-        option = _option(ALIASES.get(name, name), options)
+        name = resolved(config, ALIASES.get(name, name))
+        option = _option(name, options)
         if not equals:
             if remaining and not remaining[0].startswith("--"):
                 value = remaining.popleft()
@@ -79,12 +80,14 @@ def parse(words: Sequence[str], config: type) -> Call:
                 raise InputError(f"{written} needs a value")
             else:
                 value = "true"
+        if f"{name}.path" in options and not value.startswith("{"):
+            option = options[f"{name}.path"]
         if option is not None:
             call.given[option.name] = read(option.name, option.kind, value)
         elif name == "config":
-            call.given |= flat(_loaded(value), options)
+            call.given |= flat(config, _loaded(value), options)
         else:
-            call.given |= flat({name: yaml.safe_load(value)}, options)
+            call.given |= flat(config, {name: yaml.safe_load(value)}, options)
     return call
 
 

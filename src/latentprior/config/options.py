@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from latentprior.config.base import count_of, dashed, from_dict, moved
+from latentprior.config.base import count_of, dashed, from_dict, full_name, moved
 from latentprior.utils.errors import InputError, unknown
 
 SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}
@@ -104,25 +104,25 @@ def _shown(kind: Any, annotation: str) -> str:
     return SHOWN.get(name, name.upper())
 
 
+def resolved(cls: type, name: str) -> str:
+    """The dotted name in full of an option or group, as far as there is one: see `full_name`."""
+    group, dot, last = name.rpartition(".")
+    return full_name(cls, name) or (f"{resolved(cls, group)}.{last}" if dot else name)
+
+
 def option_named(name: str, options: Mapping[str, Option], *, written: Callable[[str], str] = str) -> Option:
-    """The option that a name means. Its group may be left out where it is the only one that has it.
+    """The option of a full name.
 
     Args:
         written: how a name stands in messages: as in a file, or `dashed`.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: there is none.
     """
     if name in options:
         return options[name]
-    if error := moved(name):
-        raise error
-    within = [other for other in options if other.partition(".")[2] == name]
-    if len(within) == 1:
-        return options[within[0]]
-    if within:
-        raise InputError(f"{written(name)} may be {' or '.join(map(written, within))}: say which")
-    raise unknown("option" if written is dashed else "key", written(name), map(written, _siblings(name, options)))
+    kind = "option" if written is dashed else "key"
+    raise moved(name) or unknown(kind, written(name), map(written, _siblings(name, options)))
 
 
 def _siblings(name: str, options: Mapping[str, Option]) -> list[str]:
@@ -133,7 +133,7 @@ def _siblings(name: str, options: Mapping[str, Option]) -> list[str]:
     return list(options)
 
 
-def flat(values: Any, options: Mapping[str, Option], group: str = "") -> Iterator[tuple[str, Any]]:
+def flat(cls: type, values: Any, options: Mapping[str, Option], group: str = "") -> Iterator[tuple[str, Any]]:
     """The values by dotted name that a mapping, such as a YAML file holds, gives: read, and groups taken apart."""
     if not isinstance(values, dict):
         names = ", ".join(dashed(name) for name in options if name.startswith(group))
@@ -141,9 +141,11 @@ def flat(values: Any, options: Mapping[str, Option], group: str = "") -> Iterato
         raise InputError(f"{group[:-1]} is a group of options, not {got!r}: {names}" if group else
                          f"a configuration file holds options by name, such as 'layers: [7]', got {got!r}")  # fmt: skip
     for key, value in values.items():
-        name = f"{group}{key}"
+        name = resolved(cls, f"{group}{key}")
+        if f"{name}.path" in options and not isinstance(value, dict):
+            name += ".path"
         if any(other.startswith(f"{name}.") for other in options):
-            yield from flat(value, options, f"{name}.")
+            yield from flat(cls, value, options, f"{name}.")
         else:
             option = option_named(name, options)
             yield option.name, read(option.name, option.kind, value)
@@ -230,6 +232,6 @@ def _read_list(name: str, kind: Any, given: Any) -> list[Any] | tuple[Any, ...]:
 
 def _read_group(name: str, cls: type, values: Any) -> Any:
     try:
-        return build(cls, dict(flat(values, options_of(cls))))
+        return build(cls, dict(flat(cls, values, options_of(cls))))
     except InputError as error:
         raise InputError(f"{name}: {error}") from None

@@ -18,11 +18,10 @@ from latentprior.config.base import size_of
 from latentprior.lm.hooks import check_in_range
 from latentprior.prior.cost import (
     flops_per_activation,
-    muon_flops_per_step,
     paper_flops_per_activation,
     parameters,
     training_bytes,
-    training_flops_per_activation,
+    training_flops,
 )
 from latentprior.scaling.cost import (
     LLM_SHAPES,
@@ -31,7 +30,7 @@ from latentprior.scaling.cost import (
     llm_forward_bytes,
     store_bytes_per_activation,
 )
-from latentprior.training.parallel import SHARD_FROM
+from latentprior.training.parallel import CPU_MICRO_BATCH, SHARD_FROM
 from latentprior.training.times import most_distinct
 from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
@@ -85,7 +84,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     shape = llm_shape(config.llm)
     layers = _layers(config, shape)
     chip = chip_of(config)
-    denoiser = config.training().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
+    denoiser = config.prior().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
     llm = _llm(config, shape, layers)
     prior = _prior(config, denoiser, chip, layers)
     llm_seconds = llm["flops"] / (config.chips * chip.llm_peak * config.llm_mfu)
@@ -136,13 +135,13 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
     recipe = config.resolved_recipe()
     rows, micro_batch = _rows(config, chip)
     passes = math.ceil(rows / micro_batch)
+    times = distinct_times(recipe, rows, micro_batch)
     distinct = {
-        "distinct_times": passes * distinct_times(recipe, rows, micro_batch) / rows,
+        "distinct_times": passes * times / rows,
         "distinct_layers": passes * len(layers) / rows if len(layers) > 1 else 0.0,
     }
-    # Every process makes the whole update.
-    update = muon_flops_per_step(denoiser) / rows if recipe.optimizer == "muon" else 0.0
-    per_activation = training_flops_per_activation(denoiser, **distinct) * recipe.draws
+    cost = training_flops(denoiser, recipe, rows, layers=len(layers), times=times, passes=passes)
+    update = cost.update / rows  # every process makes the whole one
     return {
         "shape": to_dict(denoiser),
         "parameters": parameters(denoiser),
@@ -150,10 +149,10 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
         "micro_batch": micro_batch,
         "parallel": _parallel(config, denoiser),
         "forward_flops_per_activation": flops_per_activation(denoiser, **distinct),
-        "flops_per_activation": per_activation,
+        "flops_per_activation": cost.activation,
         "paper_flops_per_activation": paper_flops_per_activation(denoiser),
         "update_flops_per_activation": update,
-        "flops": (per_activation + update) * config.activations,
+        "flops": (cost.activation + update) * config.activations,
     }
 
 
@@ -206,10 +205,10 @@ def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
     """A process's share of the mixing buffer, which holds whole batches of activations of `row` bytes."""
     batch = config.resolved_recipe().batch_size
     size, in_bytes = size_of("buffer", config.buffer)
-    turns = (size // row if in_bytes else size) // batch
-    if not turns:
+    batches = (size // row if in_bytes else size) // batch
+    if not batches:
         raise InputError(f"a buffer of {config.buffer} does not hold a batch of {batch} activations: raise buffer")
-    return turns * (batch // config.chips) * (row + (LAYER_NUMBER if several else 0))
+    return batches * (batch // config.chips) * (row + (LAYER_NUMBER if several else 0))
 
 
 def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
@@ -245,8 +244,6 @@ def chip_of(config: PlanConfig) -> PlannedChip:
 
 def _measured(config: LLMConfig, name: str) -> PlannedChip:
     """The device called `name`, in the precisions that model and prior would have on it."""
-    from latentprior.training.fit import CPU_MICRO_BATCH  # brings in transformers, which data sheets do without
-
     device = resolve_device(name)
     prior = fast_dtype(device)
     llm = prior if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.moments import Moments
-from latentprior.data.store import backpressure as handover
+from latentprior.data.store import backpressure
 from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint
@@ -259,12 +259,12 @@ class StoreWriter:
         Raises:
             InputError: it released none for `seconds`.
         """
-        released = handover.read_consumed(self.folder)
+        released = backpressure.read_consumed(self.folder)
         while released < needed:
             before = released
-            with handover.waiting(self.folder):
-                for _ in handover.looks(seconds, POLL):
-                    if (released := handover.read_consumed(self.folder)) != before:
+            with backpressure.waiting(self.folder):
+                for _ in backpressure.polling(seconds, POLL):
+                    if (released := backpressure.read_consumed(self.folder)) != before:
                         break
                 else:
                     raise InputError(
@@ -293,7 +293,7 @@ def remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
     for ending in (PARTIAL, ".tmp"):  # older versions wrote under the latter
         patterns += [f"shard-*{ending}", f"statistics*{ending}", f"{files.MANIFEST}{ending}"]
     if manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
-        patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
+        patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, backpressure.WAITING]
     listed = files.listed_files(manifest)
     for path in itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns):
         if path.name not in listed:
