@@ -25,6 +25,7 @@ from latentprior.config import (
     RepairConfig,
     SAEConfig,
     SteerConfig,
+    StoreOptions,
     TextConfig,
     TrainConfig,
     from_dict,
@@ -48,6 +49,9 @@ REQUIRED = {
     "TextSource": {"dataset": "a.txt"},
     "TrainConfig": {"run": {"output": "a"}, "store": {"path": "b"}},
 }
+
+
+NEEDED = {"store": "a", "output": "b"}
 
 
 @pytest.fixture
@@ -101,6 +105,39 @@ def test_unknown_keys_are_named_with_the_nearest():
 def test_the_old_place_of_the_device_names_the_new_one():
     with pytest.raises(InputError, match="^llm.device has become device: --device says where all of a command comp"):
         from_dict(RecordConfig, {"output": "a", "llm": {"device": "cpu"}})
+
+
+def test_options_of_training_need_no_group_and_keep_their_old_names():
+    flat = {"store": "s", "heldout": "h", "output": "o", "blocks": 2, "seed": 3, "lanes": 6, "device": "cpu"}
+    flat |= {"layers": [1], "recipe": {"draws": 2, "learning_rate": 1e-3}}
+    config = from_dict(TrainConfig, flat)
+    assert config.store == StoreOptions(path="s", heldout="h") and config.prior.blocks == 2
+    assert config.run.seed == 3 and config.stream.document_shards == 6 and config.resolved_recipe().noise_samples == 2
+    nested = {"store": {"path": "s", "heldout": "h"}, "run": {"output": "o", "seed": 3, "device": "cpu"}, "layers": [1]}
+    nested |= {"prior": {"blocks": 2}, "stream": {"document_shards": 6}}
+    assert from_dict(TrainConfig, nested | {"recipe": {"noise_samples": 2, "learning_rate": 1e-3}}) == config
+    saved = config.without_groups()
+    assert saved.items() >= flat.items() and from_dict(TrainConfig, json.loads(json.dumps(saved))) == config
+    assert from_dict(TrainConfig, to_dict(config)) == config
+    live = TrainConfig.of(source="llm", output="o", llm={"model": "m"}, text={"limit": 5}, noise_samples=4)
+    assert live.stream.llm.model == "m" and live.stream.text.limit == 5 and live.recipe == {"noise_samples": 4}
+    assert live.changed(blocks=5, buffer="1k").changed(blocks=3, buffer="65536") == live
+
+
+def test_names_without_a_group_that_several_have_are_refused():
+    @dataclass(frozen=True)
+    class Two:
+        one: LLMConfig = field(default_factory=LLMConfig)
+        other: LLMConfig = field(default_factory=LLMConfig)
+
+    with pytest.raises(InputError, match="model may be one.model or other.model"):
+        from_dict(Two, {"model": "m"})
+
+
+@pytest.mark.parametrize(("given", "name"), [({"output": "o"}, "--store"), ({"store": "s"}, "--output")])
+def test_what_training_cannot_guess_is_asked_for(given, name):
+    with pytest.raises(InputError, match=name):
+        from_dict(TrainConfig, given)
 
 
 def test_a_free_dictionary_stays_one():

@@ -166,6 +166,7 @@ MOVED = {"llm.device": "device"}  # options that have become others
 
 def moved(option: str) -> InputError | None:
     """An `InputError` that names the option that `option` has become; None if it is not one that moved."""
+    option = ".".join(option.split(".")[-2:])
     new = MOVED.get(option)
     return InputError(f"{option} has become {new}: --{new} says where all of a command computes") if new else None
 
@@ -283,8 +284,8 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     Raises:
         InputError: an unknown name, or none for an option that has no default.
     """
-    types, kinds, built = get_type_hints(cls), groups(cls), {}
-    given = grouped(cls, values)
+    types, kinds, given = get_type_hints(cls), groups(cls), grouped(cls, values)
+    built, missing = {}, []
     for f in dataclasses.fields(cls):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if f.name not in given and not required:
@@ -293,10 +294,12 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
             built[f.name] = grouped(f.metadata["changes"], given[f.name])
         elif f.name in kinds:
             built[f.name] = from_dict(kinds[f.name], given.get(f.name, {}))
-        elif f.name not in given:
-            raise InputError(f"{dashed(f.name)} must be given ({cls.__name__}.{f.name})")
-        else:
+        elif f.name in given:
             built[f.name] = _of_kind(types[f.name], given[f.name])
+        else:
+            missing.append(f.name)
+    if missing:
+        raise InputError(f"{dashed(missing[0])} must be given: {cls.__name__} has no default for it")
     return cls(**built)
 
 
