@@ -128,7 +128,7 @@ def test_what_must_be_given_is_named(command, capsys):
         (["record", "--llm.dtype", "float61"], "(valid: auto, float32, bfloat16)"),
         (["record", "--output", "x", "--max-length", "0"], "RecordConfig.max_length must be positive"),
         (["train", "--recipe", '{"learning_rat": 1}'], "did you mean 'recipe.learning_rate'"),
-        (["train", "--store", "nowhere"], "nowhere"),
+        (["train", "--store", "nowhere", "--output", "o"], "nowhere"),
         (["record", "--output", "x", "--text.dataset", "nofile.jsonl"], "no such file or folder: 'nofile.jsonl'"),
         (["record", "--output", "x", "--llm.model", "../no model"], "no such model"),
         (["convert", "--output", "x"], "--source must be given"),
@@ -154,8 +154,8 @@ def test_mistakes_take_one_line(arguments, expected, capsys, tmp_path, monkeypat
     ],
 )
 def test_counts_can_be_abbreviated(given, count):
-    assert parse(["--activations", given], TrainConfig).given == {"activations": count}
-    assert parse([f"--micro-batch={given}"], TrainConfig).given == {"micro_batch": count}
+    assert parse(["--activations", given], TrainConfig).given == {"run.activations": count}
+    assert parse([f"--micro-batch={given}"], TrainConfig).given == {"run.micro_batch": count}
     assert parse(["--budgets", f"64k,{given}"], SweepConfig).given == {"budgets": [64000, count]}
     assert parse(["--text.limit", given], RecordConfig).given == {"text.limit": count}
     assert parse(["--preset", given], SweepConfig).given == {"preset": given}  # no count
@@ -169,12 +169,22 @@ def test_a_count_that_is_none_is_one_line(capsys, tmp_path):
 
 
 def test_an_option_without_a_meaning_is_one_line(capsys):
-    assert "--store means nothing with --from llm: leave it out" in failure(
-        capsys, "train", "--from", "llm", "--store", "S"
+    said = failure(capsys, "train", "--from", "llm", "--store", "S", "--output", "o")
+    assert "--store.path means nothing with --from llm: leave it out" in said
+    said = failure(capsys, "train", "--store", "S", "--text.limit", "3", "--output", "o")
+    assert "--stream.text.limit means nothing for a store (it belongs to --from llm): leave it out" in said
+
+
+def test_options_of_training_need_no_group(tmp_path):
+    words = "--store S --output o --blocks 2 --llm.model m --lanes 6 --learning-rate 1e-3 --draws 2".split()
+    given = {"store.path": "S", "run.output": "o", "prior.blocks": 2, "stream.llm.model": "m", "stream.text.limit": 5}
+    given |= {"stream.document_shards": 6, "recipe.learning_rate": 1e-3, "recipe.noise_samples": 2}
+    assert parse([*words, "--text", "{limit: 5}"], TrainConfig).given == given
+    (tmp_path / "flat.yaml").write_text(
+        "store: S\noutput: o\nblocks: 2\nllm: {model: m}\ntext: {limit: 5}\nlanes: 6\n"
+        "recipe: {learning_rate: 1e-3, draws: 2}\n"
     )
-    assert "--text.limit means nothing for a store (it belongs to --from llm): leave it out" in failure(
-        capsys, "train", "--store", "S", "--text.limit", "3"
-    )
+    assert parse(["--config", str(tmp_path / "flat.yaml")], TrainConfig).given == given
 
 
 @pytest.mark.parametrize("command", ["sample", "plan"])
@@ -313,7 +323,8 @@ def test_the_old_place_of_the_device_names_the_new_one(capsys, tmp_path):
 def test_every_command_that_computes_takes_its_device_from_one_place():
     for name, command in cli.COMMANDS.items():
         devices = [option for option in options_of(command.config) if "device" in option.split(".")]
-        assert devices == ([] if name == "convert" else ["device"])
+        where = "run.device" if name == "train" else "device"
+        assert devices == ([] if name == "convert" else [where])
 
 
 def test_yaml_cannot_run_code(capsys, tmp_path):
@@ -353,7 +364,7 @@ def test_lists_and_numbers_are_read_as_they_are_written():
     assert steer.given == {"strengths": [-0.5, 1e-3], "directions": ["5", "7"], "methods": []}
     recipe = parse(["--recipe.learning_rate", "4e-3", "--recipe", '{"betas": [0.9, 0.95], "ema": null}'], TrainConfig)
     assert recipe.given == {"recipe.learning_rate": 4e-3, "recipe.betas": (0.9, 0.95), "recipe.ema": None}
-    train = build(TrainConfig, recipe.given)
+    train = build(TrainConfig, recipe.given | {"store.path": "a", "run.output": "b"})
     assert train.recipe == {"learning_rate": 4e-3, "betas": (0.9, 0.95), "ema": None}
     assert train.resolved_recipe().learning_rate == 4e-3
 

@@ -71,7 +71,7 @@ def parse(words: Sequence[str], config: type) -> Call:
         if name in FLAGS or word == "-h":
             call.flags.add("help" if word == "-h" else name)
             continue
-        name = resolved(config, ALIASES.get(name, name))
+        name = resolved(config, ALIASES.get(name, name), written=dashed)
         option = _option(name, options)
         if not equals:
             if remaining and not remaining[0].startswith("--"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from operator import attrgetter
 from types import UnionType
@@ -186,11 +186,14 @@ def old_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {old.get(name, name): value for name, value in values.items()}
 
 
-def full_name(cls: type, name: str) -> str | None:
+def full_name(cls: type, name: str, *, written: Callable[[str], str] = str) -> str | None:
     """The dotted name in full of an option or a group of `cls`; None if there is none.
 
     A group may be left out where no other one has the rest, and names in ``RENAMED`` of a dataclass are replaced by
     those that their options have now.
+
+    Args:
+        written: how a name stands in messages: as in a file, or `dashed`.
 
     Raises:
         InputError: several groups have it.
@@ -200,7 +203,7 @@ def full_name(cls: type, name: str) -> str | None:
     within = {group: _name_within(kind, name) for group, kind in groups(cls).items()}
     found = [f"{group}.{rest}" for group, rest in within.items() if rest]
     if len(found) > 1:
-        raise InputError(f"{name} may be {' or '.join(found)}: say which")
+        raise InputError(f"{written(name)} may be {' or '.join(map(written, found))}: say which")
     return found[0] if found else None
 
 

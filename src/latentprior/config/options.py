@@ -104,10 +104,10 @@ def _shown(kind: Any, annotation: str) -> str:
     return SHOWN.get(name, name.upper())
 
 
-def resolved(cls: type, name: str) -> str:
+def resolved(cls: type, name: str, *, written: Callable[[str], str] = str) -> str:
     """The dotted name in full of an option or group, as far as there is one: see `full_name`."""
     group, dot, last = name.rpartition(".")
-    return full_name(cls, name) or (f"{resolved(cls, group)}.{last}" if dot else name)
+    return full_name(cls, name, written=written) or (f"{resolved(cls, group)}.{last}" if dot else name)
 
 
 def option_named(name: str, options: Mapping[str, Option], *, written: Callable[[str], str] = str) -> Option:
