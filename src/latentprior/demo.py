@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,39 +60,35 @@ def demo(config: DemoConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     if config.tiny:
         config = dataclasses.replace(config, **TINY)
     with locked(config.output) as folder:
-        return _demo(config, folder, phase)
+        began = time.perf_counter()
+        parts = _Parts(config, folder, phase)
+        result: dict[str, Any] = {"kind": "demo"}
+        for name in ("record", "train", "evaluate", "steer"):
+            result[name] = parts.once(name, getattr(parts, name))
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_text(folder / "demo.json", json.dumps(result, indent=1) + "\n")
+        write_report(result, folder / "report.html")
+        return result
 
 
-def _demo(config: DemoConfig, folder: Path, phase: Phase) -> dict[str, Any]:
-    began = time.perf_counter()
-    run = _Demo(config, folder, steering_of(config))
-    result = {
-        "kind": "demo",
-        "record": run.part("record", lambda: run.record(phase)),
-        "train": run.part("train", lambda: run.train(phase)),
-        "evaluate": run.part("evaluate", lambda: run.evaluate(phase)),
-        "steer": run.part("steer", lambda: run.steer(phase)),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_text(run.folder / "demo.json", json.dumps(result, indent=1) + "\n")
-    write_report(result, run.folder / "report.html")
-    return result
+class _Parts:
+    """The parts of a demo; each gives what the page shows of it."""
 
-
-@dataclass
-class _Demo:
-    config: DemoConfig
-    folder: Path
-    steering: SteerConfig
+    def __init__(self, config: DemoConfig, folder: Path, phase: Phase) -> None:
+        self.config, self.folder, self.phase = config, folder, phase
+        self.shared = {"device": config.device, "seed": config.seed}
+        self.steering = steering_of(config)  # refused before anything runs
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
         return load_llm(self.config.llm, self.config.device)
 
-    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a part, from its file if it was made with these settings."""
-        path = self.folder / f"{name}.json"
-        settings = settings_of(self.config)
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a part, from its file if there is one."""
+        path, settings = self.folder / f"{name}.json", settings_of(self.config) | {"llm": to_dict(self.config.llm)}
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["settings"] != settings:
@@ -104,57 +99,46 @@ class _Demo:
         replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
         return result
 
-    def path(self, name: str) -> str:
-        return str(self.folder / name)
-
-    def record(self, phase: Phase) -> dict[str, Any]:
-        for part, rows in (("heldout", self.config.heldout_rows), ("train", self.config.rows)):
-            name = {"heldout": "held-out activations", "train": "activations"}[part]
-            store = record_from(*self.llm, self._record_config(part, rows), report=phase(f"record {name}"))
-        documents = store.metadata(torch.arange(len(store)))[1].unique().numel()
-        hookpoint = store.hookpoints[0].to_dict()
+    def record(self) -> dict[str, Any]:
+        self._store("heldout", TextConfig(part="heldout"), self.config.heldout_rows, "record held-out activations")
+        store = self._store("activations", TextConfig(part="train"), self.config.rows, "record activations")
         return {
             "rows": len(store),
-            "documents": documents,
-            "hookpoint": hookpoint,
+            "documents": store.metadata(torch.arange(len(store)))[1].unique().numel(),
+            "hookpoint": store.hookpoints[0].to_dict(),
             "left_out": store.manifest["left_out"],
         }
 
-    def _record_config(self, part: Any, rows: int) -> RecordConfig:
-        return RecordConfig(
-            output=self.path("heldout" if part == "heldout" else "activations"),
+    def _store(self, name: str, text: TextConfig, rows: int, title: str) -> Any:
+        config = RecordConfig(
+            output=self.path(name),
             layers=[self.config.layer],
             max_length=MAX_LENGTH,
             batch_tokens=2048,
             max_activations=rows,
-            seed=self.config.seed,
             resume=True,
-            device=self.config.device,
             llm=self.config.llm,
-            text=TextConfig(part=part),
+            text=text,
+            **self.shared,
         )
+        return record_from(*self.llm, config, report=self.phase(title))
 
-    def train(self, phase: Phase) -> dict[str, Any]:
-        width = self.llm[0].config.hidden_size
+    def train(self) -> dict[str, Any]:
         config = TrainConfig.of(
             store=self.path("activations"),
             heldout=self.path("heldout"),
             output=self.path("prior"),
             activations=self.config.activations,
             blocks=2,
-            d_mlp=2 * width,
-            device=self.config.device,
-            seed=self.config.seed,
+            d_mlp=2 * self.llm[0].config.hidden_size,
+            **self.shared,
         )
-        fit(config, report=phase("train the prior"))
+        fit(config, report=self.phase("train the prior"))
         result = json.loads((self.folder / "prior" / "train.json").read_text(encoding="utf-8"))
-        return {
-            "summary": result["summary"],
-            "config": result["config"],
-            "log": read_log(self.folder / "prior" / "log.jsonl"),
-        }
+        log = read_log(self.folder / "prior" / "log.jsonl")
+        return {"summary": result["summary"], "config": result["config"], "log": log}
 
-    def evaluate(self, phase: Phase) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         config = EvaluateConfig(
             prior=self.path("prior"),
             heldout=self.path("heldout"),
@@ -164,23 +148,18 @@ class _Demo:
             solvers=["euler", "ab2"],
             nfes=[4, 20],
             max_length=MAX_LENGTH,
-            device=self.config.device,
-            seed=self.config.seed,
             llm=self.config.llm,
             text=TextConfig(part="heldout", limit=self.config.lm_documents),
+            **self.shared,
         )
-        return evaluate(config, phase=phase)
+        return evaluate(config, phase=self.phase)
 
-    def steer(self, phase: Phase) -> dict[str, Any]:
-        return experiment(self.steering, lambda: self.llm, phase=phase)
+    def steer(self) -> dict[str, Any]:
+        return experiment(self.steering, lambda: self.llm, phase=self.phase)
 
 
 def steering_of(config: DemoConfig) -> SteerConfig:
-    """The demo's steering experiment, small enough for it.
-
-    Raises:
-        InputError: strengths that are not positive, or one of them twice.
-    """
+    """The demo's steering experiment; `InputError` if its strengths are not positive, or one is named twice."""
     return SteerConfig(
         output=str(Path(config.output, "steering")),
         priors=[str(Path(config.output, "prior"))],

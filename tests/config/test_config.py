@@ -19,12 +19,10 @@ from latentprior.config import (
     JudgeConfig,
     LLMConfig,
     NeuronsConfig,
-    PriorOptions,
     ProbeConfig,
     Recipe,
     RecordConfig,
     RepairConfig,
-    RunOptions,
     SAEConfig,
     SteerConfig,
     StoreOptions,
@@ -49,7 +47,7 @@ REQUIRED = {
     "SweepConfig": {"store": "a", "heldout": "b", "output": "c"},
     "RunOptions": {"output": "a"},
     "TextSource": {"dataset": "a.txt"},
-    "TrainConfig": {"store": StoreOptions("a"), "run": RunOptions("b")},
+    "TrainConfig": {"run": {"output": "a"}, "store": {"path": "b"}},
 }
 
 
@@ -79,8 +77,7 @@ def test_frozen_and_every_field_documented(cls: type):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_defaults_round_trip(cls: type):
     required = REQUIRED.get(cls.__name__, {})
-    default = cls(**required)
-    assert from_dict(cls, required) == default
+    default = from_dict(cls, required)
     values = to_dict(default)
     json.dumps(values)
     assert from_dict(cls, values) == default
@@ -107,7 +104,7 @@ def test_unknown_keys_are_named_with_the_nearest():
 
 def test_the_old_place_of_the_device_names_the_new_one():
     with pytest.raises(InputError, match="^llm.device has become device: --device says where all of a command comp"):
-        from_dict(RecordConfig, {"llm": {"device": "cpu"}})
+        from_dict(RecordConfig, {"output": "a", "llm": {"device": "cpu"}})
 
 
 def test_options_of_training_need_no_group_and_keep_their_old_names():
@@ -151,6 +148,10 @@ def test_a_free_dictionary_stays_one():
     assert from_dict(Own, {"values": {"a": 1}}) == Own({"a": 1})
 
 
+def train(**options) -> TrainConfig:
+    return TrainConfig.of(**{"output": "a"} | ({} if options.get("source") == "llm" else {"store": "b"}) | options)
+
+
 def test_the_official_recipe_is_the_papers():
     recipe = PRESETS["official"]
     assert (recipe.batch_size, recipe.learning_rate, recipe.clip) == (4096, 5e-5, 1.0)
@@ -159,15 +160,15 @@ def test_the_official_recipe_is_the_papers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_changed_by_recipe_keys(preset):
-    assert TrainConfig.of(**NEEDED, preset=preset).resolved_recipe() == PRESETS[preset]
-    changed = TrainConfig.of(**NEEDED, preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
+    assert train(preset=preset).resolved_recipe() == PRESETS[preset]
+    changed = train(preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
     assert changed == dataclasses.replace(PRESETS[preset], learning_rate=1e-3)
 
 
 def test_shape_of_the_denoiser():
-    assert PriorOptions(blocks=6).denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
-    assert PriorOptions(d_model=10).denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
-    assert PriorOptions(d_mlp=12).denoiser(4) == DenoiserConfig(4, 8, 12, 3)
+    assert train(blocks=6).prior.denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
+    assert train(d_model=10).prior.denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
+    assert train(d_mlp=12).prior.denoiser(4) == DenoiserConfig(4, 8, 12, 3)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_shape_of_the_denoiser():
         (TrainConfig, {"recipe": {"lr": 1}}, "unknown Recipe key 'lr'"),
         (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
         (TrainConfig, {"blocks": 0}, "PriorOptions.blocks must be positive"),
-        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown solver 'rk4'"),
+        (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown EvaluateConfig.solvers 'rk4'"),
         (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
         (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
         (RepairConfig, {"steps": 0}, "RepairConfig.steps must be positive"),
@@ -246,20 +247,14 @@ def test_bad_denoisers_are_refused(change):
 @pytest.mark.parametrize(
     ("make", "option"),
     [
-        (
-            lambda: TrainConfig.of(**NEEDED, llm=LLMConfig(dtype="float32")),
-            "--stream.llm.dtype means nothing",
-        ),
-        (lambda: TrainConfig.of(**NEEDED, buffer="2GB"), "--stream.buffer means nothing for a store"),
-        (lambda: TrainConfig.of(**NEEDED, record_to="x"), "--stream.record-to means nothing for a store"),
-        (
-            lambda: TrainConfig.of(**NEEDED, statistics=7),
-            "--stream.statistics means nothing",
-        ),
-        (lambda: TrainConfig.of(**NEEDED, wait_seconds=7.0), "--store.wait-seconds means nothing for a store"),
-        (lambda: TrainConfig.of(output="o", source="llm", store="x"), "--store.path means nothing with --from llm"),
-        (lambda: TrainConfig.of(output="o", source="llm", follow=True), "--store.follow means nothing with --from llm"),
-        (lambda: TrainConfig.of(output="o", source="llm", disk_budget="9GB"), "--disk-budget means nothing"),
+        (lambda: train(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
+        (lambda: train(buffer="2GB"), "--buffer means nothing for a store"),
+        (lambda: train(record_to="x"), "--record-to means nothing for a store"),
+        (lambda: train(statistics=7), "--statistics means nothing for a store without --follow"),
+        (lambda: train(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
+        (lambda: train(source="llm", store="x"), "--store means nothing with --from llm"),
+        (lambda: train(source="llm", follow=True), "--follow means nothing with --from llm"),
+        (lambda: train(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
         (lambda: RecordConfig("a", wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
         (lambda: RecordConfig("a", positions_per_document=2), "--positions-per-document means nothing unless"),
         (lambda: EvaluateConfig("a", "b", "c", sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
@@ -271,11 +266,9 @@ def test_an_option_without_a_meaning_is_refused(make, option):
 
 
 def test_an_option_at_its_default_or_with_a_meaning_is_taken():
-    assert TrainConfig.of(**NEEDED, follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
-    assert TrainConfig.of(output="o", source="llm").layers == [15] and TrainConfig.of(**NEEDED).layers == []
-    streamed = {"source": "llm", "record_to": "x", "disk_budget": "9GB", "buffer": "64k", "output": "o"}
-    assert TrainConfig.of(**streamed).stream.record_to == "x"
-    assert TrainConfig.of(**streamed, store="runs/activations").stream.record_to == "x"  # as older files have it
+    assert train(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
+    assert train(source="llm").layers == [15] and train().layers == []
+    assert train(source="llm", record_to="x", disk_budget="9GB", buffer="64k").stream.record_to
     assert RecordConfig(
         "a", positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0
     )

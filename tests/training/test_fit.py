@@ -404,7 +404,7 @@ def test_all_layers_of_a_store_named_are_as_none_named(config, several):
 
 
 def test_a_layer_that_the_store_does_not_have_is_refused(config, several):
-    with pytest.raises(InputError, match=r"unknown layer '9'"):
+    with pytest.raises(InputError, match=r"unknown layer '9' \(valid: 1, 3, 5\)"):
         fit(short(config.changed(**several, layers=[9])))
     with pytest.raises(InputError, match=r"followed gives all its layers, \[1, 3, 5\]: omit --layers"):
         fit(short(config.changed(**several, layers=[3], follow=True)))

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,21 +53,12 @@ def record(options: config.RecordConfig) -> None:
 
     with bars() as phase:
         store = record(options, report=phase("record"))
-    table(
-        "Activation store",
-        {
-            "folder": options.output,
-            "rows": len(store),
-            "width": store.width,
-            "layers": ", ".join(map(str, store.layers)),
-            "left out": left_out(store.manifest["left_out"]),
-        },
-    )
+    shown = {"folder": options.output, "rows": len(store), "width": store.width}
+    shown |= {"layers": ", ".join(map(str, store.layers)), "left out": left_out(store.manifest["left_out"])}
+    table("Activation store", shown)
 
 
 def train(options: config.TrainConfig) -> None:
-    from pathlib import Path
-
     from latentprior.training.fit import fit
     from latentprior.utils.distributed import is_main
 
@@ -93,8 +85,6 @@ def train(options: config.TrainConfig) -> None:
 
 
 def sample(options: config.SampleConfig) -> None:
-    from pathlib import Path
-
     import torch
     from safetensors.torch import save_file
 
@@ -103,41 +93,20 @@ def sample(options: config.SampleConfig) -> None:
     from latentprior.utils.files import check_file, replaced
 
     check_file(options.output)
-    glp = GLP.from_pretrained(
-        options.prior,
-        options.checkpoint,
-        device=resolve_device(options.device),
-        dtype=getattr(torch, options.precision),
-    )
-    x = glp.sample(
-        options.n,
-        steps=options.steps,
-        solver=options.solver,
-        grid=options.grid,
-        layer=options.layer,
-        generator=options.seed,
-    )
+    device, dtype = resolve_device(options.device), getattr(torch, options.precision)
+    glp = GLP.from_pretrained(options.prior, options.checkpoint, device=device, dtype=dtype)
+    how: dict[str, Any] = {"steps": options.steps, "solver": options.solver, "grid": options.grid}
+    x, nfe = glp.sample(options.n, layer=options.layer, generator=options.seed, **how), glp.nfe(**how)
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nfe = glp.nfe(options.steps, solver=options.solver, grid=options.grid)
     with replaced(path) as partial:
         save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
-    table(
-        "Samples",
-        {
-            "file": path,
-            "activations": len(x),
-            "width": x.shape[1],
-            "NFE": nfe,
-            "mean norm": figure(float(x.norm(dim=1).mean())),
-        },
-    )
+    norm = figure(float(x.norm(dim=1).mean()))
+    table("Samples", {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe, "mean norm": norm})
 
 
 def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
     """Draw the page of a result, print its tables and where the page lies."""
-    from pathlib import Path
-
     from latentprior.report import write_report
 
     page = write_report(result, Path(folder) / "report.html")
@@ -168,8 +137,6 @@ def convert(options: config.ConvertConfig) -> None:
 
 
 def plan(options: config.PlanConfig) -> None:
-    from pathlib import Path
-
     from latentprior.scaling.plan import plan, tables
     from latentprior.utils.files import check_file, replace_text
 
@@ -208,8 +175,6 @@ def probe(options: config.ProbeConfig) -> int:
 
 
 def neurons(options: config.NeuronsConfig) -> None:
-    from pathlib import Path
-
     from latentprior.judge.endpoint import endpoint_of
     from latentprior.neurons.collect import neurons
     from latentprior.neurons.describe import describe_store
@@ -264,42 +229,18 @@ def demo(options: config.DemoConfig) -> None:
 
 
 COMMANDS = {
-    "doctor": Command(config.DoctorConfig, doctor, "--llm.model Qwen/Qwen3-0.6B --prior runs/qwen/prior"),
-    "record": Command(
-        config.RecordConfig,
-        record,
-        "--llm.model Qwen/Qwen3-0.6B --layers 13 --text.dataset my_texts/ --output runs/qwen/activations",
-    ),
-    "train": Command(
-        config.TrainConfig,
-        train,
-        "--store runs/qwen/activations --heldout runs/qwen/heldout --activations 8M --output runs/qwen/prior",
-    ),
-    "sample": Command(config.SampleConfig, sample, "--prior runs/qwen/prior --n 1000 --output samples.safetensors"),
-    "evaluate": Command(
-        config.EvaluateConfig,
-        evaluate,
-        "--prior runs/qwen/prior --heldout runs/qwen/heldout --train runs/qwen/activations --output runs/evaluation",
-    ),
-    "steer": Command(
-        config.SteerConfig, steer, "--config examples/steer_sentiment.yaml --priors runs/demo/prior --prompts 20"
-    ),
-    "probe": Command(
-        config.ProbeConfig, probe, "--priors runs/demo/prior --tasks 92_glue_sst2,my_task.csv --output runs/probe"
-    ),
-    "neurons": Command(
-        config.NeuronsConfig,
-        neurons,
-        "--prior runs/demo/prior --tokens 200k --output runs/neurons --html runs/neurons/site",
-    ),
-    "plan": Command(config.PlanConfig, plan, "--llm.model 8B --blocks 6 --preset official --chip H100 --chips 8"),
-    "sweep": Command(
-        config.SweepConfig,
-        sweep,
-        "--store runs/activations --heldout runs/heldout --widths 288,576 --budgets 65536,262144 --output runs/sweep",
-    ),
-    "convert": Command(config.ConvertConfig, convert, "--source runs/demo/prior --to official --output official"),
-    "demo": Command(config.DemoConfig, demo, "--tiny"),
+    "doctor": Command(config.DoctorConfig, doctor),
+    "record": Command(config.RecordConfig, record),
+    "train": Command(config.TrainConfig, train),
+    "sample": Command(config.SampleConfig, sample),
+    "evaluate": Command(config.EvaluateConfig, evaluate),
+    "steer": Command(config.SteerConfig, steer),
+    "convert": Command(config.ConvertConfig, convert),
+    "plan": Command(config.PlanConfig, plan),
+    "sweep": Command(config.SweepConfig, sweep),
+    "probe": Command(config.ProbeConfig, probe),
+    "neurons": Command(config.NeuronsConfig, neurons),
+    "demo": Command(config.DemoConfig, demo),
 }
 
 

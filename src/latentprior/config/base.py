@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from operator import attrgetter
 from types import UnionType
@@ -20,9 +20,9 @@ Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
 
-SOLVERS: tuple[Solver, ...] = ("euler", "midpoint", "heun", "ab2")
-SIDES: tuple[Side, ...] = ("output", "input", "mlp")
-GRIDS: tuple[Grid, ...] = ("uniform", "official")
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
+SIDES: tuple[Side, ...] = get_args(Side)
+GRIDS: tuple[Grid, ...] = get_args(Grid)
 
 
 def typed(owner: object) -> None:
@@ -54,6 +54,17 @@ def positive(owner: object, *names: str) -> None:
             raise InputError(f"{type(owner).__name__}.{name} must be positive, got {value}")
 
 
+def choices(owner: object) -> None:
+    """Refuse a value of a field of type `Literal`, or of a list of it, that the type does not name."""
+    for name, kind in get_type_hints(type(owner)).items():
+        several = get_origin(kind) is list
+        choice = get_args(kind)[0] if several else kind
+        if get_origin(choice) is Literal:
+            for value in getattr(owner, name) if several else [getattr(owner, name)]:
+                if value not in get_args(choice):
+                    raise unknown(f"{type(owner).__name__}.{name}", value, get_args(choice))
+
+
 def one_of(owner: object, name: str, valid: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in valid:
@@ -81,12 +92,19 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
             inner = [g.name for g in dataclasses.fields(value) if g.name != "device"]
             given = [f"{name}.{key}" for key in inner if getattr(value, key) != getattr(default, key)]
         if given:
-            raise InputError(f"{dashed(given[0])} means nothing {mode}: leave it out")
+            raise InputError(f"{written(type(owner), given[0])} means nothing {mode}: leave it out")
 
 
 def dashed(name: str) -> str:
     """The name of a field as an option of the command line."""
     return "--" + name.replace("_", "-")
+
+
+def written(cls: type, name: str) -> str:
+    """The option of `cls` as on the command line: groups in ``UNNAMED`` are left out, or stand for their path."""
+    group, _, rest = name.partition(".")
+    unnamed = rest and group in getattr(cls, "UNNAMED", ())
+    return dashed((group if rest == "path" else rest) if unnamed else name)
 
 
 def unit_interval(owner: object, *names: str) -> None:
@@ -186,14 +204,11 @@ def old_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {old.get(name, name): value for name, value in values.items()}
 
 
-def full_name(cls: type, name: str, *, written: Callable[[str], str] = str) -> str | None:
+def full_name(cls: type, name: str) -> str | None:
     """The dotted name in full of an option or a group of `cls`; None if there is none.
 
     A group may be left out where no other one has the rest, and names in ``RENAMED`` of a dataclass are replaced by
     those that their options have now.
-
-    Args:
-        written: how a name stands in messages: as in a file, or `dashed`.
 
     Raises:
         InputError: several groups have it.
@@ -203,7 +218,7 @@ def full_name(cls: type, name: str, *, written: Callable[[str], str] = str) -> s
     within = {group: _name_within(kind, name) for group, kind in groups(cls).items()}
     found = [f"{group}.{rest}" for group, rest in within.items() if rest]
     if len(found) > 1:
-        raise InputError(f"{written(name)} may be {' or '.join(map(written, found))}: say which")
+        raise InputError(f"{name} may be {' or '.join(found)}: say which")
     return found[0] if found else None
 
 

@@ -14,6 +14,7 @@ from latentprior.config.base import (
     Size,
     beside,
     bytes_of,
+    choices,
     meaningless,
     one_of,
     positive,
@@ -23,9 +24,7 @@ from latentprior.config.base import (
 from latentprior.utils.errors import InputError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
-DOCUMENT_KINDS: tuple[DocumentKind, ...] = ("auto", "file", "paragraph", "line")
 LongDocuments = Literal["auto", "chunk", "cut"]
-LONG_DOCUMENTS: tuple[LongDocuments, ...] = ("auto", "chunk", "cut")
 SMOLLM2 = "smollm2-135m"
 
 
@@ -50,8 +49,7 @@ class LLMConfig:
     """Run Python code that the model's repository ships. Off: such models are refused."""
 
     def __post_init__(self) -> None:
-        one_of(self, "dtype", ("auto", "float32", "bfloat16"))
-        one_of(self, "device_map", ("none", "auto"))
+        choices(self)
         if self.gguf is not None:
             if self.revision is not None:
                 raise InputError(f"a GGUF file has no revision {self.revision!r}")
@@ -77,8 +75,8 @@ class TextSource:
     """As `TextConfig.documents`."""
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "weight")
-        one_of(self, "documents", DOCUMENT_KINDS)
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,7 @@ class TextConfig:
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
 
     def __post_init__(self) -> None:
-        one_of(self, "documents", DOCUMENT_KINDS)
-        one_of(self, "part", ("train", "heldout", "all"))
+        choices(self)
         unit_interval(self, "heldout")
         positive(self, "limit")
 
@@ -162,13 +159,9 @@ class RecordConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "side", SIDES)
-        one_of(self, "positions", ("all", "last", "random"))
-        one_of(self, "dtype", ("bfloat16", "float32"))
-        one_of(self, "sinks", ("drop", "keep"))
+        choices(self)
         positive(self, "max_length", "positions_per_document", "batch_tokens", "max_activations", "shard_rows")
         positive(self, "wait_seconds")
-        one_of(self, "long_documents", LONG_DOCUMENTS)
         budget = self.budget_bytes
         if not self.layers:
             raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
@@ -228,7 +221,7 @@ class StreamConfig:
         one_of(self, "side", SIDES)
         one_of(self, "buffer_device", ("auto", "cpu"))
         one_of(self, "sinks", ("drop", "keep"))
-        one_of(self, "long_documents", LONG_DOCUMENTS)
+        one_of(self, "long_documents", ("auto", "chunk", "cut"))
         positive(self, "max_length", "batch_tokens", "statistics", "document_shards")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)

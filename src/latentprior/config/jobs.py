@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import GRIDS, SOLVERS, File, Folder, Grid, Solver, beside, meaningless, one_of, positive
+from latentprior.config.base import SOLVERS, File, Folder, Grid, Solver, beside, choices, meaningless, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.utils.errors import InputError, unknown
-
-BASELINES = ("sae",)
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -102,13 +100,8 @@ class EvaluateConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(part="heldout", limit=128))
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "samples", "projections", "fit_rows", "steps", "max_length", "batch_tokens")
-        for solver in (*self.solvers, self.solver):
-            if solver not in SOLVERS:
-                raise unknown("solver", solver, SOLVERS)
-        for baseline in self.baseline:
-            if baseline not in BASELINES:
-                raise unknown("baseline", baseline, BASELINES)
         for name in ("nfes", "t_starts"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"EvaluateConfig.{name} must be positive, got {getattr(self, name)}")
@@ -144,10 +137,8 @@ class SampleConfig:
     """Seed of the noise."""
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "n", "steps")
-        one_of(self, "solver", SOLVERS)
-        one_of(self, "grid", GRIDS)
-        one_of(self, "precision", ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +162,7 @@ class ConvertConfig:
     """Replace what an earlier conversion left in the output folder."""
 
     def __post_init__(self) -> None:
-        one_of(self, "to", ("latentprior", "official"))
+        choices(self)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, beside, one_of, positive, unit_interval
+from latentprior.config.base import Folder, beside, choices, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
 from latentprior.utils.errors import InputError
@@ -61,8 +61,8 @@ class NeuronsConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        choices(self)
         unit_interval(self, "t")
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
         positive(self, "noises", "tokens", "batch_tokens", "top", "reservoir")
         if self.max_length < 2:
             raise InputError(f"NeuronsConfig.max_length must be at least 2, got {self.max_length}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import File, Size, beside, changes_of, one_of, positive, size_of
+from latentprior.config.base import File, Size, beside, changes_of, choices, one_of, positive, size_of
 from latentprior.config.data import LLMConfig, StreamConfig
 from latentprior.config.training import PRESETS, PriorOptions, Recipe, TrainConfig, recipe_of
 from latentprior.utils.errors import InputError
@@ -57,8 +57,8 @@ class PlanConfig:
     """JSON file to write."""
 
     def __post_init__(self) -> None:
+        choices(self)
         one_of(self, "preset", tuple(PRESETS))
-        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
         positive(self, "batch_tokens", "blocks", "d_model", "d_mlp", "activations", "micro_batch", "chips")
         size_of("buffer", self.buffer)
         if self.max_length < 2:

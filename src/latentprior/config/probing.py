@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, beside, one_of, positive
+from latentprior.config.base import Folder, beside, choices, positive
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError, unknown
 
@@ -77,9 +77,7 @@ class ProbeConfig:
     llm: LLMConfig = beside(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "noise", ("shared", "own"))
-        one_of(self, "method", ("rank", "logistic"))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        choices(self)
         positive(self, "noises", "candidates", "max_test", "batch_tokens")
         for source in self.sources:
             if source not in SOURCES:

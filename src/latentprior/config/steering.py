@@ -6,7 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import SOLVERS, Folder, Solver, beside, from_dict, one_of, positive, to_dict, unit_interval
+from latentprior.config.base import (
+    Folder,
+    Solver,
+    beside,
+    choices,
+    from_dict,
+    positive,
+    to_dict,
+    unit_interval,
+)
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError, unknown
 
@@ -40,10 +49,9 @@ class RepairConfig:
     """Another noise at every position, or one for a whole sequence."""
 
     def __post_init__(self) -> None:
+        choices(self)
         unit_interval(self, "t_start")
         positive(self, "steps", "rate", "samples")
-        one_of(self, "solver", SOLVERS)
-        one_of(self, "noise", ("position", "sequence"))
 
 
 _PAPER: dict[str, Any] = {"paired": False, "samples": 1}
@@ -155,10 +163,7 @@ class SteerConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
-        one_of(self, "experiment", ("sentiment", "sae", "persona", "files"))
-        one_of(self, "positions", ("all", "last", "generated"))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
-        one_of(self, "reading", ("both", "embedding", "layer"))
+        choices(self)
         positive(self, "prompts", "prompt_tokens", "new_tokens", "labelled", "features", "batch_rows")
         if self.prompts < 2:
             raise InputError("SteerConfig.prompts must be at least 2: intervals are over prompts")

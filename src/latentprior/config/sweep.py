@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, beside, changes_of, from_dict, one_of, positive
+from latentprior.config.base import Folder, beside, changes_of, choices, from_dict, one_of, positive
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.training import PRESETS, Recipe, TrainConfig
 from latentprior.utils.errors import InputError
@@ -60,8 +60,8 @@ class SweepConfig:
     text: TextConfig = field(default_factory=lambda: TextConfig(part="heldout"))
 
     def __post_init__(self) -> None:
+        choices(self)
         one_of(self, "preset", tuple(PRESETS))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
         positive(self, "mlp_ratio", "samples", "steps", "lm_documents", "max_length", "batch_tokens")
         for name in ("widths", "blocks", "budgets", "seeds"):
             values = getattr(self, name)

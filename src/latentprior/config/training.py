@@ -160,7 +160,7 @@ class StoreOptions:
     """Activations on disk: those to train on with --from store, and those of held-out documents."""
 
     path: Folder | None = beside(None)
-    """Activation store to train on (also --store)."""
+    """Activation store to train on."""
     heldout: Folder | None = beside(None)
     """Activation store of held-out documents, for the held-out loss; a stream holds some of its text out by itself."""
     follow: bool = beside(False)
@@ -235,6 +235,8 @@ class RunOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a prior on an activation store, or on the live activations of a language model."""
+
+    UNNAMED = ("run", "store", "stream", "prior")  # groups that --help leaves out of the names of options
 
     source: Literal["store", "llm"] = "store"
     """Train on a store, or on what the language model computes meanwhile (also spelled --from). An option that means

@@ -267,7 +267,7 @@ def _refuse_unchanged(
 def _check_settings(config: SteerConfig, cases: Sequence[Case], folder: Path) -> None:
     """Cells of one folder are made with the same settings, but for those that only say which cells there are."""
     path = folder / SETTINGS
-    mine = json.loads(json.dumps(settings_of(config)))
+    mine = json.loads(json.dumps(settings_of(config) | {"llm": to_dict(config.llm)}))
     if config.store is None:
         del mine["store"]  # older folders name one that no experiment but "sae" reads
     if config.experiment == "files":  # a file may change under its name; other directions follow from the settings

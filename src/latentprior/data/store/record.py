@@ -148,7 +148,6 @@ def source(config: RecordConfig) -> dict[str, Any]:
     del values["long_documents"]
     if config.chunks:
         values["long_documents"] = "chunk"
-    del values["llm"]["device_map"]
     return values
 
 
