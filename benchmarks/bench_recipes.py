@@ -27,12 +27,11 @@ from typing import Any
 import matplotlib
 import torch
 
-from latentprior.config import PRESETS, DenoiserConfig, Recipe, TrainConfig, to_dict
+from latentprior.config import PRESETS, TrainConfig, to_dict
 from latentprior.data.store.reader import ActivationStore
-from latentprior.prior.cost import muon_flops_per_step, training_flops_per_activation
+from latentprior.prior.cost import training_flops
 from latentprior.stats.frechet import GaussianMoments, frechet_distance
 from latentprior.training.fit import fit
-from latentprior.training.times import draw_times
 from latentprior.training.tracking import read_log
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text
@@ -73,8 +72,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "init-scaled-rate-4e-3": {"init": "scaled", "learning_rate": 4e-3},
     "schedule-linear": {"schedule": "linear"},
     "schedule-constant": {"schedule": "constant"},
-    "draws-2": {"draws": 2},
-    "draws-4": {"draws": 4},
+    "draws-2": {"noise_samples": 2},
+    "draws-4": {"noise_samples": 4},
     "decay-0": {"weight_decay": 0.0},
     "decay-0.1": {"weight_decay": 0.1},
     "betas-0.9-0.99": {"betas": (0.9, 0.99)},
@@ -111,7 +110,8 @@ def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:
         return found
     glp = fit(config)  # continues, or refuses a folder with another run
     recipe, log = config.resolved_recipe(), read_log(Path(config.run.output) / "log.jsonl")
-    flops = flops_per_activation(glp.denoiser.config, recipe, config.run.seed)
+    cost = training_flops(glp.denoiser.config, recipe, recipe.batch_size)
+    flops = cost.activation + cost.update / recipe.batch_size
     curve = [
         {"activations": line["activations"], "flops": flops * line["activations"], "heldout_loss": line["heldout_loss"]}
         for line in log
@@ -137,16 +137,9 @@ def collected(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             if path.parent.name.rpartition("-")[0] == name:
                 run = json.loads(path.read_text())
                 wanted = run_config(name, run["config"]["seed"], options)
-                if run["config"] == json.loads(json.dumps(to_dict(wanted))):
+                if run["config"] == json.loads(json.dumps(wanted.without_groups())):
                     results.setdefault(name, []).append(run)
     return results
-
-
-def flops_per_activation(config: DenoiserConfig, recipe: Recipe, seed: int, steps: int = 8) -> float:
-    """FLOPs of training on one activation, the optimizer's share of a step included."""
-    distinct = sum(len(draw_times(seed, step, recipe.batch_size, recipe).unique()) for step in range(steps)) / steps
-    work = training_flops_per_activation(config, distinct_times=distinct / recipe.batch_size) * recipe.draws
-    return work + (muon_flops_per_step(config) / recipe.batch_size if recipe.optimizer == "muon" else 0.0)
 
 
 def training_seconds(log: list[dict[str, Any]]) -> float:

@@ -168,6 +168,18 @@ def test_a_count_that_is_none_is_one_line(capsys, tmp_path):
         assert "activations must be a whole number" in said and "'1X'" in said
 
 
+def test_options_of_training_need_no_group(tmp_path):
+    words = "--store S --output o --blocks 2 --llm.model m --lanes 6 --learning-rate 1e-3 --draws 2".split()
+    given = {"store.path": "S", "run.output": "o", "prior.blocks": 2, "stream.llm.model": "m", "stream.text.limit": 5}
+    given |= {"stream.document_shards": 6, "recipe.learning_rate": 1e-3, "recipe.noise_samples": 2}
+    assert parse([*words, "--text", "{limit: 5}"], TrainConfig).given == given
+    (tmp_path / "flat.yaml").write_text(
+        "store: S\noutput: o\nblocks: 2\nllm: {model: m}\ntext: {limit: 5}\nlanes: 6\n"
+        "recipe: {learning_rate: 1e-3, draws: 2}\n"
+    )
+    assert parse(["--config", str(tmp_path / "flat.yaml")], TrainConfig).given == given
+
+
 def test_an_option_without_a_meaning_is_one_line(capsys):
     assert "--store means nothing with --from llm: leave it out" in failure(
         capsys, "train", "--from", "llm", "--store", "S", "--output", "O"

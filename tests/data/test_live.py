@@ -44,6 +44,7 @@ def config(text, llm_folder) -> TrainConfig:
     """A live run of 60 steps over two sources of text; its output is to be set."""
     return TrainConfig.of(
         source="llm",
+        output="to be set",
         llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=text,
         layers=[1],

@@ -36,6 +36,7 @@ def config(text, llm_folder) -> TrainConfig:
     """A live run of 40 steps; its output is to be set."""
     return TrainConfig.of(
         source="llm",
+        output="to be set",
         llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=text,
         layers=[0, 2],

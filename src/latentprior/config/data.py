@@ -42,7 +42,7 @@ class LLMConfig:
     """Branch, tag or commit of the model on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
-    device_map: Literal["none", "auto"] = beside("none")
+    device_map: Literal["none", "auto"] = "none"
     """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process. The rest is
     where the command's `device` says."""
     trust_remote_code: bool = False

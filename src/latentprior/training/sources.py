@@ -282,6 +282,7 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
         source["long_documents"] = "chunk"
     else:
         del source["long_documents"]  # as before there were chunks, so that older runs continue
+    del source["llm"]["device_map"]
     return source
 
 
