@@ -57,7 +57,7 @@ def commands(
         "record held-out": f"{record} --max-activations {3 * samples} --output {heldout} --text.part heldout",
         "train": f"train --device {device} {small} --store {store} --heldout {heldout} --output {prior}",
         "train from the model": f"train --from llm {model} {documents} --layers {layer} {small} --statistics 1024 "
-        f"--buffer 512 --lanes 2 --output {live}",
+        f"--buffer 512 --document-shards 2 --output {live}",
         "sample": f"sample --device {device} --prior {prior} --output {out}/samples.safetensors",
         "evaluate": f"evaluate {model} {documents} {stores} --prior {prior} --train {store} --nfes 4 --solvers ab2 "
         f"--text.limit 8 --baseline sae --sae.activations 4096 --output {out}/evaluate",

@@ -26,7 +26,7 @@ from latentprior.lm.loading import load_llm
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.scaling.plan import plan
-from latentprior.training.loop import State, train
+from latentprior.training.loop import State, TrainingLoop
 from latentprior.utils.devices import fast_dtype, resolve_device
 
 
@@ -82,21 +82,17 @@ def trained(
         moments.median_norm[:] = x.float().norm(dim=1).median()
     meter, warm = Meter(device), max(1, steps // 10)
     state = State.start(Denoiser(config).to(device), recipe)
-
-    def after_step(state: State, _: dict[str, Any]) -> None:
-        if state.step == warm:
-            meter.restart()
-
-    train(
+    loop = TrainingLoop(
         state,
         Normalizer.from_moments(moments).to(device),
-        batches,
         recipe,
-        steps=steps,
+        steps,
         precision=fast_dtype(device),
         micro_batch=micro_batch,
-        after_step=after_step,
     )
+    for _ in loop.over(batches):
+        if state.step == warm:
+            meter.restart()
     return meter.seconds() / ((steps - warm) * recipe.batch_size), meter.bytes()
 
 

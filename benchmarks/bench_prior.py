@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from latentprior.config import PRESETS, EvaluateConfig, LLMConfig, RecordConfig, TextConfig, TrainConfig
+from latentprior.config import PRESETS, EvaluateConfig, LLMConfig, RecordConfig, StreamConfig, TextConfig, TrainConfig
 from latentprior.data import text as texts
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.record import record
@@ -50,10 +50,10 @@ def measure(
     blocks: int = 3,
     preset: str = "quick",
     recipe: dict[str, Any] | None = None,
-    buffer: str = TrainConfig.buffer,
-    statistics: int = TrainConfig.statistics,
-    lanes: int | None = None,
-    batch_tokens: int = TrainConfig.batch_tokens,
+    buffer: str = StreamConfig.buffer,
+    statistics: int = StreamConfig.statistics,
+    document_shards: int | None = None,
+    batch_tokens: int = StreamConfig.batch_tokens,
     max_length: int = 128,
     samples: int = 6000,
     documents: int = 256,
@@ -79,12 +79,12 @@ def measure(
 
     heldout = store("heldout", TextConfig(text, part="heldout"), 3 * samples)
     data: dict[str, Any] = {"llm": model, "text": TextConfig(text), "layers": [layer], "buffer": buffer, **tokens}
-    data |= {"source": "llm", "statistics": statistics, "lanes": lanes}
+    data |= {"source": "llm", "statistics": statistics, "document_shards": document_shards}
     if source == "store":
         data = {"store": store("activations", TextConfig(text), None), "heldout": heldout}
     options: dict[str, Any] = {"activations": activations, "blocks": blocks, "preset": preset, "recipe": recipe or {}}
     prior = folder / "prior"
-    fit(TrainConfig(output=str(prior), device=device, **options, **data))
+    fit(TrainConfig.of(output=str(prior), device=device, **options, **data))
     trained = json.loads((prior / "train.json").read_text(encoding="utf-8"))
     place = resolve_device(device)
     glp = GLP.from_pretrained(prior, device=place, dtype=fast_dtype(place))
@@ -181,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--blocks", type=int, default=3, help="blocks of the prior (default: %(default)s)")
     add("--preset", default="quick", choices=PRESETS, help="recipe (default: %(default)s)")
     add("--recipe", type=json.loads, default={}, metavar="JSON", help="changes to the preset")
-    add("--buffer", default=TrainConfig.buffer, help="size of the mixing buffer (default: %(default)s)")
-    add("--batch-tokens", type=int, default=TrainConfig.batch_tokens, help="of the model (default: %(default)s)")
+    add("--buffer", default=StreamConfig.buffer, help="size of the mixing buffer (default: %(default)s)")
+    add("--batch-tokens", type=int, default=StreamConfig.batch_tokens, help="of the model (default: %(default)s)")
     add("--samples", type=int, default=6000, help="of the Fréchet distance (default: %(default)s)")
     add("--documents", type=int, default=256, help="of the delta LM loss (default: %(default)s)")
     add("--device", default="auto", help="torch device (default: %(default)s)")

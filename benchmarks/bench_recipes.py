@@ -91,7 +91,7 @@ SAMPLES = 8192  # of the Fréchet distance, 20 evaluations each
 
 
 def run_config(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
-    return TrainConfig(
+    return TrainConfig.of(
         store=options.store,
         heldout=options.heldout,
         output=str(Path(options.output) / f"{name}-{seed}"),
@@ -105,13 +105,13 @@ def run_config(name: str, seed: int, options: argparse.Namespace) -> TrainConfig
 
 def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:
     """Train as `config` says, or read what an earlier call found: loss by activations and FLOPs, seconds, distance."""
-    path = Path(config.output) / "recipe.json"
-    wanted = json.loads(json.dumps(to_dict(config)))
+    path = Path(config.run.output) / "recipe.json"
+    wanted = json.loads(json.dumps(config.without_groups()))
     if path.is_file() and (found := json.loads(path.read_text()))["config"] == wanted:
         return found
     glp = fit(config)  # continues, or refuses a folder with another run
-    recipe, log = config.resolved_recipe(), read_log(Path(config.output) / "log.jsonl")
-    flops = flops_per_activation(glp.denoiser.config, recipe, config.seed)
+    recipe, log = config.resolved_recipe(), read_log(Path(config.run.output) / "log.jsonl")
+    flops = flops_per_activation(glp.denoiser.config, recipe, config.run.seed)
     curve = [
         {"activations": line["activations"], "flops": flops * line["activations"], "heldout_loss": line["heldout_loss"]}
         for line in log

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from latentprior.config import LLMConfig, TextConfig, TrainConfig
+from latentprior.config import LLMConfig, StreamConfig, TextConfig, TrainConfig
 from latentprior.training.fit import fit
 from latentprior.utils.devices import resolve_device
 
@@ -31,16 +31,16 @@ def measure(
     layer: int = 15,
     blocks: int = 3,
     batch: int = 1024,
-    buffer: str = TrainConfig.buffer,
-    batch_tokens: int = TrainConfig.batch_tokens,
+    buffer: str = StreamConfig.buffer,
+    batch_tokens: int = StreamConfig.batch_tokens,
     max_length: int = 128,
-    statistics: int = TrainConfig.statistics,
-    lanes: int | None = None,
+    statistics: int = StreamConfig.statistics,
+    document_shards: int | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Seconds in each part, the buffer's share of their sum, and activations per second of that sum."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
+        config = TrainConfig.of(
             source="llm",
             llm=LLMConfig(llm),
             text=TextConfig(text),
@@ -52,7 +52,7 @@ def measure(
             batch_tokens=batch_tokens,
             max_length=max_length,
             statistics=statistics,
-            lanes=lanes,
+            document_shards=document_shards,
             output=folder,
             device=device,
         )
@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=15, help="block to model (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of the prior (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1024, help="activations of a step (default: %(default)s)")
-    parser.add_argument("--buffer", default=TrainConfig.buffer, help="size of the buffer (default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=TrainConfig.batch_tokens, help="(default: %(default)s)")
+    parser.add_argument("--buffer", default=StreamConfig.buffer, help="size of the buffer (default: %(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=StreamConfig.batch_tokens, help="(default: %(default)s)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a document (default: %(default)s)")
-    parser.add_argument("--statistics", type=int, default=TrainConfig.statistics, help="(default: %(default)s)")
-    parser.add_argument("--lanes", type=int, help="as of train")
+    parser.add_argument("--statistics", type=int, default=StreamConfig.statistics, help="(default: %(default)s)")
+    parser.add_argument("--document-shards", type=int, help="as of train")
     parser.add_argument("--device", default="auto", help="torch device (default: %(default)s)")
     print(json.dumps(measure(**vars(parser.parse_args()))))
 

@@ -33,15 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentprior.config import PRESETS, DenoiserConfig, Recipe
-from latentprior.data.partition import Batch, Deal
+from latentprior.data.partition import Batch, BatchPartition
 from latentprior.prior import flow
 from latentprior.prior.cost import parameters, training_flops_per_activation
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.training.fit import CPU_MICRO_BATCH
-from latentprior.training.loop import State, backward, train
-from latentprior.training.noise import Draws
-from latentprior.training.parallel import placed
+from latentprior.training.loop import State, TrainingLoop
+from latentprior.training.loss import backward
+from latentprior.training.noise import NoiseSamples
+from latentprior.training.parallel import CPU_MICRO_BATCH, parallelize
 from latentprior.utils.chips import matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.distributed import World
@@ -132,9 +132,9 @@ class Task:
     def device(self) -> torch.device:
         return self.x.device
 
-    def draws(self, recipe: Recipe) -> Draws:
+    def samples(self, recipe: Recipe) -> NoiseSamples:
         """Noise and times of the first step."""
-        return Draws.of(0, 0, Deal(len(self.x)), self.config.d_input, recipe, self.device)
+        return NoiseSamples.draw(0, 0, BatchPartition(len(self.x)), self.config.d_input, recipe, self.device)
 
     def denoiser(self) -> Denoiser:
         """The initial weights, the same at every call."""
@@ -152,7 +152,7 @@ class Contender(NamedTuple):
     flops: float
     """For each activation, as executed."""
     loss: float
-    """Of the initial weights, on the first step's draws."""
+    """Of the initial weights, on the first step's samples."""
 
 
 def random_task(
@@ -186,10 +186,10 @@ def plain_contender(task: Task, precision: torch.dtype, rows: int) -> Contender:
         optimizer.step()
         loss.item()
 
-    draws, total = task.draws(task.recipe), 0.0
+    samples, total = task.samples(task.recipe), 0.0
     for part in torch.arange(len(task.x)).split(rows):
         with torch.no_grad(), autocast():
-            t, noise = draws.t[part].to(task.device), draws.noise[part]
+            t, noise = samples.t[part].to(task.device), samples.noise[part]
             total += len(part) * float(plain_loss(denoiser, task.x[part], mean, std, t, noise))
     flops = training_flops_per_activation(task.config, distinct_times=1.0)
     return Contender(step, rows, flops, total / len(task.x))
@@ -199,21 +199,25 @@ def our_contender(
     task: Task, recipe: Recipe, *, steps: int, micro_batch: int | None, compiled: bool, float8: bool
 ) -> Contender:
     """`steps` steps of `latentprior.training.loop`."""
-    deal, denoiser = Deal(len(task.x)), task.denoiser()
-    model = placed(denoiser, World(), precision=task.precision, compiled=compiled, float8=float8)
+    partition, denoiser = BatchPartition(len(task.x)), task.denoiser()
+    model = parallelize(denoiser, World(), precision=task.precision, compiled=compiled, float8=float8)
     state, options = State.start(denoiser, recipe, model), {"precision": task.precision, "micro_batch": micro_batch}
 
     def run() -> None:
-        train(state, task.normalizer, repeat(Batch(task.x)), recipe, steps=state.step + steps, **options)
+        loop = TrainingLoop(state, task.normalizer, recipe, state.step + steps, **options)
+        for _ in loop.over(repeat(Batch(task.x))):
+            pass
 
-    draws = task.draws(recipe)
-    loss = backward(model, task.normalizer, Batch(task.x), [draws], deal.rows, deal=deal, **options)
+    samples = task.samples(recipe)
+    loss = backward(model, task.normalizer, Batch(task.x), [samples], partition.rows, partition=partition, **options)
     for optimizer in state.optimizers:
         optimizer.zero_grad()
-    parts = (slice(i, i + (micro_batch or deal.rows)) for i in range(0, deal.rows, micro_batch or deal.rows))
-    distinct = sum(len(draws.select(part).times()[0]) for part in parts) / deal.rows
+    parts = (
+        slice(i, i + (micro_batch or partition.rows)) for i in range(0, partition.rows, micro_batch or partition.rows)
+    )
+    distinct = sum(len(samples.select(part).times()[0]) for part in parts) / partition.rows
     flops = training_flops_per_activation(task.config, distinct_times=distinct)
-    return Contender(run, steps * deal.rows, flops, float(loss))
+    return Contender(run, steps * partition.rows, flops, float(loss))
 
 
 def host_waits(run: Call) -> int:

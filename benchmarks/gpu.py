@@ -138,7 +138,7 @@ def steering_sizes(dry: bool) -> dict[str, Any]:
 
 def stream_sizes(dry: bool) -> dict[str, Any]:
     if dry:
-        tokens = {"batch_tokens": 512, "max_length": 32, "statistics": 512, "lanes": 2}
+        tokens = {"batch_tokens": 512, "max_length": 32, "statistics": 512, "document_shards": 2}
         return {"activations": 512, "batch": 128, "buffer": "256", "blocks": 1} | tokens
     return {"activations": 4_000_000, "batch": 4096, "buffer": "524288", "batch_tokens": 16384}
 
@@ -146,7 +146,7 @@ def stream_sizes(dry: bool) -> dict[str, Any]:
 def prior_sizes(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     named = {"work": str(work), "preset": options.preset, "recipe": options.recipe, "source": options.prior or "live"}
     if options.dry_run:
-        tokens = {"batch_tokens": 512, "max_length": 32, "statistics": 512, "lanes": 2}
+        tokens = {"batch_tokens": 512, "max_length": 32, "statistics": 512, "document_shards": 2}
         sizes = {"activations": 256, "buffer": "256", "blocks": 1, "samples": 32, "documents": 2}
         return named | tokens | sizes | {"recipe": {"batch_size": 128}}
     return named | {"activations": options.activations, "buffer": "524288", "batch_tokens": 16384}

@@ -14,7 +14,6 @@ own_warnings.install()  # before anything takes `warnings.warn` for its own
 # Before the package's first import, so that every test checks types and shapes.
 jaxtyping.install_import_hook("latentprior", "beartype.beartype")
 
-import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import importlib.metadata  # noqa: E402
 import importlib.util  # noqa: E402
@@ -318,11 +317,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def on_store(config, **changes):
     """A `TrainConfig` of a live run as one on a store, without what means nothing for a store."""
-    from latentprior.config import TrainConfig
+    from latentprior.config import StreamConfig
 
-    of_a_stream = ("source", "llm", "text", "layers", "side", "batch_tokens", "buffer", "statistics")
-    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in of_a_stream}
-    return TrainConfig(**kept | changes)
+    shards = config.stream.document_shards
+    return config.changed(source="store", layers=[], stream=StreamConfig(), **{"document_shards": shards, **changes})
 
 
 def build_glp(

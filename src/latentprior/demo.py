@@ -88,7 +88,7 @@ class _Parts:
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a part, from its file if there is one."""
-        path, settings = self.folder / f"{name}.json", settings_of(self.config)
+        path, settings = self.folder / f"{name}.json", settings_of(self.config) | {"llm": to_dict(self.config.llm)}
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["settings"] != settings:
@@ -124,7 +124,7 @@ class _Parts:
         return record_from(*self.llm, config, report=self.phase(title))
 
     def train(self) -> dict[str, Any]:
-        config = TrainConfig(
+        config = TrainConfig.of(
             store=self.path("activations"),
             heldout=self.path("heldout"),
             output=self.path("prior"),

@@ -18,7 +18,6 @@ from latentprior.cli.commands import main
 from latentprior.cli.help import EXAMPLES
 from latentprior.cli.parser import parse
 from latentprior.config import RecordConfig, SteerConfig, SweepConfig, TextSource, TrainConfig
-from latentprior.config.base import dashed
 from latentprior.config.options import build, options_of
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +71,8 @@ def test_help_fits_two_screens_and_names_every_option(command, capsys):
     lines = text.splitlines()
     assert len(lines) <= 100 and all(len(line) <= 100 for line in lines), lines
     assert f"  latentprior {command} --" in text and cli.COMMANDS[command].about[:30] in text
-    for name in options_of(cli.COMMANDS[command].config):
-        assert dashed(name) in text or dashed(name.rpartition(".")[2])[2:] in text
+    for option in options_of(cli.COMMANDS[command].config).values():
+        assert option.written in text or option.written.rpartition(".")[2].lstrip("-") in text
     for noise in ("Literal", "type:", "CONFIG", "typing", "+  "):
         assert noise not in text
 
@@ -81,8 +80,8 @@ def test_help_fits_two_screens_and_names_every_option(command, capsys):
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_whole_help_explains_every_option(command, capsys):
     text = " ".join(shown(capsys, command, "--help-all").split())
-    for name, option in options_of(cli.COMMANDS[command].config).items():
-        assert f" {dashed(name)} " in text and option.doc in text
+    for option in options_of(cli.COMMANDS[command].config).values():
+        assert f" {option.written} " in text and option.doc in text
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -115,9 +114,9 @@ def test_the_help_of_the_program_names_its_commands(capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_what_must_be_given_is_named(command, capsys):
-    for name, option in options_of(cli.COMMANDS[command].config).items():
+    for option in options_of(cli.COMMANDS[command].config).values():
         if option.default is dataclasses.MISSING:
-            assert f"{dashed(name)} must be given: {option.doc}" in failure(capsys, command)
+            assert f"{option.written} must be given: {option.doc}" in failure(capsys, command)
             break
 
 
@@ -129,7 +128,7 @@ def test_what_must_be_given_is_named(command, capsys):
         (["record", "--llm.dtype", "float61"], "(valid: auto, float32, bfloat16)"),
         (["record", "--output", "x", "--max-length", "0"], "RecordConfig.max_length must be positive"),
         (["train", "--recipe", '{"learning_rat": 1}'], "did you mean 'recipe.learning_rate'"),
-        (["train", "--store", "nowhere"], "nowhere"),
+        (["train", "--output", "x", "--store", "nowhere"], "nowhere"),
         (["record", "--output", "x", "--text.dataset", "nofile.jsonl"], "no such file or folder: 'nofile.jsonl'"),
         (["record", "--output", "x", "--llm.model", "../no model"], "no such model"),
         (["convert", "--output", "x"], "--source must be given"),
@@ -155,8 +154,8 @@ def test_mistakes_take_one_line(arguments, expected, capsys, tmp_path, monkeypat
     ],
 )
 def test_counts_can_be_abbreviated(given, count):
-    assert parse(["--activations", given], TrainConfig).given == {"activations": count}
-    assert parse([f"--micro-batch={given}"], TrainConfig).given == {"micro_batch": count}
+    assert parse(["--activations", given], TrainConfig).given == {"run.activations": count}
+    assert parse([f"--micro-batch={given}"], TrainConfig).given == {"run.micro_batch": count}
     assert parse(["--budgets", f"64k,{given}"], SweepConfig).given == {"budgets": [64000, count]}
     assert parse(["--text.limit", given], RecordConfig).given == {"text.limit": count}
     assert parse(["--preset", given], SweepConfig).given == {"preset": given}  # no count
@@ -171,10 +170,10 @@ def test_a_count_that_is_none_is_one_line(capsys, tmp_path):
 
 def test_an_option_without_a_meaning_is_one_line(capsys):
     assert "--store means nothing with --from llm: leave it out" in failure(
-        capsys, "train", "--from", "llm", "--store", "S"
+        capsys, "train", "--from", "llm", "--store", "S", "--output", "O"
     )
     assert "--text.limit means nothing for a store (it belongs to --from llm): leave it out" in failure(
-        capsys, "train", "--store", "S", "--text.limit", "3"
+        capsys, "train", "--store", "S", "--text.limit", "3", "--output", "O"
     )
 
 
@@ -222,7 +221,7 @@ def test_a_site_or_store_of_units_that_is_a_file_is_said_first(capsys, tmp_path)
         (["record", "--text.mix", '[{"datset": "x"}]'], "text.mix: unknown key 'datset'; did you mean 'dataset'?"),
         (["train", "--recipe", '{"batch_size": "many"}'], "recipe.batch_size must be a whole number"),
         (["train", "--recipe.betas", "0.9"], "recipe.betas must be 2 numbers, got '0.9'"),
-        (["steer", "--model", "x"], "--model may be --judge.model or --llm.model: say which"),
+        (["steer", "--model", "x"], "model may be judge.model or llm.model: say which"),
     ],
 )
 def test_no_option_is_half_accepted(arguments, expected, capsys, tmp_path, monkeypatch):
@@ -313,8 +312,9 @@ def test_the_old_place_of_the_device_names_the_new_one(capsys, tmp_path):
 
 def test_every_command_that_computes_takes_its_device_from_one_place():
     for name, command in cli.COMMANDS.items():
-        devices = [option for option in options_of(command.config) if "device" in option.split(".")]
-        assert devices == ([] if name == "convert" else ["device"])
+        written = [option.written for option in options_of(command.config).values()]
+        devices = [option for option in written if option.endswith(("-device", ".device")) and "buffer" not in option]
+        assert devices == ([] if name == "convert" else ["--device"])
 
 
 def test_yaml_cannot_run_code(capsys, tmp_path):
@@ -354,7 +354,7 @@ def test_lists_and_numbers_are_read_as_they_are_written():
     assert steer.given == {"strengths": [-0.5, 1e-3], "directions": ["5", "7"], "methods": []}
     recipe = parse(["--recipe.learning_rate", "4e-3", "--recipe", '{"betas": [0.9, 0.95], "ema": null}'], TrainConfig)
     assert recipe.given == {"recipe.learning_rate": 4e-3, "recipe.betas": (0.9, 0.95), "recipe.ema": None}
-    train = build(TrainConfig, recipe.given)
+    train = build(TrainConfig, {"run.output": "o", "store.path": "s"} | recipe.given)
     assert train.recipe == {"learning_rate": 4e-3, "betas": (0.9, 0.95), "ema": None}
     assert train.resolved_recipe().learning_rate == 4e-3
 

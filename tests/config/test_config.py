@@ -44,7 +44,9 @@ REQUIRED = {
     "SampleConfig": {"prior": "a", "output": "b"},
     "SteerConfig": {"priors": ["a"], "output": "b"},
     "SweepConfig": {"store": "a", "heldout": "b", "output": "c"},
+    "RunOptions": {"output": "a"},
     "TextSource": {"dataset": "a.txt"},
+    "TrainConfig": {"run": {"output": "a"}, "store": {"path": "b"}},
 }
 
 
@@ -71,8 +73,7 @@ def test_frozen_and_every_field_documented(cls: type):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_defaults_round_trip(cls: type):
     required = REQUIRED.get(cls.__name__, {})
-    default = cls(**required)
-    assert from_dict(cls, required) == default
+    default = from_dict(cls, required)
     values = to_dict(default)
     json.dumps(values)
     assert from_dict(cls, values) == default
@@ -99,7 +100,7 @@ def test_unknown_keys_are_named_with_the_nearest():
 
 def test_the_old_place_of_the_device_names_the_new_one():
     with pytest.raises(InputError, match="^llm.device has become device: --device says where all of a command comp"):
-        from_dict(RecordConfig, {"llm": {"device": "cpu"}})
+        from_dict(RecordConfig, {"output": "a", "llm": {"device": "cpu"}})
 
 
 def test_a_free_dictionary_stays_one():
@@ -110,6 +111,10 @@ def test_a_free_dictionary_stays_one():
     assert from_dict(Own, {"values": {"a": 1}}) == Own({"a": 1})
 
 
+def train(**options) -> TrainConfig:
+    return TrainConfig.of(**{"output": "a"} | ({} if options.get("source") == "llm" else {"store": "b"}) | options)
+
+
 def test_the_official_recipe_is_the_papers():
     recipe = PRESETS["official"]
     assert (recipe.batch_size, recipe.learning_rate, recipe.clip) == (4096, 5e-5, 1.0)
@@ -118,15 +123,15 @@ def test_the_official_recipe_is_the_papers():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_changed_by_recipe_keys(preset):
-    assert TrainConfig(preset=preset).resolved_recipe() == PRESETS[preset]
-    changed = TrainConfig(preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
+    assert train(preset=preset).resolved_recipe() == PRESETS[preset]
+    changed = train(preset=preset, recipe={"learning_rate": 1e-3}).resolved_recipe()
     assert changed == dataclasses.replace(PRESETS[preset], learning_rate=1e-3)
 
 
 def test_shape_of_the_denoiser():
-    assert TrainConfig(blocks=6).denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
-    assert TrainConfig(d_model=10).denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
-    assert TrainConfig(d_mlp=12).denoiser(4) == DenoiserConfig(4, 8, 12, 3)
+    assert train(blocks=6).prior.denoiser(4096) == DenoiserConfig(4096, 8192, 16384, 6)
+    assert train(d_model=10).prior.denoiser(4, 8) == DenoiserConfig(4, 10, 20, 3, 8)
+    assert train(d_mlp=12).prior.denoiser(4) == DenoiserConfig(4, 8, 12, 3)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_shape_of_the_denoiser():
         (TextConfig, {"heldout": 1.5}, r"TextConfig.heldout must lie in \[0, 1\], got 1.5"),
         (TextConfig, {"documents": "lines"}, "unknown TextConfig.documents 'lines'; did you mean 'line'"),
         (RecordConfig, {"long_documents": "split"}, "unknown RecordConfig.long_documents 'split'"),
-        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown TrainConfig.long_documents 'split'"),
+        (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown StreamConfig.long_documents 'split'"),
         (TextConfig, {"limit": 0}, "TextConfig.limit must be positive"),
         (RecordConfig, {"side": "outputs"}, "did you mean 'output'"),
         (RecordConfig, {"layers": []}, "RecordConfig.layers is empty"),
@@ -153,9 +158,9 @@ def test_shape_of_the_denoiser():
         (Recipe, {"logit_mean": float("inf")}, "Recipe.logit_mean must be finite"),
         (Recipe, {"schedule": "constant", "warmup": 0.5, "cooldown": 0.6}, "more than the whole run"),
         (TrainConfig, {"preset": "offical"}, "unknown TrainConfig.preset 'offical'; did you mean 'official'"),
-        (TrainConfig, {"recipe": {"lr": 1}}, "unknown recipe key 'lr'"),
+        (TrainConfig, {"recipe": {"lr": 1}}, "unknown Recipe key 'lr'"),
         (TrainConfig, {"recipe": {"clip": 0.0}}, "Recipe.clip must be positive"),
-        (TrainConfig, {"blocks": 0}, "TrainConfig.blocks must be positive"),
+        (TrainConfig, {"blocks": 0}, "PriorOptions.blocks must be positive"),
         (EvaluateConfig, {"solvers": ["euler", "rk4"]}, "unknown EvaluateConfig.solvers 'rk4'"),
         (EvaluateConfig, {"nfes": [0]}, "EvaluateConfig.nfes must be positive"),
         (RepairConfig, {"t_start": 1.5}, "RepairConfig.t_start must lie in"),
@@ -205,14 +210,14 @@ def test_bad_denoisers_are_refused(change):
 @pytest.mark.parametrize(
     ("make", "option"),
     [
-        (lambda: TrainConfig(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
-        (lambda: TrainConfig(buffer="2GB"), "--buffer means nothing for a store"),
-        (lambda: TrainConfig(record_to="x"), "--record-to means nothing for a store"),
-        (lambda: TrainConfig(statistics=7), "--statistics means nothing for a store without --follow"),
-        (lambda: TrainConfig(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
-        (lambda: TrainConfig(source="llm", store="x"), "--store means nothing with --from llm"),
-        (lambda: TrainConfig(source="llm", follow=True), "--follow means nothing with --from llm"),
-        (lambda: TrainConfig(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
+        (lambda: train(llm=LLMConfig(dtype="float32")), "--llm.dtype means nothing for a store"),
+        (lambda: train(buffer="2GB"), "--buffer means nothing for a store"),
+        (lambda: train(record_to="x"), "--record-to means nothing for a store"),
+        (lambda: train(statistics=7), "--statistics means nothing for a store without --follow"),
+        (lambda: train(wait_seconds=7.0), "--wait-seconds means nothing for a store without --follow"),
+        (lambda: train(source="llm", store="x"), "--store means nothing with --from llm"),
+        (lambda: train(source="llm", follow=True), "--follow means nothing with --from llm"),
+        (lambda: train(source="llm", disk_budget="9GB"), "--disk-budget means nothing without --record-to"),
         (lambda: RecordConfig("a", wait_seconds=7.0), "--wait-seconds means nothing without --wait"),
         (lambda: RecordConfig("a", positions_per_document=2), "--positions-per-document means nothing unless"),
         (lambda: EvaluateConfig("a", "b", "c", sae=SAEConfig(k=3)), "--sae.k means nothing without --baseline sae"),
@@ -224,9 +229,9 @@ def test_an_option_without_a_meaning_is_refused(make, option):
 
 
 def test_an_option_at_its_default_or_with_a_meaning_is_taken():
-    assert TrainConfig(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
-    assert TrainConfig(source="llm").layers == [15] and TrainConfig().layers == []
-    assert TrainConfig(source="llm", record_to="x", disk_budget="9GB", buffer="64k", store="runs/activations").record_to
+    assert train(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
+    assert train(source="llm").layers == [15] and train().layers == []
+    assert train(source="llm", record_to="x", disk_budget="9GB", buffer="64k").stream.record_to
     assert RecordConfig(
         "a", positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0
     )

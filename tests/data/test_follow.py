@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from latentprior.data.activations import ActivationBatch
-from latentprior.data.store import backpressure as handover
+from latentprior.data.store import backpressure
 from latentprior.data.store import manifest as files
 from latentprior.data.store.follow import Follower, wait_for_rows
 from latentprior.data.store.reader import ActivationStore
@@ -162,7 +162,7 @@ def test_a_state_needs_no_shard_before_its_own(folder, expected):
     state = follower.state()
     assert state["shard"] == 2 and state["row"] > 0
     follower.release(state)
-    first = handover.read_consumed(folder)
+    first = backpressure.read_consumed(folder)
     assert first == 2
     for shard in edited["shards"][:first]:
         (folder / shard["activations"]["file"]).unlink()
@@ -197,9 +197,9 @@ def test_pauses_double_up_to_a_second(monkeypatch):
         now += seconds
         pauses.append(seconds)
 
-    monkeypatch.setattr(handover.time, "sleep", sleep)
-    monkeypatch.setattr(handover.time, "monotonic", lambda: now)
-    assert sum(1 for _ in handover.looks(4.0, 0.2)) == len(pauses) + 1
+    monkeypatch.setattr(backpressure.time, "sleep", sleep)
+    monkeypatch.setattr(backpressure.time, "monotonic", lambda: now)
+    assert sum(1 for _ in backpressure.polling(4.0, 0.2)) == len(pauses) + 1
     assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.0, 1.0, 0.6])
 
 
@@ -210,7 +210,7 @@ def test_on_wait_is_called_once_and_only_if_the_recorder_waits(tmp_path):
     with pytest.raises(InputError, match="nothing new"):
         list(follower)
     assert not called
-    with handover.waiting(tmp_path), pytest.raises(InputError, match="nothing new"):
+    with backpressure.waiting(tmp_path), pytest.raises(InputError, match="nothing new"):
         next(follower)
     assert called == [1]
 
@@ -223,7 +223,7 @@ def test_a_slow_save_is_no_time_that_nothing_came(tmp_path):
         record(tmp_path)
 
     follower = Follower(tmp_path, 12, seed=3, wait_seconds=0.05, poll=0.01, on_wait=save)
-    (tmp_path / handover.WAITING).touch()
+    (tmp_path / backpressure.WAITING).touch()
     assert sorted(x for batch, _ in follower for x in batch[:, 0].int().tolist()) == numbers()
 
 
@@ -240,15 +240,15 @@ def test_statistics_wait_for_rows_but_not_for_more_than_come(tmp_path, folder):
     record(tmp_path / "full", stop=40)
     with pytest.raises(InputError, match="nothing new"):
         wait_for_rows(tmp_path / "full", 10**6, 0.05, poll=0.01)
-    with handover.waiting(tmp_path / "full"):
+    with backpressure.waiting(tmp_path / "full"):
         assert len(wait_for_rows(tmp_path / "full", 10**6, 0.0)) == stored
 
 
 def test_a_new_follower_takes_back_what_an_older_one_released(tmp_path):
     record(tmp_path, stop=50)
-    handover.write_consumed(tmp_path, 3)
+    backpressure.write_consumed(tmp_path, 3)
     Follower(tmp_path, 12, seed=3)
-    assert handover.read_consumed(tmp_path) == 0
+    assert backpressure.read_consumed(tmp_path) == 0
 
 
 def test_a_complete_store_is_only_read(folder):
@@ -274,9 +274,9 @@ def test_what_cannot_be_followed_is_one_line(folder, options, message):
 
 
 def test_a_damaged_marker_is_named(tmp_path):
-    (tmp_path / handover.CONSUMED).write_text("[]")
+    (tmp_path / backpressure.CONSUMED).write_text("[]")
     with pytest.raises(InputError, match=r"consumed\.json is damaged"):
-        handover.read_consumed(tmp_path)
+        backpressure.read_consumed(tmp_path)
 
 
 def test_a_recorder_that_does_not_wait_can_run_away(tmp_path):
@@ -310,7 +310,7 @@ def test_each_waits_for_the_other(tmp_path, start, expected, recorder, trainer):
     assert json.loads(output.read_text())["batches"] == expected
     store = ActivationStore(folder, verify="full")
     assert store.manifest["complete"] and len(store) + store.manifest["evicted"] == len(numbers())
-    assert not handover.is_waiting(folder)
+    assert not backpressure.is_waiting(folder)
     assert options["budget"] is None or len(store.manifest["shards"]) <= 2
 
 

@@ -25,7 +25,7 @@ from latentprior.data.store.record import record
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.glp import GLP
-from latentprior.training import sources as feeds
+from latentprior.training import sources
 from latentprior.training.checkpoint import complete_states
 from latentprior.training.fit import fit
 from latentprior.training.tracking import read_log
@@ -42,7 +42,7 @@ def text(tmp_path_factory, write_texts) -> TextConfig:
 @pytest.fixture(scope="module")
 def config(text, llm_folder) -> TrainConfig:
     """A live run of 60 steps over two sources of text; its output is to be set."""
-    return TrainConfig(
+    return TrainConfig.of(
         source="llm",
         llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=text,
@@ -79,7 +79,7 @@ def log_of(folder: str) -> list[dict]:
 def whole(config, tmp_path_factory) -> str:
     """The folder of the run that is never interrupted."""
     folder = str(tmp_path_factory.mktemp("whole") / "prior")
-    fit(replace(config, output=folder))
+    fit(config.changed(output=folder))
     return folder
 
 
@@ -102,43 +102,43 @@ def test_a_live_run_leaves_a_prior_and_says_where_its_time_went(whole, config):
 def test_a_live_run_says_what_was_cut(whole, config, tmp_path):
     found = json.loads(Path(whole, "train.json").read_text())["summary"]["left_out"]
     assert found["cut_tokens"] == 0
-    short = {"max_length": 5, "long_documents": "cut", "lanes": 1, "batch_tokens": 64, "activations": 10 * 64}
-    config = replace(config, output=str(tmp_path / "prior"), **short)
+    short = {"max_length": 5, "long_documents": "cut", "document_shards": 1, "batch_tokens": 64, "activations": 10 * 64}
+    config = config.changed(output=str(tmp_path / "prior"), **short)
     fit(config)
-    found = json.loads(Path(config.output, "train.json").read_text())["summary"]["left_out"]
+    found = json.loads(Path(config.run.output, "train.json").read_text())["summary"]["left_out"]
     assert found["cut_tokens"] >= found["cut_documents"] > 100
-    assert found == GLP.from_pretrained(config.output).provenance["training"]["left_out"]
+    assert found == GLP.from_pretrained(config.run.output).provenance["training"]["left_out"]
 
 
 @pytest.mark.slow
 def test_killed_twenty_times_at_random(config, whole, run_killed, tmp_path):
     """SIGKILL at any time, also in the warm-up, a refill or a save: the weights are the same, bit for bit."""
-    config = replace(config, output=str(tmp_path / "prior"))
+    config = config.changed(output=str(tmp_path / "prior"))
     draws, kills = random.Random(0), 0
     while kills < 20:
         if run_killed(fit, config, seconds=draws.uniform(0.3, 1.6)):
-            shutil.rmtree(config.output)  # it came to its end: begin again
+            shutil.rmtree(config.run.output)  # it came to its end: begin again
         else:
             kills += 1
     fit(config)
-    assert weights(config.output) == weights(whole)
-    assert log_of(config.output) == log_of(whole)
+    assert weights(config.run.output) == weights(whole)
+    assert log_of(config.run.output) == log_of(whole)
 
 
 def test_killed_between_changes_of_the_disk(config, whole, run_killed, tmp_path):
-    config = replace(config, output=str(tmp_path / "prior"))
+    config = config.changed(output=str(tmp_path / "prior"))
     draws, steps = random.Random(1), []
     while not run_killed(fit, config, changes=draws.randint(30, 200)):
-        states = complete_states(Path(config.output) / "steps")
+        states = complete_states(Path(config.run.output) / "steps")
         steps.append(int(states[-1].name) if states else 0)
     assert len(steps) > 3 and steps == sorted(steps)
-    assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
+    assert weights(config.run.output) == weights(whole) and log_of(config.run.output) == log_of(whole)
 
 
 @pytest.mark.parametrize("step", range(4, 10))
 def test_terminated_at_any_step_of_a_buffer(config, whole, tmp_path, step):
     """The buffer holds five batches; SIGTERM comes while step `step` is reported, and one more is made."""
-    config = replace(config, output=str(tmp_path / "prior"), save_seconds=1000.0)
+    config = config.changed(output=str(tmp_path / "prior"), save_seconds=1000.0)
 
     def report(done: int, total: int | None, figures: object) -> None:
         if done == step * 64:
@@ -146,39 +146,46 @@ def test_terminated_at_any_step_of_a_buffer(config, whole, tmp_path, step):
 
     with pytest.raises(Stopped, match=f"^stopped after {step + 1} of 60 steps$"):
         fit(config, report=report)
-    assert [state.name for state in complete_states(Path(config.output) / "steps")] == [str(step + 1)]
+    assert [state.name for state in complete_states(Path(config.run.output) / "steps")] == [str(step + 1)]
     fit(config)
-    assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
+    assert weights(config.run.output) == weights(whole) and log_of(config.run.output) == log_of(whole)
 
 
 def test_the_end_of_the_text_is_the_end_of_the_run(config, tmp_path):
-    config = replace(config, output=str(tmp_path / "prior"), activations=10**6, text=replace(config.text, limit=60))
+    config = config.changed(
+        output=str(tmp_path / "prior"), activations=10**6, text=replace(config.stream.text, limit=60)
+    )
     glp = fit(config)
     training = glp.provenance["training"]
     assert training["ended"].startswith("the activations ended after") and 0 < training["activations"] < 2000
-    assert weights(config.output) and fit(config).provenance == glp.provenance  # finished: opened again
+    assert weights(config.run.output) and fit(config).provenance == glp.provenance  # finished: opened again
 
 
 def test_what_is_streamed_can_be_kept_within_a_budget(config, whole, tmp_path):
     kept = tmp_path / "kept"
-    budget = replace(config, output=str(tmp_path / "prior"), record_to=str(kept), disk_budget="40KB", buffer="64")
+    budget = config.changed(output=str(tmp_path / "prior"), record_to=str(kept), disk_budget="40KB", buffer="64")
     with pytest.raises(InputError, match="budget"):  # two shards of 65,536 rows do not fit
         fit(budget)
-    fit(replace(budget, disk_budget="40MB", buffer="320"))
+    fit(budget.changed(disk_budget="40MB", buffer="320"))
     store = ActivationStore(kept, verify="full")
-    assert len(store) >= 60 * 64 and store.manifest["complete"] and weights(budget.output) == weights(whole)
+    assert len(store) >= 60 * 64 and store.manifest["complete"] and weights(budget.run.output) == weights(whole)
 
 
 def test_stream_and_store_train_alike(config, tmp_path):
     """Equal numbers of equal activations: the held-out losses agree."""
-    store = record(RecordConfig(output=str(tmp_path / "store"), layers=[1], llm=config.llm, text=config.text))
+    store = record(
+        RecordConfig(output=str(tmp_path / "store"), layers=[1], llm=config.stream.llm, text=config.stream.text)
+    )
     heldout = record(
         RecordConfig(
-            output=str(tmp_path / "heldout"), layers=[1], llm=config.llm, text=replace(config.text, part="heldout")
+            output=str(tmp_path / "heldout"),
+            layers=[1],
+            llm=config.stream.llm,
+            text=replace(config.stream.text, part="heldout"),
         )
     )
-    config = replace(config, heldout=str(heldout.folder), heldout_activations=1000, save_seconds=1000.0)
-    live = fit(replace(config, output=str(tmp_path / "live"), statistics=10**6))
+    config = config.changed(heldout=str(heldout.folder), heldout_activations=1000, save_seconds=1000.0)
+    live = fit(config.changed(output=str(tmp_path / "live"), statistics=10**6))
     stored = fit(on_store(config, output=str(tmp_path / "stored"), store=str(store.folder)))
     losses = [glp.provenance["training"]["heldout_loss"] for glp in (live, stored)]
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
@@ -193,7 +200,7 @@ def test_trains_while_another_process_records(config, text, run_ranks, tmp_path)
     settings = RecordConfig(
         output=str(tmp_path / "store"),
         layers=[1],
-        llm=config.llm,
+        llm=config.stream.llm,
         text=text,
         batch_tokens=256,
         shard_rows=600,
@@ -205,7 +212,7 @@ def test_trains_while_another_process_records(config, text, run_ranks, tmp_path)
     trainer = on_store(config, **options, output=str(tmp_path / "prior"), activations=10**6, save_seconds=1000.0)
     assert run_ranks(2, record_or_train, settings, trainer) == [0, 0]
     store = ActivationStore(settings.output)
-    training = GLP.from_pretrained(trainer.output).provenance["training"]
+    training = GLP.from_pretrained(trainer.run.output).provenance["training"]
     assert training["activations"] == len(store) + store.manifest["evicted"] and store.manifest["evicted"] > 0
     assert training["ended"].startswith("the activations ended")
 
@@ -223,19 +230,22 @@ def record_or_train(settings: RecordConfig, trainer: TrainConfig) -> None:
 def test_bad_input_is_one_line_before_anything_is_computed(config, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    file = config.text.mix[0].dataset
+    file = config.stream.text.mix[0].dataset
     for change, message in [
         ({"layers": [9]}, "layer"),
         ({"buffer": "63"}, "^a buffer of 63 activations does not hold a batch of 64"),
         ({"buffer": "900TB"}, "is larger than the memory of cpu"),
         ({"text": TextConfig(dataset=str(empty))}, "no documents"),
         ({"text": TextConfig(dataset=file, column="body")}, "unknown column .*'body'"),
-        ({"lanes": 65}, "^lanes must lie between the number of processes, 1, and the batch size, 64; got 65$"),
+        (
+            {"document_shards": 65},
+            "^document_shards .* 65$",
+        ),
         ({"float8": True}, "^float8 needs"),
         ({"llm": LLMConfig(model=str(tmp_path / "none"))}, "no such model"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
-            fit(replace(config, output=str(tmp_path / "prior"), **change))
+            fit(config.changed(output=str(tmp_path / "prior"), **change))
         assert "\n" not in str(caught.value), change
         assert not Path(tmp_path, "prior").exists(), change
 
@@ -244,10 +254,10 @@ def test_bad_input_is_one_line_before_anything_is_computed(config, tmp_path):
 
 
 def test_a_second_start_is_refused_and_continues_once_the_first_is_killed(config, whole, run_killed, tmp_path):
-    config = replace(config, output=str(tmp_path / "prior"))
+    config = config.changed(output=str(tmp_path / "prior"))
     first = multiprocessing.get_context("forkserver").Process(target=slow_fit, args=(config,))
     first.start()
-    while not complete_states(Path(config.output) / "steps"):
+    while not complete_states(Path(config.run.output) / "steps"):
         assert first.is_alive()
         time.sleep(0.02)
     with pytest.raises(InputError, match=f"prior is in use by process {first.pid}: "):
@@ -255,7 +265,7 @@ def test_a_second_start_is_refused_and_continues_once_the_first_is_killed(config
     first.kill()
     first.join()
     fit(config)
-    assert weights(config.output) == weights(whole) and log_of(config.output) == log_of(whole)
+    assert weights(config.run.output) == weights(whole) and log_of(config.run.output) == log_of(whole)
 
 
 def slow_fit(config: TrainConfig) -> None:
@@ -263,15 +273,15 @@ def slow_fit(config: TrainConfig) -> None:
 
 
 def test_a_finished_run_loads_no_language_model(config, whole, monkeypatch):
-    monkeypatch.setattr(feeds, "load_llm", lambda *_: pytest.fail("a model was loaded"))
-    assert torch.equal(fit(replace(config, output=whole)).normalizer.mean, GLP.from_pretrained(whole).normalizer.mean)
+    monkeypatch.setattr(sources, "load_llm", lambda *_: pytest.fail("a model was loaded"))
+    assert torch.equal(fit(config.changed(output=whole)).normalizer.mean, GLP.from_pretrained(whole).normalizer.mean)
     for change, name in [
         ({"seed": 1}, "seed 0, not 1"),
-        ({"text": replace(config.text, heldout=0.2)}, "source_of_rows"),
+        ({"text": replace(config.stream.text, heldout=0.2)}, "source_of_rows"),
         ({"layers": [2]}, "source_of_rows"),
     ]:
         with pytest.raises(InputError, match=f"holds a finished run with {name}"):
-            fit(replace(config, output=whole, **change))
+            fit(config.changed(output=whole, **change))
 
 
 def follow(store: str, output: str, **options) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""Lanes: every document once, in one order whoever reads it, and from any position on."""
+"""Document shards: every document once, in one order whoever reads it, and from any position on."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from hypothesis import strategies as st
 
 from latentprior.config import TextConfig
 from latentprior.data.activations import ActivationBatch
-from latentprior.data.partition import Deal, lanes_for
-from latentprior.data.stream.sharding import SNAPSHOT, WINDOW, Cursor, Dealer, Lane
+from latentprior.data.partition import BatchPartition, shards_for
+from latentprior.data.stream.sharding import SNAPSHOT, WINDOW, Cursor, DocumentShard, DocumentSharder
 from latentprior.data.text import documents
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
-# --- Dealing rows
+# --- Dividing a batch
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 60))
-def test_every_place_of_a_batch_belongs_to_one_process(lanes, size, per_process):
+def test_every_place_of_a_batch_belongs_to_one_process(shards, size, per_process):
     batch = per_process * size
-    if not size <= lanes <= batch:
-        with pytest.raises(InputError, match="lanes must lie between"):
-            Deal(batch, lanes, World(0, size))
+    if not size <= shards <= batch:
+        with pytest.raises(InputError, match="document_shards"):
+            BatchPartition(batch, shards, World(0, size))
         return
-    deals = [Deal(batch, lanes, World(rank, size)) for rank in range(size)]
-    places = torch.cat([deal.positions() for deal in deals])
+    partitions = [BatchPartition(batch, shards, World(rank, size)) for rank in range(size)]
+    places = torch.cat([partition.positions() for partition in partitions])
     assert places.sort().values.tolist() == list(range(batch))
-    assert [len(deal.positions()) for deal in deals] == [deal.rows for deal in deals]
-    assert max(deal.rows for deal in deals) == deals[0].most_rows
-    quotas = [deals[0].quota(lane) for lane in range(lanes)]
+    assert [len(partition.positions()) for partition in partitions] == [partition.rows for partition in partitions]
+    assert max(partition.rows for partition in partitions) == partitions[0].most_rows
+    quotas = [partitions[0].quota(shard) for shard in range(shards)]
     assert sum(quotas) == batch and max(quotas) - min(quotas) <= 1
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(InputError, match="^a batch of 1024 cannot be dealt evenly over 3 processes$"):
-        Deal(1024, 24, World(0, 3))
+    with pytest.raises(InputError, match="^a batch of 1024 cannot be divided evenly over 3 processes$"):
+        BatchPartition(1024, 24, World(0, 3))
 
 
-@pytest.mark.parametrize(("batch", "size", "lanes"), [(1024, 1, 24), (1024, 3, 24), (4096, 25, 48), (16, 2, 16)])
-def test_default_lanes(batch, size, lanes):
-    assert lanes_for(batch, size) == lanes
+@pytest.mark.parametrize(("batch", "size", "shards"), [(1024, 1, 24), (1024, 3, 24), (4096, 25, 48), (16, 2, 16)])
+def test_default_shards(batch, size, shards):
+    assert shards_for(batch, size) == shards
 
 
-# --- Dealing documents
+# --- Spreading documents
 
 
 @pytest.fixture
@@ -59,53 +59,53 @@ def text(tmp_path: Path) -> TextConfig:
     return TextConfig(dataset=str(path), part="all")
 
 
-def taken(dealer: Dealer, lane: int, size: int = 100) -> list[str]:
+def taken(sharder: DocumentSharder, shard: int, size: int = 100) -> list[str]:
     found: list[str] = []
-    while some := dealer.take(lane, size):
+    while some := sharder.take(shard, size):
         found += [document.text for document in some]
     return found
 
 
 @pytest.fixture
-def dealt(text) -> list[list[str]]:
-    """What each of five lanes gets."""
-    return [taken(Dealer(text, 5, {lane: Cursor()}), lane) for lane in range(5)]
+def spread(text) -> list[list[str]]:
+    """What each of five shards gets."""
+    return [taken(DocumentSharder(text, 5, {shard: Cursor()}), shard) for shard in range(5)]
 
 
-def test_every_document_goes_to_one_lane_in_order(text, dealt):
+def test_every_document_goes_to_one_shard_in_order(text, spread):
     place = {document.text: i for i, document in enumerate(documents(text))}
-    turns = [[place[document] // 5 for document in lane] for lane in dealt]
-    assert all(turn == list(range(len(turn))) for turn in turns)  # one of every five documents
-    assert sorted(place[document] for lane in dealt for document in lane) == list(range(len(place)))
-    positions = [place[document] % 5 for document in dealt[0]]
+    rounds = [[place[document] // 5 for document in shard] for shard in spread]
+    assert all(one == list(range(len(one))) for one in rounds)  # one of every five documents
+    assert sorted(place[document] for shard in spread for document in shard) == list(range(len(place)))
+    positions = [place[document] % 5 for document in spread[0]]
     assert all(150 < positions.count(i) * 1000 / len(positions) < 250 for i in range(5))  # whatever the text's period
-    several = Dealer(text, 5, {1: Cursor(), 4: Cursor()})
-    assert taken(several, 4, 33) == dealt[4] and taken(several, 1, 7) == dealt[1]
+    several = DocumentSharder(text, 5, {1: Cursor(), 4: Cursor()})
+    assert taken(several, 4, 33) == spread[4] and taken(several, 1, 7) == spread[1]
 
 
-def test_a_lane_begins_at_its_cursor(text, dealt):
-    dealer = Dealer(text, 5, {0: Cursor(documents=700), 2: Cursor(documents=3)})
-    assert taken(dealer, 0) == dealt[0][700:]
-    assert taken(dealer, 2) == dealt[2][3:]
+def test_a_shard_begins_at_its_cursor(text, spread):
+    sharder = DocumentSharder(text, 5, {0: Cursor(documents=700), 2: Cursor(documents=3)})
+    assert taken(sharder, 0) == spread[0][700:]
+    assert taken(sharder, 2) == spread[2][3:]
 
 
-def test_a_snapshot_is_the_last_one_that_no_lane_has_passed(text):
-    dealer = Dealer(text, 2, {0: Cursor(), 1: Cursor()})
-    dealer.take(0, 2500), dealer.take(1, 2600)
-    rest = taken(Dealer(text, 2, {1: Cursor()}), 1)[2600:]
-    early = dealer.snapshot([Cursor(documents=2500), Cursor(documents=2000)])
+def test_a_snapshot_is_the_last_one_that_no_shard_has_passed(text):
+    sharder = DocumentSharder(text, 2, {0: Cursor(), 1: Cursor()})
+    sharder.take(0, 2500), sharder.take(1, 2600)
+    rest = taken(DocumentSharder(text, 2, {1: Cursor()}), 1)[2600:]
+    early = sharder.snapshot([Cursor(documents=2500), Cursor(documents=2000)])
     assert early["document"] == 0
-    late = dealer.snapshot([Cursor(documents=2500), Cursor(documents=2600)])
+    late = sharder.snapshot([Cursor(documents=2500), Cursor(documents=2600)])
     assert late["document"] == SNAPSHOT
-    again = Dealer(text, 2, {1: Cursor(documents=2600)}, json.loads(json.dumps(late)))
+    again = DocumentSharder(text, 2, {1: Cursor(documents=2600)}, json.loads(json.dumps(late)))
     assert taken(again, 1) == rest
 
 
-# --- A lane's rows
+# --- A shard's rows
 
 
-def lane_over(texts: list[str], cursor: Cursor, dropped: int = 0) -> Lane:
-    """A lane whose documents have a row for each letter; token batches hold two documents."""
+def shard_over(texts: list[str], cursor: Cursor, dropped: int = 0) -> DocumentShard:
+    """A shard whose documents have a row for each letter; token batches hold two documents."""
     remaining = iter(texts[cursor.documents :])
 
     def take(count: int) -> list[str]:
@@ -119,7 +119,7 @@ def lane_over(texts: list[str], cursor: Cursor, dropped: int = 0) -> Lane:
         index = torch.tensor(letters, dtype=torch.long)
         return ActivationBatch(index[:, None].float(), index, index, index, index), {"sinks": dropped}
 
-    return Lane(take, tokenize, record, cursor)  # type: ignore[arg-type]
+    return DocumentShard(take, tokenize, record, cursor)  # type: ignore[arg-type]
 
 
 def letters(pieces) -> str:
@@ -133,29 +133,29 @@ WHOLE = "".join(TEXTS)
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=8))
 def test_rows_come_in_one_order_from_any_position_on(counts):
-    lane, begin = lane_over(TEXTS, Cursor()), 0
+    shard, begin = shard_over(TEXTS, Cursor()), 0
     for count in counts:
-        assert letters(lane.read(count)) == WHOLE[begin : begin + count]
+        assert letters(shard.read(count)) == WHOLE[begin : begin + count]
         begin = min(begin + count, len(WHOLE))
-        again = lane_over(TEXTS, lane.cursor)
+        again = shard_over(TEXTS, shard.cursor)
         assert letters(again.read(50)) == WHOLE[begin : begin + 50]
-    assert letters(lane.read(10**6)) == WHOLE[begin:]
-    assert letters(lane.read(1)) == ""
+    assert letters(shard.read(10**6)) == WHOLE[begin:]
+    assert letters(shard.read(1)) == ""
 
 
 def test_left_out_rows_are_counted_once():
-    lane = lane_over(TEXTS[:10], Cursor(), dropped=3)
-    list(lane.read(7))
-    before = lane.cursor
-    list(lane.read(10**6))
-    assert lane.cursor.sinks == 15
-    again = lane_over(TEXTS[:10], before, dropped=3)
+    shard = shard_over(TEXTS[:10], Cursor(), dropped=3)
+    list(shard.read(7))
+    before = shard.cursor
+    list(shard.read(10**6))
+    assert shard.cursor.sinks == 15
+    again = shard_over(TEXTS[:10], before, dropped=3)
     list(again.read(10**6))
     assert again.cursor.sinks == 15
 
 
 def test_whole_token_batches():
-    lane = lane_over(["ab", "cd", "ef", "gh"], Cursor())
-    assert letters(lane.read_batches(1)) == "abcd"
-    assert letters(lane.read_batches(0)) == ""
-    assert letters(lane.read_batches(5)) == "efgh"
+    shard = shard_over(["ab", "cd", "ef", "gh"], Cursor())
+    assert letters(shard.read_batches(1)) == "abcd"
+    assert letters(shard.read_batches(0)) == ""
+    assert letters(shard.read_batches(5)) == "efgh"

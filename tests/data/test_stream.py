@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,28 @@ from torch import Tensor
 
 from latentprior.config import LLMConfig, StreamConfig, TextConfig
 from latentprior.data.activations import ActivationBatch, record_activations
-from latentprior.data.partition import Deal
-from latentprior.data.stream.buffer import Source, Stream, buffer_turns, check_memory
+from latentprior.data.partition import BatchPartition
+from latentprior.data.stream.buffer import MixingBuffer, buffered_batches, check_memory
+from latentprior.data.stream.live import LiveActivations
 from latentprior.data.text import documents
 from latentprior.lm.loading import load_llm
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
 CPU = torch.device("cpu")
-BATCH, LANES, TURNS = 24, 5, 3
+BATCH, SHARDS, BUFFERED = 24, 5, 3
+
+
+@dataclass(frozen=True)
+class Streamed(StreamConfig):
+    """A stream of some layers."""
+
+    layers: list[int] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, llm_folder, write_texts) -> StreamConfig:
-    return StreamConfig(
+def config(tmp_path_factory, llm_folder, write_texts) -> Streamed:
+    return Streamed(
         llm=LLMConfig(model=llm_folder, dtype="float32"),
         text=TextConfig(dataset=write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 200), part="all"),
         layers=[1],
@@ -43,8 +51,9 @@ def llm(config) -> tuple[Any, Any]:
     return load_llm(config.llm)
 
 
-def stream(llm, config: StreamConfig, rank: int = 0, size: int = 1, **options) -> Stream:
-    return Stream(Source(*llm, config, Deal(BATCH, LANES, World(rank, size))), TURNS, CPU, seed=4, **options)
+def stream(llm, config: Streamed, rank: int = 0, size: int = 1, **options) -> MixingBuffer:
+    live = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, SHARDS, World(rank, size)))
+    return MixingBuffer(live, BUFFERED, CPU, seed=4, **options)
 
 
 def rows(batches) -> Tensor:
@@ -57,17 +66,17 @@ def in_some_order(x: Tensor) -> Tensor:
     return x[torch.from_numpy(np.argsort(as_bytes.view(f"S{as_bytes.itemsize}"), kind="stable"))]
 
 
-def everything(llm, config: StreamConfig, lanes: int = LANES) -> ActivationBatch:
-    """All rows of all lanes, lane after lane."""
-    opened = Source(*llm, config, Deal(BATCH, lanes)).open()
-    return ActivationBatch.cat([piece for lane in opened.values() for piece in lane.read(10**9)])
+def everything(llm, config: Streamed, shards: int = SHARDS) -> ActivationBatch:
+    """All rows of all shards, shard after shard."""
+    opened = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, shards)).open()
+    return ActivationBatch.cat([piece for shard in opened.values() for piece in shard.read(10**9)])
 
 
 # --- Which rows
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 2]])
-def test_lanes_have_the_rows_that_are_recorded(llm, config, layers):
+def test_shards_have_the_rows_that_are_recorded(llm, config, layers):
     texts = {document.index: document.text for document in documents(config.text)}
     expected = record_activations(*llm, list(texts.values()), layers)
     got = everything(llm, replace(config, layers=layers))
@@ -88,7 +97,7 @@ def test_every_row_comes_once(llm, config, layers):
     batches = list(stream(llm, config).batches())
     expected = everything(llm, config)
     assert torch.equal(in_some_order(rows(batches)), in_some_order(expected.x))
-    full = [batch for batch in batches if batch.places is None]
+    full = [batch for batch in batches if batch.row_index is None]
     assert len(full) > 0.7 * len(batches) and all(len(batch.x) == BATCH for batch in full)
     if len(layers) > 1:
         of_layer = {layer: {row.numpy().tobytes() for row in expected.at_layer(layer).x} for layer in layers}
@@ -105,16 +114,16 @@ def test_the_last_filling_is_no_larger_than_needed(llm, config):
     batches = list(one.batches())
     assert len(batches) == 7 and all(len(batch.x) == BATCH for batch in batches)
     assert torch.equal(rows(batches[:6]), rows(islice(stream(llm, config).batches(), 6)))
-    rest = [piece.x for lane in one.source.open(one.position()).values() for piece in lane.read(10**9)]
+    rest = [piece.x for shard in one.live.open(one.position()).values() for piece in shard.read(10**9)]
     expected = everything(llm, config).x
     assert torch.equal(in_some_order(torch.cat([rows(batches), *rest])), in_some_order(expected))  # nothing is lost
 
 
 def test_rows_of_one_buffer_are_mixed(llm, config):
     """A batch takes rows from all over the buffer: its neighbours are not neighbours in the text."""
-    source = Source(*llm, config, Deal(BATCH, 1))
-    drawn = rows(islice(Stream(source, 20, CPU, seed=4).batches(), 20))
-    ordered = torch.cat([piece.x for piece in source.open()[0].read(20 * BATCH)])
+    live = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, 1))
+    drawn = rows(islice(MixingBuffer(live, 20, CPU, seed=4).batches(), 20))
+    ordered = torch.cat([piece.x for piece in live.open()[0].read(20 * BATCH)])
     assert torch.equal(in_some_order(drawn), in_some_order(ordered))
     place = {row.numpy().tobytes(): i for i, row in enumerate(ordered)}
     order = torch.tensor([place[row.numpy().tobytes()] for row in drawn])
@@ -139,7 +148,7 @@ def test_continues_from_any_step(llm, config, layers):
             assert len(again) == len(whole) - step
             for ours, theirs in zip(again, whole[step:], strict=True):
                 assert torch.equal(ours.x, theirs.x)
-                assert (ours.places is None) == (theirs.places is None)
+                assert (ours.row_index is None) == (theirs.row_index is None)
         next(drawing)
 
 
@@ -151,15 +160,15 @@ def gathered(monkeypatch, parts: list[dict]) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_together_draw_what_one_draws(llm, config, size):
     whole = list(stream(llm, config).batches())
-    deal = Deal(BATCH, LANES)
+    partition = BatchPartition(BATCH, SHARDS)
     parts = [list(stream(llm, config, rank, size).batches()) for rank in range(size)]
-    full = [step for step, batch in enumerate(whole) if batch.places is None]
+    full = [step for step, batch in enumerate(whole) if batch.row_index is None]
     assert len(full) > 10
     for step in full:
         together = torch.empty(BATCH, whole[step].x.shape[1])
         for rank, part in enumerate(parts):
-            together[Deal(BATCH, LANES, World(rank, size)).positions()] = part[step].x
-        assert torch.equal(together[deal.positions()], whole[step].x)
+            together[BatchPartition(BATCH, SHARDS, World(rank, size)).positions()] = part[step].x
+        assert torch.equal(together[partition.positions()], whole[step].x)
     assert torch.equal(in_some_order(torch.cat([rows(part) for part in parts])), in_some_order(rows(whole)))
 
 
@@ -180,14 +189,14 @@ def test_another_number_of_processes_goes_on_without_a_gap(llm, config, monkeypa
 # --- Statistics and what is left out
 
 
-def test_warm_up_takes_statistics_of_the_first_rows_of_all_lanes(llm, config):
-    source = Source(*llm, replace(config, statistics=10**6), Deal(BATCH, LANES))
-    moments, expected = source.statistics(), everything(llm, config).x.double()
+def test_warm_up_takes_statistics_of_the_first_rows_of_all_shards(llm, config):
+    live = LiveActivations(*llm, replace(config, statistics=10**6), config.layers, BatchPartition(BATCH, SHARDS))
+    moments, expected = live.statistics(), everything(llm, config).x.double()
     assert moments.count.tolist() == [len(expected)]
     torch.testing.assert_close(moments.mean[0], expected.mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(moments.variance()[0], expected.var(0, correction=0), atol=1e-5, rtol=1e-4)
-    assert float(moments.median_norm[0]) == pytest.approx(source.medians[1])
-    short = Source(*llm, config, Deal(BATCH, LANES)).statistics()
+    assert float(moments.median_norm[0]) == pytest.approx(live.medians[1])
+    short = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, SHARDS)).statistics()
     assert 100 < float(short.count) <= 512 and float(short.count) < len(expected) / 2  # two token batches
 
 
@@ -196,10 +205,10 @@ def test_attention_sinks_are_left_out_and_counted(llm, config):
     largest = everything(llm, config).norms().sort().values[-100:]
     gap = int(largest.diff().argmax())
     limit = float(largest[gap : gap + 2].mean())
-    one.source.medians = {1: limit / 10}
+    one.live.medians = {1: limit / 10}
     kept = rows(one.batches())
     assert len(kept) == len(everything(llm, config)) - (99 - gap) and float(kept.norm(dim=1).max()) < limit
-    assert sum(cursor.sinks for cursor in one.source.cursors().values()) == 99 - gap
+    assert sum(cursor.sinks for cursor in one.live.cursors().values()) == 99 - gap
 
 
 def test_long_documents_are_streamed_in_chunks_or_counted(llm, config, monkeypatch):
@@ -207,7 +216,7 @@ def test_long_documents_are_streamed_in_chunks_or_counted(llm, config, monkeypat
         return set(zip(batch.doc.tolist(), batch.position.tolist(), strict=True))
 
     whole, short = everything(llm, config), replace(config, max_length=6)
-    monkeypatch.setattr("latentprior.data.tokens.WINDOW_CHARACTERS", 300)  # several windows for each lane
+    monkeypatch.setattr("latentprior.data.tokens.WINDOW_CHARACTERS", 300)  # several windows for each shard
     chunked = everything(llm, short)
     assert len(chunked) == len(whole) and places(chunked) == places(whole)
     one = stream(llm, short)
@@ -217,10 +226,10 @@ def test_long_documents_are_streamed_in_chunks_or_counted(llm, config, monkeypat
     assert torch.equal(in_some_order(rows([*batches, *rest])), in_some_order(chunked.x))
     cut = stream(llm, replace(short, long_documents="cut"))
     kept = rows(cut.batches())
-    lanes = cut.position()["lanes"]
-    assert sum(lane["cut_tokens"] for lane in lanes) == len(whole) - len(kept) > 0
+    shards = cut.position()["lanes"]
+    assert sum(shard["cut_tokens"] for shard in shards) == len(whole) - len(kept) > 0
     beyond = {doc for doc, place in places(whole) if place >= 6}
-    assert sum(lane["cut_documents"] for lane in lanes) == len(beyond)
+    assert sum(shard["cut_documents"] for shard in shards) == len(beyond)
 
 
 def test_stream_and_store_have_the_same_distribution(llm, config):
@@ -235,18 +244,18 @@ def test_stream_and_store_have_the_same_distribution(llm, config):
 
 
 def test_the_buffer_is_given_in_activations_or_bytes(llm, config):
-    source = Source(*llm, config, Deal(BATCH, LANES))
+    live = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, SHARDS))
 
-    def turns(size: str) -> int:
-        return buffer_turns(replace(config, buffer=size), Deal(BATCH, LANES), source.hookpoints, 4)
+    def count(size: str) -> int:
+        return buffered_batches(size, BatchPartition(BATCH, SHARDS), live.hookpoints, 4)
 
-    row = 4 * source.width
-    assert turns("240") == turns("263") == 10
-    assert turns(f"{10 * BATCH * row}B") == turns("30.8KB") == 10
+    row = 4 * live.width
+    assert count("240") == count("263") == 10
+    assert count(f"{10 * BATCH * row}B") == count("30.8KB") == 10
     with pytest.raises(InputError, match="^a buffer of 23 activations does not hold a batch of 24: raise buffer$"):
-        turns("23")
+        count("23")
     with pytest.raises(InputError, match=r"^a buffer of 1KB \(7 activations\) does not hold a batch of 24"):
-        turns("1KB")
+        count("1KB")
 
 
 def test_a_buffer_larger_than_memory_is_refused():
@@ -269,9 +278,9 @@ def test_bad_text_is_refused_before_the_model_runs(llm, config, tmp_path):
         (replace(config.text, column="missing"), "unknown column"),
     ]:
         with pytest.raises(InputError, match=message):
-            Source(*llm, replace(config, text=text), Deal(BATCH, LANES)).open()
+            LiveActivations(*llm, replace(config, text=text), [1], BatchPartition(BATCH, SHARDS)).open()
     with pytest.raises(InputError, match="layer"):
-        Source(*llm, replace(config, layers=[99]), Deal(BATCH, LANES))
+        LiveActivations(*llm, config, [99], BatchPartition(BATCH, SHARDS))
 
 
 def test_kept_rows_are_those_that_were_drawn(llm, config, tmp_path: Path):
@@ -279,7 +288,7 @@ def test_kept_rows_are_those_that_were_drawn(llm, config, tmp_path: Path):
     from latentprior.data.store.writer import StoreWriter
 
     def keep() -> StoreWriter:
-        hookpoints = Source(*llm, config, Deal(BATCH, LANES)).hookpoints
+        hookpoints = LiveActivations(*llm, config, config.layers, BatchPartition(BATCH, SHARDS)).hookpoints
         return StoreWriter(tmp_path / "kept", hookpoints, dtype="float32", shard_rows=100, source={}, resume=True)
 
     first = stream(llm, config, keep=keep())

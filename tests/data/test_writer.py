@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from latentprior.data.activations import ActivationBatch
-from latentprior.data.store import backpressure as handover
+from latentprior.data.store import backpressure, writer
 from latentprior.data.store import manifest as files
-from latentprior.data.store import writer
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
@@ -33,7 +32,7 @@ BATCHES = 50
 def fast(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(writer, "POLL", 0.001)
-    monkeypatch.setattr(handover, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(backpressure, "LONGEST_PAUSE", 0.01)
 
 
 def batch(index: int) -> ActivationBatch:
@@ -180,14 +179,14 @@ def test_without_a_trainer_a_waiting_recorder_gives_up_and_continues_later(tmp_p
     with pytest.raises(InputError, match="no trainer has released a shard for 0.05 seconds: continue with --resume"):
         write(tmp_path / "a", **options)
     store = ActivationStore(tmp_path / "a")
-    assert numbers(store) == list(range(4 * SHARD_ROWS)) and not handover.is_waiting(tmp_path / "a")
-    handover.write_consumed(tmp_path / "a", 3)
+    assert numbers(store) == list(range(4 * SHARD_ROWS)) and not backpressure.is_waiting(tmp_path / "a")
+    backpressure.write_consumed(tmp_path / "a", 3)
     with pytest.raises(InputError, match="no trainer"):
         write(tmp_path / "a", **options)
     assert numbers(ActivationStore(tmp_path / "a")) == list(range(3 * SHARD_ROWS, 7 * SHARD_ROWS))
-    handover.write_consumed(tmp_path / "a", 100)
+    backpressure.write_consumed(tmp_path / "a", 100)
     write(tmp_path / "a", **options)
-    (tmp_path / "a" / handover.CONSUMED).unlink()
+    (tmp_path / "a" / backpressure.CONSUMED).unlink()
     write(tmp_path / "b", budget=4 * SHARD_BYTES)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -195,21 +194,21 @@ def test_without_a_trainer_a_waiting_recorder_gives_up_and_continues_later(tmp_p
 def test_the_sign_of_waiting_is_there_exactly_while_it_waits(tmp_path, monkeypatch):
     seen = []
 
-    def looks(seconds, poll):
-        seen.append(handover.is_waiting(tmp_path))
-        handover.write_consumed(tmp_path, handover.read_consumed(tmp_path) + 1)
+    def polling(seconds, poll):
+        seen.append(backpressure.is_waiting(tmp_path))
+        backpressure.write_consumed(tmp_path, backpressure.read_consumed(tmp_path) + 1)
         yield
 
-    monkeypatch.setattr(handover, "looks", looks)
+    monkeypatch.setattr(backpressure, "polling", polling)
     write(tmp_path, budget=4 * SHARD_BYTES, wait_seconds=1.0)
-    assert seen == [True] * 9 and not handover.is_waiting(tmp_path)
+    assert seen == [True] * 9 and not backpressure.is_waiting(tmp_path)
 
 
 def test_a_sign_that_a_kill_left_is_removed(tmp_path):
     write(tmp_path, 10, budget=None)
-    (tmp_path / handover.WAITING).touch()
+    (tmp_path / backpressure.WAITING).touch()
     write(tmp_path, 10, budget=None)
-    assert not handover.is_waiting(tmp_path)
+    assert not backpressure.is_waiting(tmp_path)
 
 
 def test_a_waiting_recorder_keeps_the_last_shard_for_the_trainer(tmp_path):

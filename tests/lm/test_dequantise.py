@@ -124,7 +124,7 @@ def test_dequantised_once_and_again_when_the_file_changes(tmp_path, cache, tiny_
     path = write_model(tmp_path / "mine.gguf", first, tiny_tokenizer)
     loaded(path)
     with monkeypatch.context() as patch:
-        patch.setattr(assets, "_flush", None)  # building again would now fail
+        patch.setattr(assets, "sync_files", None)  # building again would now fail
         loaded(path)
     write_model(Path(path), second, tiny_tokenizer)
     os.utime(path, ns=(0, 1))

@@ -14,11 +14,11 @@ from latentprior.config import LLMConfig, NeuronsConfig, TextConfig
 from latentprior.data import tokens
 from latentprior.data.activations import activations
 from latentprior.data.text import Document, documents
-from latentprior.neurons.collect import QUANTILES, explore, neurons
+from latentprior.neurons.collect import QUANTILES, collect_units, neurons
 from latentprior.neurons.describe import describe_store
 from latentprior.neurons.reservoir import random_keys
 from latentprior.neurons.store import EXAMPLES, INFO, UNITS, NeuronStore
-from latentprior.neurons.stream import UnitReader
+from latentprior.neurons.unit_reader import UnitReader
 from latentprior.utils.errors import InputError
 
 FAMILIES = ("llama", "gpt2")
@@ -53,12 +53,12 @@ def docs_of(path: str) -> list[Document]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def explored(request, texts, tmp_path_factory, tiny_llm, tiny_glp, make_tokenizer):
+def collected(request, texts, tmp_path_factory, tiny_llm, tiny_glp, make_tokenizer):
     """A store of one family's tiny model, and what it was made from."""
     model, tokenizer = tiny_llm(request.param), make_tokenizer()
     glp = tiny_glp(32, (2,), f"tiny-{request.param}")
     config = config_of(tmp_path_factory.mktemp("neurons"), noises=2)
-    info = explore(config, glp, model, tokenizer, docs_of(texts))
+    info = collect_units(config, glp, model, tokenizer, docs_of(texts))
     return config, glp, model, tokenizer, docs_of(texts), info
 
 
@@ -80,8 +80,8 @@ def naive_values(glp, config, model, tokenizer, docs) -> dict[int, np.ndarray]:
     return found
 
 
-def test_statistics_equal_those_of_a_naive_loop(explored):
-    config, glp, model, tokenizer, docs, info = explored
+def test_statistics_equal_those_of_a_naive_loop(collected):
+    config, glp, model, tokenizer, docs, info = collected
     values = np.concatenate(list(naive_values(glp, config, model, tokenizer, docs).values()))
     units = NeuronStore(config.output).units.to_pydict()
     assert info["tokens"] == len(values) and info["documents"] == len(docs) and info["blocks"] == 2
@@ -104,8 +104,8 @@ def test_statistics_equal_those_of_a_naive_loop(explored):
         assert sum(units["histogram"][unit]) == info["tokens"]
 
 
-def test_examples_equal_those_of_a_naive_loop(explored):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_examples_equal_those_of_a_naive_loop(collected):
+    config, glp, model, tokenizer, docs, _ = collected
     values = naive_values(glp, config, model, tokenizer, docs)
     texts = {doc.index: doc.text for doc in docs}
     store = NeuronStore(config.output)
@@ -122,15 +122,15 @@ def test_examples_equal_those_of_a_naive_loop(explored):
             wanted = np.concatenate([[0.0], values[example.doc][:, number]])
             np.testing.assert_allclose(example.values, wanted, rtol=0.01, atol=1e-6)
             assert example.values[example.peak] == pytest.approx(example.value)
-            assert texts[example.doc].startswith("".join(example.pieces))
-            assert len(example.pieces) == len(example.values) <= LENGTH
+            assert texts[example.doc].startswith("".join(example.token_strings))
+            assert len(example.token_strings) == len(example.values) <= LENGTH
         magnitudes = [abs(example.value) for example in unit.quantiles()]
         assert magnitudes == sorted(magnitudes)
         assert all(abs(e.value) == np.abs(e.values).max() for e in unit.quantiles())
 
 
-def test_neighbours_are_the_most_correlated_units_of_the_random_documents(explored):
-    config, glp, model, tokenizer, docs, info = explored
+def test_neighbours_are_the_most_correlated_units_of_the_random_documents(collected):
+    config, glp, model, tokenizer, docs, info = collected
     values = naive_values(glp, config, model, tokenizer, docs)
     keys = random_keys(np.array(list(values)), config.seed)
     chosen = np.array(list(values))[keys.argsort()[: config.reservoir]].tolist()
@@ -148,10 +148,10 @@ def without_time(info: dict) -> dict:
     return {key: value for key, value in info.items() if key not in ("wall_seconds", "config")}
 
 
-def test_batches_do_not_change_what_is_kept(explored, tmp_path):
-    config, glp, model, tokenizer, docs, info = explored
+def test_batches_do_not_change_what_is_kept(collected, tmp_path):
+    config, glp, model, tokenizer, docs, info = collected
     other = dataclasses.replace(config, output=str(tmp_path), batch_tokens=300)
-    assert without_time(explore(other, glp, model, tokenizer, docs)) == without_time(info)
+    assert without_time(collect_units(other, glp, model, tokenizer, docs)) == without_time(info)
     for a, b in zip(NeuronStore(config.output), NeuronStore(tmp_path), strict=True):
         assert (
             a.row["histogram"] == b.row["histogram"]
@@ -164,17 +164,17 @@ def test_batches_do_not_change_what_is_kept(explored, tmp_path):
         assert np.mean(same) > 0.5  # float32 rounding may swap near ties
 
 
-def test_the_same_call_gives_the_same_files_and_leaves_the_global_generator_alone(explored, tmp_path):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_the_same_call_gives_the_same_files_and_leaves_the_global_generator_alone(collected, tmp_path):
+    config, glp, model, tokenizer, docs, _ = collected
     before = torch.get_rng_state()
-    explore(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs)
+    collect_units(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs)
     assert torch.equal(torch.get_rng_state(), before)
     for name in ("units.parquet", "examples.parquet"):
         assert (tmp_path / name).read_bytes() == (type(tmp_path)(config.output) / name).read_bytes()
 
 
-def test_attention_sinks_are_left_out(explored, tmp_path):
-    config, glp, model, tokenizer, docs, info = explored
+def test_attention_sinks_are_left_out(collected, tmp_path):
+    config, glp, model, tokenizer, docs, info = collected
     [batch] = tokens.tokenize(docs[:1], tokenizer, max_length=LENGTH)
     [recorded] = activations(model, [batch], [2])
     norms = recorded.norms()
@@ -182,7 +182,7 @@ def test_attention_sinks_are_left_out(explored, tmp_path):
     before = normalizer.median_norm.clone()
     normalizer.median_norm.fill_(float(norms.max()) * 0.999 / 10)
     try:
-        info = explore(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs[:1])
+        info = collect_units(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs[:1])
     finally:
         normalizer.median_norm.copy_(before)
     assert info["tokens"] == len(norms) - 1
@@ -190,11 +190,11 @@ def test_attention_sinks_are_left_out(explored, tmp_path):
         assert example.values[1 + int(norms.argmax())] == 0 and (example.values != 0).sum() == len(norms) - 1
 
 
-def test_reading_stops_once_enough_tokens_counted(explored, tmp_path):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_reading_stops_once_enough_tokens_counted(collected, tmp_path):
+    config, glp, model, tokenizer, docs, _ = collected
     seen = []
     changed = dataclasses.replace(config, output=str(tmp_path), tokens=100)
-    info = explore(
+    info = collect_units(
         changed,
         glp,
         model,
@@ -207,33 +207,33 @@ def test_reading_stops_once_enough_tokens_counted(explored, tmp_path):
     assert reading[-1] == (info["tokens"], 100) and reading == sorted(reading)
 
 
-def test_an_interrupted_run_leaves_no_store(explored, tmp_path, monkeypatch):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_an_interrupted_run_leaves_no_store(collected, tmp_path, monkeypatch):
+    config, glp, model, tokenizer, docs, _ = collected
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("latentprior.neurons.tables.at_quantiles", interrupted)
+    monkeypatch.setattr("latentprior.neurons.store_tables.at_quantiles", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        explore(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs)
+        collect_units(dataclasses.replace(config, output=str(tmp_path)), glp, model, tokenizer, docs)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_of_one_line(explored, tmp_path, tiny_llm, tiny_glp):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_errors_of_one_line(collected, tmp_path, tiny_llm, tiny_glp):
+    config, glp, model, tokenizer, docs, _ = collected
     config = dataclasses.replace(config, output=str(tmp_path / "out"))
     with pytest.raises(InputError, match="belongs to model 'tiny-falcon'"):
-        explore(config, tiny_glp(32, (2,), "tiny-falcon"), model, tokenizer, docs)
+        collect_units(config, tiny_glp(32, (2,), "tiny-falcon"), model, tokenizer, docs)
     with pytest.raises(InputError, match="has width 16"):
-        explore(config, tiny_glp(16, (2,)), model, tokenizer, docs)
+        collect_units(config, tiny_glp(16, (2,)), model, tokenizer, docs)
     with pytest.raises(InputError, match="unknown layer '3'"):
-        explore(dataclasses.replace(config, layer=3), glp, model, tokenizer, docs)
+        collect_units(dataclasses.replace(config, layer=3), glp, model, tokenizer, docs)
     with pytest.raises(InputError, match="out of range"):
-        explore(config, tiny_glp(32, (9,)), model, tokenizer, docs)
+        collect_units(config, tiny_glp(32, (9,)), model, tokenizer, docs)
     with pytest.raises(InputError, match=r"layers \[0, 2\].*--layer"):
-        explore(config, tiny_glp(32, (0, 2)), model, tokenizer, docs)
-    with pytest.raises(InputError, match="nothing to explore"):
-        explore(config, glp, model, tokenizer, [Document(0, "")])
+        collect_units(config, tiny_glp(32, (0, 2)), model, tokenizer, docs)
+    with pytest.raises(InputError, match="no text"):
+        collect_units(config, glp, model, tokenizer, [Document(0, "")])
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +241,7 @@ def test_a_layer_of_a_multi_layer_prior(texts, tmp_path, tiny_llm, tiny_glp, mak
     glp = tiny_glp(32, (0, 2), "tiny-llama")
     config = config_of(tmp_path, layer=2)
     model, tokenizer, docs = tiny_llm("llama"), make_tokenizer(), docs_of(texts)[:8]
-    explore(config, glp, model, tokenizer, docs)
+    collect_units(config, glp, model, tokenizer, docs)
     [batch] = tokens.tokenize(docs[3:4], tokenizer, max_length=LENGTH)
     [recorded] = activations(model, [batch], [2])
     noise = UnitReader(glp, t=0.2, layer=2).noises[0].expand(recorded.x.shape)
@@ -311,22 +311,24 @@ def write_wins(folder, hookpoint: dict) -> None:
     pq.write_table(table, folder / "winners.parquet")
 
 
-def test_units_name_the_tasks_of_a_probing_run(explored, tmp_path):
-    config, glp, model, tokenizer, docs, info = explored
+def test_units_name_the_tasks_of_a_probing_run(collected, tmp_path):
+    config, glp, model, tokenizer, docs, info = collected
     write_wins(tmp_path, info["hookpoint"])
     changed = dataclasses.replace(config, output=str(tmp_path / "out"), probe=str(tmp_path))
-    explore(changed, glp, model, tokenizer, docs[:5])
+    collect_units(changed, glp, model, tokenizer, docs[:5])
     neurons = NeuronStore(tmp_path / "out")
     found = neurons.unit(1, 7).row
     assert (found["tasks"], found["task_aucs"], found["task_signs"]) == (["sst2"], [0.75], [-1])
     assert neurons.unit(1, 6).row["tasks"] == []
 
 
-def test_the_denoiser_in_bfloat16(explored, tmp_path):
-    config, glp, model, tokenizer, docs, _ = explored
+def test_the_denoiser_in_bfloat16(collected, tmp_path):
+    config, glp, model, tokenizer, docs, _ = collected
     half = type(glp)(glp.denoiser, glp.normalizer, glp.hookpoints)
     try:
-        explore(dataclasses.replace(config, output=str(tmp_path)), half.cast(torch.bfloat16), model, tokenizer, docs)
+        collect_units(
+            dataclasses.replace(config, output=str(tmp_path)), half.cast(torch.bfloat16), model, tokenizer, docs
+        )
     finally:
         half.cast(torch.float32)
     a, b = NeuronStore(config.output).units, NeuronStore(tmp_path).units
@@ -340,10 +342,10 @@ def test_copies_of_a_document_count_once(texts, tmp_path, tiny_llm, tiny_glp, ma
     long = [doc for doc in copies if len(tokenizer.encode(doc.text)) > 2 * LENGTH]
     assert len(long) == 5
     cut = [Document(doc.index, tokenizer.decode(tokenizer.encode(doc.text)[: LENGTH + 4])) for doc in copies]
-    alone = explore(config_of(tmp_path / "a"), glp, model, tokenizer, once + cut)
-    both = explore(config_of(tmp_path / "b"), glp, model, tokenizer, once + cut + copies + once[:7])
+    alone = collect_units(config_of(tmp_path / "a"), glp, model, tokenizer, once + cut)
+    both = collect_units(config_of(tmp_path / "b"), glp, model, tokenizer, once + cut + copies + once[:7])
     assert (alone["documents"], alone["tokens"]) == (both["documents"], both["tokens"])
     for one, other in zip(NeuronStore(tmp_path / "a"), NeuronStore(tmp_path / "b"), strict=True):
         for kept, same in ((one.top(), other.top()), (one.bottom(), other.bottom())):
-            assert len({"".join(e.pieces) for e in same}) == len(same) == 3
+            assert len({"".join(e.token_strings) for e in same}) == len(same) == 3
             assert [e.value for e in same] == pytest.approx([e.value for e in kept], rel=0.02)

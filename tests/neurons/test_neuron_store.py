@@ -80,7 +80,7 @@ def test_units_come_back_as_written(row_group, tmp_path):
     ]
     assert unit.top() == unit.examples[:2] and unit.bottom() == [unit.examples[2]]
     [quantile] = unit.quantiles()
-    assert quantile.quantile == 1.0 and quantile.pieces == ["", "a9", " b"] and unit.top()[0].quantile is None
+    assert quantile.quantile == 1.0 and quantile.token_strings == ["", "a9", " b"] and unit.top()[0].quantile is None
     assert quantile.values.dtype == np.float32 and quantile.values.tolist() == [0.0, 9.5, -1.5]
     assert neurons.unit(0, 3).row["tasks"] == ["sst2"] and neurons.unit(0, 3).row["task_signs"] == [-1]
     assert neurons.unit(0, 4).examples == [] == neurons.unit(1, 6).examples
@@ -190,7 +190,7 @@ def test_a_store_is_there_whole_or_not_at_all(folder, tmp_path_factory, run_kill
 @pytest.mark.slow
 def test_killed_at_any_point_leaves_the_old_store_or_none_or_the_new_one(tmp_path, run_killed):
     write_store(tmp_path, SETTINGS, units(), examples())
-    for changes in range(20):
+    for changes in range(60):
         ended = run_killed(_replace, tmp_path, changes=changes)
         try:
             neurons = NeuronStore(tmp_path)

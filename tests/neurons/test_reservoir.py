@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from latentprior.neurons import reservoir
-from latentprior.neurons.reservoir import Reservoir, at_quantiles, nearest_units, random_keys
-from latentprior.neurons.stream import DocumentBatch
+from latentprior.neurons import neighbours
+from latentprior.neurons.document_batches import DocumentBatch
+from latentprior.neurons.neighbours import nearest_units
+from latentprior.neurons.reservoir import Reservoir, at_quantiles, random_keys
 
 
 def batch_of(docs: list[int], width: int = 3) -> DocumentBatch:
@@ -72,7 +73,7 @@ def test_quantiles_are_of_the_documents_largest_magnitude():
 
 @pytest.mark.parametrize("tile", [3, 8, 1000])
 def test_nearest_units_equal_corrcoef(tile, monkeypatch):
-    monkeypatch.setattr(reservoir, "_TILE", tile)
+    monkeypatch.setattr(neighbours, "_TILE", tile)
     generator = torch.Generator().manual_seed(0)
     units = torch.randn(200, 20, generator=generator) @ torch.randn(20, 20, generator=generator) + 3
     units[:, 7] = 1.0  # does not vary

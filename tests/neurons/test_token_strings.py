@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from latentprior.data.tokens import encode
-from latentprior.neurons.token_strings import TokenTexts
+from latentprior.neurons.token_strings import TokenStrings
 
 TEXTS = ["The quick brown fox.", "naïve café 東京 🦊🦊", "  two  spaces\n\nand lines ", "�", "a<eos>b", "x"]
 
@@ -15,7 +15,7 @@ TEXTS = ["The quick brown fox.", "naïve café 東京 🦊🦊", "  two  spaces\
 def test_pieces_joined_are_the_text(bos, make_tokenizer):
     tokenizer = make_tokenizer(bos=bos)
     ids = [np.array(row, np.int32) for row in encode(TEXTS, tokenizer)]
-    pieces = TokenTexts(tokenizer).pieces(ids)
+    pieces = TokenStrings(tokenizer).of_documents(ids)
     for text, row, parts in zip(TEXTS, ids, pieces, strict=True):
         assert "".join(parts) == text and len(parts) == len(row)
         assert not bos or parts[0] == ""
@@ -25,8 +25,8 @@ def test_pieces_joined_are_the_text(bos, make_tokenizer):
 def test_a_character_goes_to_the_last_of_its_tokens(make_tokenizer):
     tokenizer = make_tokenizer(bos=False)
     [ids] = encode(["é!"], tokenizer)
-    assert TokenTexts(tokenizer).pieces([np.array(ids)]) == [["", "é", "!"]]
-    assert TokenTexts(tokenizer).pieces([np.array(ids[:1])]) == [["�"]]  # cut within a character
+    assert TokenStrings(tokenizer).of_documents([np.array(ids)]) == [["", "é", "!"]]
+    assert TokenStrings(tokenizer).of_documents([np.array(ids[:1])]) == [["�"]]  # cut within a character
 
 
 def test_leading_spaces_survive_tokenizers_that_drop_them():
@@ -34,14 +34,14 @@ def test_leading_spaces_survive_tokenizers_that_drop_them():
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     raw.decoder = decoders.Metaspace()
-    texts = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
+    texts = TokenStrings(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"))
     assert texts([2, 3, 1]) == [" the", "s", " a"]
-    assert texts.pieces([np.array([2, 3, 1, 2])]) == [["the", "s", " a", " the"]]
+    assert texts.of_documents([np.array([2, 3, 1, 2])]) == [["the", "s", " a", " the"]]
 
 
 def test_each_token_is_decoded_once(make_tokenizer, monkeypatch):
     tokenizer = make_tokenizer()
-    texts, calls = TokenTexts(tokenizer), []
+    texts, calls = TokenStrings(tokenizer), []
     decode = tokenizer.batch_decode
     monkeypatch.setattr(
         tokenizer, "batch_decode", lambda ids, **options: calls.append(len(ids)) or decode(ids, **options)

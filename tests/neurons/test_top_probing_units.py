@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentprior.lm.hooks import Hookpoint
-from latentprior.neurons.top_probing_units import Win, read_winners
+from latentprior.neurons.top_probing_units import ProbedTask, read_top_probing_units
 from latentprior.utils.errors import InputError
 
 HERE = Hookpoint("m", 2, 32)
@@ -33,31 +33,31 @@ def write(folder, rows=tuple(ROWS), hookpoint=HERE):
 
 def test_tasks_of_units_at_the_nearest_noise_level(tmp_path):
     write(tmp_path)
-    best = [Win(0, "news", 0.95, -1), Win(0, "sst2", 0.8, 1), Win(4, "yelp", 0.6, -1)]
-    assert read_winners(tmp_path, 0.2, HERE, blocks=2, d_mlp=5) == {3: best}
-    assert read_winners(tmp_path, 0.4, HERE, blocks=2, d_mlp=5) == {6: [Win(0, "sst2", 0.7, 1)]}
+    best = [ProbedTask(0, "news", 0.95, -1), ProbedTask(0, "sst2", 0.8, 1), ProbedTask(4, "yelp", 0.6, -1)]
+    assert read_top_probing_units(tmp_path, 0.2, HERE, blocks=2, d_mlp=5) == {3: best}
+    assert read_top_probing_units(tmp_path, 0.4, HERE, blocks=2, d_mlp=5) == {6: [ProbedTask(0, "sst2", 0.7, 1)]}
 
 
 def test_runs_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no probing run"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     write(tmp_path)
     with pytest.raises(InputError, match="another shape: it has unit 3 of block 0"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=3)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=3)
     with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to m layer 1"):
-        read_winners(tmp_path, 0.1, Hookpoint("m", 1, 32), blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, Hookpoint("m", 1, 32), blocks=2, d_mlp=5)
     with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to other layer 2"):
-        read_winners(tmp_path, 0.1, Hookpoint("other", 2, 32), blocks=2, d_mlp=5)
-    assert read_winners(tmp_path, 0.1, Hookpoint("copies/m", 2, 32), blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, Hookpoint("other", 2, 32), blocks=2, d_mlp=5)
+    assert read_top_probing_units(tmp_path, 0.1, Hookpoint("copies/m", 2, 32), blocks=2, d_mlp=5)
     write(tmp_path, ROWS[-1:])
     with pytest.raises(InputError, match="names no meta-neurons"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     pq.write_table(pa.table({"task": ["x"]}), tmp_path / "winners.parquet")
     with pytest.raises(InputError, match=r"winners.parquet is damaged"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     (tmp_path / "winners.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="is damaged"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     (tmp_path / "probe.json").write_text("[1]")
     with pytest.raises(InputError, match="probe.json is damaged"):
-        read_winners(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
+        read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 
 from html_page import Page
 from latentprior.report import figures, render, write_report
-from latentprior.report.markup import duration, interval, number, table
+from latentprior.report.blocks import table
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import duration, interval, number
 
 SAMPLE = Path(__file__).parents[1] / "golden" / "demo.json"
 EVIL = "\"'><script>alert(1)</script><img src=https://example.org/x onerror=alert(1)></style></svg>&\x00\ud800\u202e"
@@ -43,7 +44,13 @@ def without(result: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 def headings(page: str) -> list[str]:
-    return re.findall("<h2>(.*?)</h2>", page)
+    return Page(page).texts["h2"]
+
+
+def headlines_of(page: str) -> dict[str, str]:
+    """Label and figure of the large type."""
+    found = re.findall(r'<dt>([^<]*)</dt><dd class="value">([^ <]*)', page)
+    return dict(found)
 
 
 def check_page(page: str) -> Page:
@@ -60,8 +67,7 @@ def check_page(page: str) -> Page:
     assert parsed.tags["h1"] == parsed.tags["main"] == parsed.tags["title"] == 1
     assert all(scope in ("col", "row") for scope in parsed.values("scope"))
     assert len(parsed.values("scope")) == parsed.tags["th"]
-    labelled = {value for tag, name, value in parsed.attributes if tag == "svg" and name == "aria-label"}
-    assert len(labelled) == parsed.tags["svg"]
+    assert all(parsed.drawings) and len(set(parsed.drawings)) == len(parsed.drawings)
     return parsed
 
 
@@ -70,9 +76,26 @@ def test_demo_page_has_every_section_and_figure(demo: dict[str, Any], tmp_path: 
     page = path.read_text(encoding="utf-8")
     parsed = check_page(page)
     assert headings(page) == ["Training", "Distribution", "Language model loss", "Steering", "Texts", "Provenance"]
-    assert parsed.tags["svg"] == 8  # of them three of steering: its curves, the edit kept, the off-manifold score
-    assert parsed.text.count("A latent prior of smollm2-135m, layer 15") == 2
-    assert page.count('class="value"') == 4
+    assert parsed.drawings == [
+        "Training and held-out loss over activations seen",
+        "Held-out loss by noise level",
+        "Real activations on two principal components",
+        "Generated activations on two principal components",
+        "Delta LM loss of each replacement",
+        "Concept gained, fluency lost along sentiment, difference of means",
+        "Edit kept along sentiment, difference of means",
+        "Off-manifold score along sentiment, difference of means",
+    ]
+    assert list(parsed.tables) == [
+        "Distance from held-out real activations",
+        "Added loss, nats",
+        "Repairs",
+        "Areas under the frontiers",
+        "Differences at matched fluency and at matched concept",
+        "All strengths",
+        "Versions, seed and times",
+    ]
+    assert parsed.inside["title"] == parsed.inside["h1"] == "A latent prior of smollm2-135m, layer 15"
     for figure in ("0.476", "2.20", "0.0896", "1.27", "0f3c9e1d5b7a4c2e8f6071829a3b4c5d6e7f8091+", "11 min 43 s"):
         assert figure in parsed.text
 
@@ -165,7 +188,9 @@ def test_smallest_run_draws_without_a_warning(demo: dict[str, Any]) -> None:
 def test_figures_that_are_not_numbers_show_as_dashes(demo: dict[str, Any]) -> None:
     row = demo["evaluate"]["distribution"][1] | {"sliced_wasserstein": float("nan"), "two_sample_interval": None}
     page = render({"kind": "evaluate", "distribution": [row]})
-    assert check_page(page).text.count("–") == 3  # times the lower bound is unknown too
+    header, cells = check_page(page).tables["Distance from held-out real activations"]
+    unknown = [name for name, cell in zip(header, cells, strict=True) if cell == "–"]
+    assert unknown == ["Times lower bound", "Sliced Wasserstein", "95% interval"]
 
 
 @pytest.mark.filterwarnings("ignore:constrained_layout")  # names as long as a sentence leave an axis no room
@@ -208,8 +233,12 @@ def test_malformed_part_is_refused_by_name(demo: dict[str, Any]) -> None:
 
 
 def test_headlines_follow_the_rules(demo_page: str) -> None:
-    labels = re.findall(r"<dt>([^<]*)</dt><dd class=\"value\">", demo_page)
-    assert labels == ["Held-out loss", "Delta LM loss", "Fréchet over lower bound", "Gain over plain"]
+    assert headlines_of(demo_page) == {
+        "Held-out loss": "1.27",
+        "Delta LM loss": "0.476",
+        "Fréchet over lower bound": "2.20",
+        "Gain over plain": "0.0896",
+    }
     assert "Prior, AB2, 20\N{NO-BREAK SPACE}NFE, best of 8" in Page(demo_page).text  # least Fréchet distance
 
 
@@ -281,3 +310,4 @@ def test_intervals_and_durations() -> None:
 def test_table_aligns_decimal_points() -> None:
     page = table("T", "", ["a", "b"], [["x", "301"], ["y", "0.25"], ["z", "–"]])
     assert re.findall("<td>(.*?)</td>", page) == ["301\u2008\u2007\u2007", "0.25", "–"]
+    assert not table("T", "", ["a", "b"], [])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import EVIL, check_page, headings
+from test_report import EVIL, check_page, headings, headlines_of
 
 from html_page import Page
 from latentprior.probe.tables import difference, leading, short_names, tables, verdict
@@ -41,6 +41,13 @@ FAMILIES = {
     "other": 17,
 }
 LEAD = ("meta-neurons", "meta-neurons: early")
+SOURCES_DRAWN = "Mean test AUC of every source with its interval"
+DRAWN = {
+    "sparse": "Mean test AUC over the number of units in a probe",
+    "grid": "Mean test AUC by block of the prior and noise level",
+    "mlp_blocks": "Mean test AUC of MLP neurons by block of the language model",
+    "scaling": "Mean test AUC over held-out loss of the priors",
+}
 
 
 def ends(value: float, half: float = 0.019) -> list[float]:
@@ -153,11 +160,22 @@ def told(result: dict[str, Any]) -> str:
 def test_a_result_has_its_figures_tables_and_sentences(page):
     parsed = check_page(page)
     assert headings(page) == ["Probing", "Provenance"]
-    assert parsed.tags["svg"] == 5
-    # all sources, two of pairs, four of exact figures, families, tasks
-    assert parsed.tags["figure"] == parsed.tags["figcaption"] == 5 + 9
-    assert "1-D probing of smollm2-135m, layer 15" in parsed.text
-    assert page.count('class="value"') == 4
+    assert parsed.drawings == [SOURCES_DRAWN, *DRAWN.values()]
+    assert list(parsed.tables) == [
+        "All sources",
+        "Paired differences, meta-neurons minus the others",
+        "Paired differences, meta-neurons: runs/early/prior minus the others",
+        "Probes of several units, test AUC",
+        "Meta-neurons by block and noise level, test AUC",
+        "MLP neurons by block of the language model",
+        "Priors",
+        "Test AUC by task family",
+        "Test AUC by task",
+        "2 skipped tasks",
+        "Versions, seed and times",
+    ]
+    assert parsed.inside["h1"] == "1-D probing of smollm2-135m, layer 15"
+    assert headlines_of(page)["Mean test AUC"] == "0.711"
     for shown in ("0.711 [0.692, 0.730]", "+0.0090", "[−0.0015, +0.0195]", "24,576", "0.742", "Mean test AUC", "512 of",
                   "201_tiny", "99 rows: a task needs at least 120", "All 113 tasks", "1 min 20 s", "6 min 42 s",
                   "screened units", "permuted labels"):  # fmt: skip
@@ -165,13 +183,10 @@ def test_a_result_has_its_figures_tables_and_sentences(page):
 
 
 def test_tables_hold_the_figures_of_their_row(page):
-    cells = {
-        cell[0]: cell[1:] for cell in (re.findall(r">([^<]+)</t[hd]>", row) for row in re.findall("<tr>.*?</tr>", page))
-    }
+    parsed = Page(page)
     wanted = ["3,456", "0.711", "[0.692, 0.730]", "0.742", "0.717", "[0.698, 0.736]", "0.764", "0.502"]
-    rows = re.findall(r'<tr><th scope="row">Meta-neurons</th>(.*?)</tr>', page)
-    assert re.findall("<td[^>]*>(.*?)</td>", rows[0]) == wanted
-    assert cells["0"][0] == "0.620"  # the last table of blocks
+    assert parsed.row("All sources", "Meta-neurons") == wanted
+    assert parsed.row("MLP neurons by block of the language model", "0") == ["0.620"]
 
 
 def test_verdicts_are_said_honestly(result):
@@ -230,13 +245,11 @@ def test_the_leading_source_is_not_chosen_by_its_auc(result):
     assert leading({"sources": [{"name": "layer", "kind": "raw"}]}) is None
 
 
-@pytest.mark.parametrize(
-    ("part", "drawings"),
-    [("sparse", 1), ("grid", 1), ("mlp_blocks", 1), ("scaling", 1), ("paired", 0), ("families", 0)],
-)
-def test_an_empty_part_leaves_its_figure_out(result, part, drawings):
+@pytest.mark.parametrize("part", [*DRAWN, "paired", "families"])
+def test_an_empty_part_leaves_its_figure_out(result, part):
     result["summary"][part] = None
-    assert check_page(render(result)).tags["svg"] == 5 - drawings
+    others = [label for name, label in DRAWN.items() if name != part]
+    assert check_page(render(result)).drawings == [SOURCES_DRAWN, *others]
     assert tables(result)
 
 
@@ -244,7 +257,7 @@ def test_an_empty_part_leaves_its_figure_out(result, part, drawings):
 def test_scores_alone_are_enough(result, missing):
     parts = {part: [] for part in result["summary"]} | {"grid": None, "scores": result["summary"]["scores"]}
     result["summary"] = {"scores": parts["scores"]} if missing else parts
-    assert check_page(render(result)).tags["svg"] == 1
+    assert check_page(render(result)).drawings == [SOURCES_DRAWN]
     assert len(tables(result)) == 2
 
 
@@ -262,7 +275,7 @@ def test_figures_that_are_not_known_are_dashes(result):
     for source in result["sources"]:
         source["units"] = None
     parsed = check_page(render(result))
-    assert parsed.tags["svg"] == 5 and "None" not in parsed.text
+    assert parsed.drawings == [SOURCES_DRAWN, *DRAWN.values()] and "None" not in parsed.text
     assert "None" not in str(tables(result))
 
 
@@ -273,12 +286,13 @@ def test_the_least_result_is_drawn_without_a_warning(result):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parsed = check_page(render(least))
-    assert parsed.tags["svg"] == 1 and "1 source of single features" in parsed.text and "1 binary task." in parsed.text
+    assert parsed.drawings == [SOURCES_DRAWN]
+    assert "1 source of single features" in parsed.text and "1 binary task." in parsed.text
     one = result["summary"] | {"scaling": result["summary"]["scaling"][:1], "mlp_blocks": [{"block": 0, "auc": 0.6}]}
     one |= {"grid": {"prior": "p", "blocks": [0], "times": [0.1], "auc": [[0.7]]}, "sparse": one["sparse"][:1]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert check_page(render(result | {"summary": one})).tags["svg"] == 5
+        assert check_page(render(result | {"summary": one})).drawings == [SOURCES_DRAWN, *DRAWN.values()]
     check_page(render({"kind": "probe"}))
 
 
@@ -307,7 +321,7 @@ def test_ties_are_all_bold(result):
     ]
     drawn = next(part for part in render(result).split("<figcaption>") if part.startswith("<b>Test AUC by task family"))
     assert re.findall("<b>(0.*?)</b>", drawn) == ["0.700", "0.700"]
-    assert ["f", "2", "-", "0.700", "Layer output, SAE latents"] in tables(result)[2][2]
+    assert ["f", "2", "–", "0.700", "Layer output, SAE latents"] in tables(result)[2][2]
 
 
 def test_cells_of_the_grid_are_one_colour_at_rising_opacity(page):
@@ -349,7 +363,7 @@ def test_hostile_names_are_shown_and_do_nothing(result, page):
     named["summary"]["grid"]["prior"] += EVIL
     named["skipped"][0]["reason"] += EVIL
     parsed = check_page(render(named))
-    assert parsed.tags.keys() <= elements and parsed.tags["svg"] == 5
+    assert parsed.tags.keys() <= elements and parsed.drawings == [SOURCES_DRAWN, *DRAWN.values()]
     assert EVIL.replace("\x00", "\ufffd").replace("\ud800", "\ufffd") in parsed.text
 
 
@@ -372,8 +386,8 @@ def test_tables_for_a_terminal(result):
     assert all(isinstance(cell, str) for _, _, rows in shown for row in rows for cell in row)
     assert all(len(row) == len(header) for _, header, rows in shown for row in rows)
     sources, paired, families, skipped = (rows for _, _, rows in shown)
-    assert ["Meta-neurons", "3,456", "0.711 (0.692 to 0.730)", "0.742", "0.717 (0.698 to 0.736)", "0.502"] in sources
-    against = ["Meta-neurons less MLP neurons of blocks 0 to 15", "screened", "+0.0090 (-0.0015 to +0.0195)"]
+    assert ["Meta-neurons", "3,456", "0.711 [0.692, 0.730]", "0.742", "0.717 [0.698, 0.736]", "0.502"] in sources
+    against = ["Meta-neurons less MLP neurons of blocks 0 to 15", "screened", "+0.0090 [−0.0015, +0.0195]"]
     assert [*against, "64, 2, 47", "not told from zero"] in paired
     leading = [row for row in result["summary"]["paired"] if row["a"] == "meta-neurons"]
     only = tables(result | {"summary": result["summary"] | {"paired": leading}})[1]

@@ -7,14 +7,18 @@ import warnings
 from typing import Any
 
 import pytest
-from test_report import check_page, headings
+from test_report import check_page, headings, headlines_of
 
+from html_page import Page
 from latentprior.report import render
-from latentprior.report.markup import power
 from latentprior.report.scaling import leading_law
 from latentprior.scaling.sweep import findings
 from latentprior.scaling.tables import tables
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import power
+
+LOSS = "Held-out loss over training compute, by size"
+FRECHET = "Fréchet distance over held-out loss, by size"
 
 
 def run(i: int, width: int, *, delta: bool = True, worse: float = 0.0) -> dict[str, Any]:
@@ -53,12 +57,18 @@ def test_a_sweep_has_its_figures_tables_and_sentences(sweep):
         page = render(sweep | {"seed": 0, "wall_seconds": 61, "config": {"widths": [128]}})
     parsed = check_page(page)
     assert headings(page) == ["Scaling", "Provenance"]
-    assert parsed.tags["svg"] == 3
-    assert "Scaling of latent priors of smollm2-135m, layer 15" in parsed.text
-    assert page.count('class="value"') == 4
+    assert parsed.drawings == [LOSS, FRECHET, "delta LM loss over held-out loss, by size"]
+    assert parsed.inside["h1"] == "Scaling of latent priors of smollm2-135m, layer 15"
+    assert list(headlines_of(page)) == [
+        "Exponent α",
+        "Irreducible loss E",
+        "Best held-out loss",
+        "Loss and delta LM loss",
+    ]
     for shown in ("d 128 × 3", "d 1024 × 3", "compute-optimal", "law", "All runs", "6 N D", "Exponent α", "10¹²"):
         assert shown in parsed.text
-    assert parsed.text.count("yes") == sum(row["optimal"] for row in sweep["runs"])
+    optimal = [row[-1] == "yes" for row in parsed.tables["All runs"][1:]]
+    assert optimal == [row["optimal"] for row in sweep["runs"]]
     assert "12 priors of 0.128 to 1.02 million parameters" in parsed.text
 
 
@@ -80,8 +90,8 @@ def test_few_runs_are_drawn_without_a_law(count):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = check_page(render(result))
-    assert page.tags["svg"] == 2 and "No law could be fitted" in page.text and "at least 4" in page.text
-    missing = {title: rows for title, _, rows in tables(result)}["Not to be had"]
+    assert page.drawings == [LOSS, FRECHET] and "No law could be fitted" in page.text and "at least 4" in page.text
+    missing = {title: rows for title, _, rows in tables(result)}["Could not be computed"]
     assert len(missing) == 6 and all("at least 4" in why for _, why in missing)
 
 
@@ -98,7 +108,8 @@ def test_an_E_that_is_not_known_is_said(sweep):
 def test_many_sizes_are_told_apart():
     result = result_of([run(i, width) for i in range(2) for width in range(100, 1000, 100)])
     page = check_page(render(result))
-    assert page.text.count("d 900 × 3") >= 3
+    assert {f"d {width} × 3" for width in range(100, 1000, 100)} <= {row[0] for row in page.tables["All runs"]}
+    assert page.inside["svg"].count("d 900 × 3") == 3  # in the legend of each drawing
 
 
 def test_a_sweep_without_a_column_is_refused_by_name(sweep):
@@ -109,9 +120,9 @@ def test_a_sweep_without_a_column_is_refused_by_name(sweep):
 
 
 def test_seeds_are_shown_where_there_are_several(sweep):
-    assert ">Seed<" not in render(sweep)
+    assert "Seed" not in Page(render(sweep)).tables["All runs"][0]
     again = [run(i, 128) | {"seed": seed} for i in range(4) for seed in (0, 1)]
-    assert ">Seed<" in render(result_of(again))
+    assert "Seed" in Page(render(result_of(again))).tables["All runs"][0]
 
 
 def test_a_grid_that_ends_too_early_is_said():

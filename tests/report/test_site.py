@@ -27,7 +27,7 @@ from latentprior.neurons.store import (
     write_descriptions,
     write_store,
 )
-from latentprior.report.site import site, write_site
+from latentprior.report.site import write, write_site
 from latentprior.report.site.histogram import histogram
 from latentprior.report.site.passages import CONTEXT, activation_levels, passage, shown, token
 from latentprior.utils.errors import InputError
@@ -227,11 +227,13 @@ def test_a_unit_page_says_all_that_the_store_knows(built: Path) -> None:
     text = page.inside["body"]
     assert page.inside["h1"] == "Block 1, unit 1" and "Rivers and banks 41" in text
     assert "Consistency 4 of 5. Complexity 2 of 5. Detection score (AUC) 0.541." in text
+    assert page.row("Statistics over all tokens", "Share above 4 sd") == ["0.100%"]
+    assert page.row("Direct effect on the logits, largest.", "␣word41") == ["1.25"]
     for wanted in ("Top documents", "Bottom documents", "Quantile 1", "Quantile 0.5", "Share above 4 sd", "0.100%"):
         assert wanted in text
     assert "␣word41" in text and "−1.50" in text and "0.750" in text and "lower" in text
     assert page.tags["mark"] == 5 and page.inside["mark"].count("(peak, 1.00)") == 2
-    assert "← b1 n0" in text and "b1 n2 →" in text and page.tags["svg"] == 1
+    assert "← b1 n0" in text and "b1 n2 →" in text and "Histogram of activations" in page.inside["svg"]
     first, last = ((built / path).read_text("utf-8") for path in ("units/b0/n0.html", f"units/b1/n{D_MLP - 1}.html"))
     assert 'rel="prev"' not in first and 'rel="next"' not in last
     assert "⏎" in Page(first).inside["mark"]
@@ -275,7 +277,7 @@ def test_an_interrupted_run_leaves_the_old_index_and_the_next_completes_it(
         write_site(make_store(tmp_path / "one", blocks=1), tmp_path / "site")
     index = tmp_path / "site/index.html"
     old = None if fresh else index.read_bytes()
-    write_page, calls = site._write_page, []
+    write_page, calls = write._write_page, []
 
     def interrupted(path: Path, page: str) -> None:
         calls.append(path)
@@ -284,7 +286,7 @@ def test_an_interrupted_run_leaves_the_old_index_and_the_next_completes_it(
         write_page(path, page)
 
     with monkeypatch.context() as patch:
-        patch.setattr(site, "_write_page", interrupted)
+        patch.setattr(write, "_write_page", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_site(store, tmp_path / "site")
     assert (index.read_bytes() if index.exists() else None) == old
@@ -341,12 +343,14 @@ def test_levels_are_shares_of_the_scale_by_sign() -> None:
         ("\t", "⇥"),
         ("", "(empty)"),
         ("\u200b", "U+200B"),
-        ("<b>", "&lt;b&gt;"),
-        ("x\x00", "x\N{REPLACEMENT CHARACTER}"),
     ],
 )
 def test_a_token_is_never_invisible(piece: str, wanted: str) -> None:
     assert shown(piece) == wanted
+
+
+def test_a_token_is_text() -> None:
+    assert token("<b>\x00") == "<bdi class=token>&lt;b&gt;\N{REPLACEMENT CHARACTER}</bdi>"
 
 
 def test_a_token_by_itself_shows_the_blanks_at_its_ends() -> None:
@@ -384,8 +388,8 @@ def test_a_histogram_of_nothing_is_a_sentence(
 def palettes() -> list[dict[str, str]]:
     """The colours of light and of dark pages."""
     found: list[dict[str, str]] = [{}, {}]
-    for path in site.ASSETS:
-        style = (Path(report.__file__).parent / path).read_text("utf-8")
+    for path in write.ASSETS:
+        style = (Path(report.__file__).parent / "templates" / path).read_text("utf-8")
         for palette, block in zip(found, re.findall(r":root {(.*?)}", style, re.S), strict=False):
             palette |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
     assert found[0].keys() == found[1].keys() >= {"ink", "p1"}

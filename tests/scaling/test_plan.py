@@ -194,5 +194,5 @@ def test_tables_are_readable():
     assert next(iter(tables_of_8b)) == "1 M activations"
     assert work["disk, if stored instead"] == "8.19 GB"
     assert memory["LLM weights"] == "16.1 GB"
-    assert times["together"].endswith(("seconds", "minutes"))
+    assert times["together"].endswith(" s")
     assert dataclasses.asdict(PlanConfig()).keys() == planned()["config"].keys()

@@ -265,7 +265,7 @@ def test_bad_input_is_one_line():
 def test_sides_of_different_width_are_one_line(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     for estimator in (difference_of_means, paired_pca):
-        with pytest.raises(InputError, match="one width, got 4 and 3"):
+        with pytest.raises(InputError, match="4 and 3"):
             estimator(torch.eye(4), torch.eye(4)[:, :3])
 
 

@@ -157,7 +157,8 @@ def test_what_is_written_is_what_is_returned_and_drawn(run_it, tmp_path):
 
 def refusal(*priors: Any, **options: Any) -> str:
     with pytest.raises(InputError) as error:
-        run.experiment(
+        config = SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options})
+        run.experiment(config, never)
             SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options}), never
         )
     return str(error.value)

@@ -81,7 +81,7 @@ def test_only_active_latents_are_drawn(rows, tiny_tokenizer):
     assert describe_latents(identity_sae(), rows, tiny_tokenizer, latents=3, seed=1) == found
     assert len({tuple(d.latent for d in describe_latents(identity_sae(), rows, tiny_tokenizer, latents=2, seed=s))
                 for s in range(8)}) > 1  # fmt: skip
-    with pytest.raises(InputError, match="only 4 latents are active on at least 5 rows, not 5"):
+    with pytest.raises(InputError, match="only 4 latents"):
         describe_latents(identity_sae(), rows, tiny_tokenizer, latents=5)
     (silent,) = describe_latents(identity_sae(), rows, tiny_tokenizer, latents=[5])
     assert silent.examples == [] and silent.name == "latent 5: never active"
@@ -104,5 +104,5 @@ def test_store_gives_whole_documents_of_the_layer(rows, tiny_tokenizer, tmp_path
     assert len({example.doc for example in few[0].examples}) <= 2
     at_3 = SAE.of(*[torch.ones(8, WIDTH), torch.ones(8), torch.ones(8, WIDTH), torch.ones(WIDTH)],
                   Hookpoint("tiny", 3, WIDTH), k=1)  # fmt: skip
-    with pytest.raises(InputError, match="no activations of layer 3"):
+    with pytest.raises(InputError, match="layer 3"):
         describe_latents(at_3, store, tiny_tokenizer)

@@ -89,7 +89,7 @@ def test_gguf_round_trip_is_repengs_file(tmp_path):
 
 def test_damaged_or_other_gguf_is_refused(tmp_path):
     path = write_repeng(tmp_path / "model.gguf", {1: table(2)[1].numpy()}, architecture="llama")
-    with pytest.raises(InputError, match="GGUF file of 'llama', not a control vector"):
+    with pytest.raises(InputError, match="'llama'"):
         read_foreign(path, at(1))
     whole = write_repeng(tmp_path / "v.gguf", {1: table(2)[1].numpy()}).read_bytes()
     for content in (b"", b"GGUF", whole[: len(whole) // 2], whole[:-4], b"nonsense" * 20):
@@ -108,7 +108,7 @@ def test_persona_vectors_rows_are_hidden_states(tmp_path, dtype):
         assert is_row(direction, rows, layer + 1)
         assert direction.provenance["after_final_norm"] == (layer == LAYERS - 1)
     assert is_row(read_foreign(path, at(0, "input"), blocks=LAYERS), rows, 0)
-    with pytest.raises(InputError, match="layer 4 is out of range: blocks=4 has layers 0 to 3"):
+    with pytest.raises(InputError, match="layer 4 .*blocks=4"):
         read_foreign(path, at(LAYERS), blocks=LAYERS)
 
 
@@ -136,9 +136,9 @@ def test_the_number_of_rows_says_which_row_is_a_layers(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_rows_of_an_unknown_number_of_blocks_are_asked_for(tmp_path, suffix):
     path = save(table(LAYERS), tmp_path / f"v{suffix}")
-    with pytest.raises(InputError, match="holds 4 rows, outputs of 4 blocks or hidden states of 3: say which.*blocks="):
+    with pytest.raises(InputError, match="4 rows.*blocks="):
         read_foreign(path, at(1))
-    with pytest.raises(InputError, match="holds 4 rows, and the model has 7 blocks: neither"):
+    with pytest.raises(InputError, match="4 rows.* 7 blocks"):
         read_foreign(path, at(1), blocks=7)
 
 
@@ -170,9 +170,9 @@ def test_steering_vectors_object_is_read_without_its_class(tmp_path, steering_ve
     torch.save(steering_vector_class({1: rows[1]}, "mlp"), tmp_path / "mlp.pt")
     assert is_row(read_foreign(tmp_path / "v.pt", at(2)), rows, 2)
     assert is_row(read_foreign(tmp_path / "v.pt", at(2, "input")), rows, 1)
-    with pytest.raises(InputError, match="unknown layer '7'"):
+    with pytest.raises(InputError, match="'7'"):
         read_foreign(tmp_path / "v.pt", at(7))
-    with pytest.raises(InputError, match="steering vector of 'mlp'"):
+    with pytest.raises(InputError, match="'mlp'"):
         read_foreign(tmp_path / "mlp.pt", at(1))
 
 
@@ -203,7 +203,7 @@ def test_malicious_pickles_are_not_run(tmp_path, wrap, suffix, monkeypatch):
     (tmp_path / f"plain{suffix}").write_bytes(pickle.dumps(wrap(Hostile(marker))))
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for name in ("zip", "legacy", "plain"):
-        with pytest.raises(InputError, match="holds more than tensors, and is not opened") as caught:
+        with pytest.raises(InputError, match="not opened") as caught:
             read_foreign(tmp_path / f"{name}{suffix}", at(2))
         assert "\n" not in str(caught.value)
     assert not marker.exists()
@@ -214,7 +214,7 @@ def test_malicious_pickles_are_not_run(tmp_path, wrap, suffix, monkeypatch):
 def test_hostile_state_of_a_steering_vector_is_not_run(tmp_path, steering_vector_class):
     marker = tmp_path / "ran"
     torch.save(steering_vector_class({1: Hostile(marker)}), tmp_path / "v.pt")
-    with pytest.raises(InputError, match="is not opened"):
+    with pytest.raises(InputError, match="not opened"):
         read_foreign(tmp_path / "v.pt", at(1))
     torch.save(steering_vector_class({1: "no tensor"}), tmp_path / "v.pt")
     with pytest.raises(InputError, match="unknown layer"):
@@ -230,7 +230,7 @@ def test_safetensors_of_one_or_all_layers(tmp_path):
     assert is_row(read_foreign(tmp_path / "all.safetensors", at(2), blocks=LAYERS), rows, 2)
     assert is_row(read_foreign(tmp_path / "one.safetensors", at(0)), rows, 1)
     assert is_row(read_foreign(tmp_path / "two.safetensors", at(0), tensor="b"), rows, 2)
-    with pytest.raises(InputError, match="holds 2 tensors"):
+    with pytest.raises(InputError, match="2 tensors"):
         read_foreign(tmp_path / "two.safetensors", at(0))
 
 
@@ -254,7 +254,7 @@ def test_what_is_no_direction_is_refused(tmp_path, value, expected):
 def test_missing_files_and_unknown_kinds(tmp_path):
     with pytest.raises(InputError, match="there is no file"):
         read_foreign(tmp_path / "v.pt", at(1))
-    with pytest.raises(InputError, match=r"unknown kind of direction file '.pkl'"):
+    with pytest.raises(InputError, match=r"'.pkl'"):
         read_foreign(tmp_path / "v.pkl", at(1))
 
 

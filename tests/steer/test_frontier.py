@@ -370,5 +370,5 @@ def test_no_resamples_is_refused():
 def test_a_prior_without_its_baseline_is_refused():
     rows = [r | {"prior": "a"} for r in rows_of({"plain": line(0.1)})]
     rows += [r | {"prior": "b"} for r in rows_of({"paired": line(0.1)})]
-    with pytest.raises(InputError, match="prior 'b' along 'd' has no rows of the baseline"):
+    with pytest.raises(InputError, match="'b' .*baseline"):
         summarise(table(rows), resamples=10)

@@ -405,10 +405,10 @@ def refused(match: str, edits, model: nn.Module, mean_norm=5.0, **options) -> No
 def test_what_does_not_fit_the_model_is_refused(tiny_llm):
     model = tiny_llm()
     narrow = Direction.of(torch.ones(16), Hookpoint("", 1, 16), "narrow", "random")
-    refused("width 16, but the model's hidden size is 32", Edit(narrow, 1.0), model)
-    refused("layer 7 is out of range", Edit(direction(7), 1.0), model)
+    refused("width 16", Edit(narrow, 1.0), model)
+    refused("layer 7", Edit(direction(7), 1.0), model)
     other = Edit(direction(model="org/other"), 1.0)
-    refused("belongs to model 'org/other', not 'tiny-llama'", [Edit(direction()), other], model)
+    refused("org/other.*tiny-llama", [Edit(direction()), other], model)
     with steering(model, other, mean_norm=5.0, check_model=False):
         model(IDS)
 
@@ -417,7 +417,7 @@ def test_units_and_positions_are_checked_before_anything_runs(tiny_llm, monkeypa
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     model, edit = tiny_llm(), Edit(direction(), 1.0)
     for norm in (0.0, -1.0, math.nan, math.inf):
-        refused("mean_norm of layer 1 must be positive and finite", edit, model, norm)
+        refused("mean_norm of layer 1", edit, model, norm)
     refused(r"unknown layer of mean_norm '1' .*valid: 0, 2", edit, model, {0: 1.0, 2: 1.0})
     refused("mean_norm of layer 1 must be positive", edit, model, {1: 0.0})
     refused("unknown positions 'prompts'; did you mean 'prompt'", edit, model, positions="prompts")

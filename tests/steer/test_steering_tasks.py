@@ -73,7 +73,7 @@ def test_personas(llm, monkeypatch):
     (task,) = steering_tasks(config("persona"), *llm)
     assert task.direction.kind == "persona" and task.concept == "It shouts."
     assert task.prompts.texts == ["Why?", "Who?"]
-    with pytest.raises(InputError, match="unknown trait 'quiet' .valid: loud"):
+    with pytest.raises(InputError, match="'quiet'.*loud"):
         steering_tasks(config("persona", directions=["quiet"]), *llm)
 
 
@@ -98,7 +98,7 @@ def test_features(llm, sae_and_store):
     assert len({task.direction.name for task in found}) == 3
     named = steering_tasks(config("sae", sae=sae, store=store, directions=["2", "5"]), *llm)
     assert [task.direction.provenance["latent"] for task in named] == [2, 5]
-    with pytest.raises(InputError, match="named by their number, got 'film'"):
+    with pytest.raises(InputError, match="'film'"):
         steering_tasks(config("sae", sae=sae, store=store, directions=["film"]), *llm)
 
 
@@ -115,5 +115,5 @@ def test_files_of_any_kind(llm, tmp_path):
     assert task.direction.norm == pytest.approx(0.5)
     elsewhere = Direction.of(direction.vector, Hookpoint.of(llm[0], 0), "ramp", "random")
     path = str(write_direction(elsewhere, tmp_path / "c.safetensors"))
-    with pytest.raises(InputError, match="belongs to .* layer 0 output .width .*., the prior to .* layer 1"):
+    with pytest.raises(InputError, match="layer 0 .* layer 1"):
         steering_tasks(config("files", directions=[path]), *llm)

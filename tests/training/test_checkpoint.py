@@ -17,7 +17,7 @@ from latentprior.config import DenoiserConfig, Recipe
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.training.checkpoint import KEPT, MARKER, complete_states, latest, load_state, save_state
-from latentprior.training.loop import State, train
+from latentprior.training.loop import State, TrainingLoop
 from latentprior.utils.errors import InputError
 
 PLAIN = Recipe(batch_size=16, learning_rate=1e-2)
@@ -46,7 +46,7 @@ def trained(state: State, recipe: Recipe, steps: int) -> State:
         generator = torch.Generator().manual_seed(state.step)
         one = itertools.repeat((torch.randn(16, 4, generator=generator), None), 1)
         with pytest.raises(InputError, match="ended after"):  # a step at a time, in the schedule of the whole run
-            train(state, normalizer, one, recipe, steps=20)
+            list(TrainingLoop(state, normalizer, recipe, 20).over(one))
     return state
 
 

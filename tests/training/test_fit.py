@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.glp import GLP
-from latentprior.training import run as run_module
+from latentprior.training import logger, trainer
 from latentprior.training.checkpoint import complete_states
 from latentprior.training.fit import fit
-from latentprior.training.loop import BINS, Diverged, heldout_loss
+from latentprior.training.loop import Diverged
+from latentprior.training.loss import BINS, heldout_loss
 from latentprior.training.tracking import read_log
+from latentprior.training.trainer import FIRST_CHECKPOINT, _passes_checkpoint
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import LOCK
 
@@ -57,7 +58,7 @@ def stores(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def config(tmp_path, stores) -> TrainConfig:
-    return TrainConfig(
+    return TrainConfig.of(
         **stores,
         output=str(tmp_path / "prior"),
         activations=STEPS * BATCH,
@@ -77,7 +78,7 @@ def config(tmp_path, stores) -> TrainConfig:
 def short(config: TrainConfig, **changes: Any) -> TrainConfig:
     """A run of 6 small steps."""
     recipe = {"batch_size": 128, "learning_rate": 1e-2, "ema": 0.9} | changes.pop("recipe", {})
-    return replace(config, activations=6 * 128, recipe=recipe, micro_batch=None, **changes)
+    return config.changed(activations=6 * 128, recipe=recipe, micro_batch=None, **changes)
 
 
 def weights(folder: str | Path) -> dict[str, bytes]:
@@ -101,7 +102,7 @@ def test_a_run_leaves_a_prior_checkpoints_and_a_log(config):
     state = torch.get_rng_state()
     glp = fit(config, report=lambda done, total, figures: seen.append((done, total, dict(figures))))
     assert torch.equal(torch.get_rng_state(), state)
-    output = Path(config.output)
+    output = Path(config.run.output)
 
     loaded = GLP.from_pretrained(output)
     for name, value in glp.state_dict().items():
@@ -109,7 +110,7 @@ def test_a_run_leaves_a_prior_checkpoints_and_a_log(config):
     assert not any(p.requires_grad for p in glp.parameters()) and not glp.training
     assert loaded.hookpoints == (Hookpoint(model="tiny", layer=1, width=WIDTH),)
     assert loaded.denoiser.config.d_mlp == 8 and loaded.denoiser.config.multi_layer_n_layers is None
-    moments = ActivationStore(config.store).moments()
+    moments = ActivationStore(config.store.path).moments()
     torch.testing.assert_close(loaded.normalizer.mean.double(), moments.mean)
     torch.testing.assert_close(loaded.normalizer.var.double(), moments.variance())
     assert loaded.provenance["source"]["corpus"] == "tiny"
@@ -142,28 +143,28 @@ def test_a_run_leaves_a_prior_checkpoints_and_a_log(config):
 
 def heldout(glp: GLP, config: TrainConfig) -> float:
     """The loss of a saved prior on the held-out rows of the run."""
-    x, layer = next(ActivationStore(config.heldout).batches(300, seed=0))
+    x, layer = next(ActivationStore(config.store.heldout).batches(300, seed=0))
     return heldout_loss(glp.denoiser, glp.normalizer, x, layer)[0]
 
 
 def test_the_average_is_saved_and_not_the_last_weights(config):
     averaged = fit(short(config))
-    plain = fit(short(config, output=config.output + "-plain", recipe={"ema": None}))
+    plain = fit(short(config, output=config.run.output + "-plain", recipe={"ema": None}))
     assert not torch.equal(averaged.denoiser.in_proj.weight, plain.denoiser.in_proj.weight)
-    torch.default_generator.manual_seed(config.seed)
-    start = Denoiser(config.denoiser(WIDTH)).in_proj.weight
+    torch.default_generator.manual_seed(config.run.seed)
+    start = Denoiser(config.prior.denoiser(WIDTH)).in_proj.weight
     moved = (averaged.denoiser.in_proj.weight - start).norm(), (plain.denoiser.in_proj.weight - start).norm()
     assert 0 < moved[0] < moved[1]
 
 
 def test_a_log_line_is_the_mean_of_the_steps_since_the_last(config):
     fit(short(config, heldout=None))
-    fit(short(config, heldout=None, output=config.output + "-4", log_every=4))
-    each = [line["loss"] for line in log_of(config.output)]
-    lines = log_of(config.output + "-4")
+    fit(short(config, heldout=None, output=config.run.output + "-4", log_every=4))
+    each = [line["loss"] for line in log_of(config.run.output)]
+    lines = log_of(config.run.output + "-4")
     assert [line["step"] for line in lines] == [4, 6]
     assert lines[0]["loss"] == pytest.approx(sum(each[:4]) / 4) and lines[1]["loss"] == pytest.approx(sum(each[4:]) / 2)
-    assert weights(config.output) == weights(config.output + "-4")
+    assert weights(config.run.output) == weights(config.run.output + "-4")
 
 
 def test_several_layers(config, tmp_path):
@@ -171,22 +172,28 @@ def test_several_layers(config, tmp_path):
     glp = fit(short(config, store=store, heldout=store))
     assert glp.denoiser.config.multi_layer_n_layers == 4
     assert glp.normalizer.layers.tolist() == [0, 2]
-    loaded = GLP.from_pretrained(config.output)
+    loaded = GLP.from_pretrained(config.run.output)
     assert not torch.equal(loaded.sample(3, layer=0, generator=0), loaded.sample(3, layer=2, generator=0))
 
 
 def test_the_seed_decides(config):
     first, same, other = (
-        fit(short(config, output=f"{config.output}-{i}", seed=seed)).denoiser.in_proj.weight
+        fit(short(config, output=f"{config.run.output}-{i}", seed=seed)).denoiser.in_proj.weight
         for i, seed in enumerate((1, 1, 2))
     )
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+def test_checkpoints_are_due_at_doublings():
+    due = [done for done in range(1000, 40 * FIRST_CHECKPOINT // 10, 1000) if _passes_checkpoint(done - 1000, done)]
+    assert [done // FIRST_CHECKPOINT for done in due] == [1, 2]
+    assert _passes_checkpoint(0, 10 * FIRST_CHECKPOINT) and not _passes_checkpoint(FIRST_CHECKPOINT, 70_000)
+
+
 def test_checkpoints_are_due_once_each(config, monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_CHECKPOINT", 100)
+    monkeypatch.setattr(trainer, "FIRST_CHECKPOINT", 100)
     fit(short(config))  # steps of 128: 100 is first reached by 128, 200 by 256, 400 by 512; 800 never
-    names = sorted(path.name for path in Path(config.output, "checkpoints").iterdir())
+    names = sorted(path.name for path in Path(config.run.output, "checkpoints").iterdir())
     assert names == ["128", "256", "512"]
 
 
@@ -211,53 +218,53 @@ def whole(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_between_any_two_changes_of_the_disk(config, whole, run_killed, seed):
-    fit(replace(config, output=whole))  # the second time, the finished run is opened
+    fit(config.changed(output=whole))  # the second time, the finished run is opened
     draws, kills, steps = random.Random(seed), 0, [0]
     while not run_killed(fit, config, changes=draws.randint(20, 120)):
         kills += 1
-        states = complete_states(Path(config.output) / "steps")
+        states = complete_states(Path(config.run.output) / "steps")
         steps.append(int(states[-1].name) if states else 0)
         # What is visible is whole.
-        for checkpoint in Path(config.output).glob("checkpoints/*/README.md"):
+        for checkpoint in Path(config.run.output).glob("checkpoints/*/README.md"):
             GLP.from_pretrained(checkpoint.parent)
     assert kills >= 3 and steps == sorted(steps) and len(set(steps)) > 2
-    assert_same_run(config.output, whole)
+    assert_same_run(config.run.output, whole)
 
 
 def test_killed_at_random_times(config, whole, run_killed):
-    fit(replace(config, output=whole))
+    fit(config.changed(output=whole))
     draws = random.Random(0)
     for _ in range(4):
         run_killed(fit, config, seconds=draws.uniform(0.2, 1.0))
     fit(config)
-    assert_same_run(config.output, whole)
+    assert_same_run(config.run.output, whole)
 
 
 def test_killed_after_the_last_state(config, whole, monkeypatch):
     """The weights are done, but the prior is not written yet."""
-    fit(replace(config, output=whole))
+    fit(config.changed(output=whole))
     fit(config)
     for name in ("train.json", "model.safetensors", "config.json", "README.md"):
-        Path(config.output, name).unlink()
-    monkeypatch.setattr(run_module, "save_state", lambda *_: pytest.fail("a step was done again"))
+        Path(config.run.output, name).unlink()
+    monkeypatch.setattr(trainer, "save_state", lambda *_: pytest.fail("a step was done again"))
     fit(config)
-    assert_same_run(config.output, whole)
+    assert_same_run(config.run.output, whole)
 
 
 def test_the_rate_of_a_continued_run_is_its_own(config, run_killed, monkeypatch):
     clock = iter(range(10**6))
     assert not run_killed(fit, config, changes=300)
-    before = int(complete_states(Path(config.output) / "steps")[-1].name)
-    monkeypatch.setattr(run_module.time, "perf_counter", lambda: float(next(clock)))
+    before = int(complete_states(Path(config.run.output) / "steps")[-1].name)
+    monkeypatch.setattr(logger.time, "perf_counter", lambda: float(next(clock)))
     fit(config)
-    first = next(line for line in read_log(Path(config.output) / "log.jsonl") if line["step"] == before + 1)
+    first = next(line for line in read_log(Path(config.run.output) / "log.jsonl") if line["step"] == before + 1)
     assert first["per_second"] <= BATCH
 
 
 def test_a_finished_run_is_opened(config, whole):
-    fit(replace(config, output=whole))
+    fit(config.changed(output=whole))
     before = {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")}
-    again = fit(replace(config, output=whole), report=lambda *_: pytest.fail("it trained again"))
+    again = fit(config.changed(output=whole), report=lambda *_: pytest.fail("it trained again"))
     assert torch.equal(again.denoiser.in_proj.weight, GLP.from_pretrained(whole).denoiser.in_proj.weight)
     assert {p: p.stat().st_mtime_ns for p in Path(whole).rglob("*")} == before
 
@@ -269,8 +276,8 @@ def test_other_settings_are_refused_by_name(config, stores, tmp_path, run_killed
         fit(config)
     else:
         assert not run_killed(fit, config, changes=41)
-        (Path(config.output) / LOCK).unlink()  # the killed process's
-    before = {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()}
+        (Path(config.run.output) / LOCK).unlink()  # the killed process's
+    before = {p: p.read_bytes() for p in Path(config.run.output).rglob("*") if p.is_file()}
     other = write_store(tmp_path / "other", seed=9)
     for change, name in [
         ({"seed": 4}, "seed 3, not 4"),
@@ -282,18 +289,18 @@ def test_other_settings_are_refused_by_name(config, stores, tmp_path, run_killed
         ({"store": stores["heldout"]}, "rows 5000, not 300"),
     ]:
         with pytest.raises(InputError, match=f"holds a (finished )?run with {name}") as caught:
-            fit(replace(config, **change))
+            fit(config.changed(**change))
         assert "\n" not in str(caught.value) and str(caught.value).endswith("choose another output")
-    assert {p: p.read_bytes() for p in Path(config.output).rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in Path(config.run.output).rglob("*") if p.is_file()} == before
 
 
 def test_what_does_not_decide_the_weights_may_change(config, run_killed, tmp_path, stores):
     assert not run_killed(fit, config, changes=200)
     moved = tmp_path / "moved"
-    Path(config.output).rename(moved)
-    glp = fit(replace(config, output=str(moved), log_every=7, save_seconds=60.0, heldout_activations=10))
+    Path(config.run.output).rename(moved)
+    glp = fit(config.changed(output=str(moved), log_every=7, save_seconds=60.0, heldout_activations=10))
     fit(config)
-    assert torch.equal(glp.denoiser.in_proj.weight, GLP.from_pretrained(config.output).denoiser.in_proj.weight)
+    assert torch.equal(glp.denoiser.in_proj.weight, GLP.from_pretrained(config.run.output).denoiser.in_proj.weight)
 
 
 class Malicious:
@@ -305,16 +312,16 @@ class Malicious:
 
 
 def test_no_pickle_in_a_run_is_executed(config, whole, run_killed, tmp_path):
-    fit(replace(config, output=whole))
+    fit(config.changed(output=whole))
     assert not run_killed(fit, config, changes=200)
-    payload, steps = pickle.dumps(Malicious(tmp_path / "executed")), Path(config.output) / "steps"
+    payload, steps = pickle.dumps(Malicious(tmp_path / "executed")), Path(config.run.output) / "steps"
     (steps / "999.partial").mkdir()
     for folder in (steps, *steps.iterdir()):
         for name in (".metadata", "__0_0.distcp", "state.pt"):
             if folder.is_dir():
                 (folder / name).write_bytes(payload)
     fit(config)
-    assert_same_run(config.output, whole)
+    assert_same_run(config.run.output, whole)
     assert not (tmp_path / "executed").exists()
 
 
@@ -325,8 +332,10 @@ def test_a_run_that_diverges_keeps_its_last_state(config):
     config = short(config, recipe={"learning_rate": 1e30, "clip": 1e30})
     with pytest.raises(Diverged, match="^step 1: loss"):
         fit(config)
-    assert [path.name for path in complete_states(Path(config.output) / "steps")] == ["1"]
-    assert not Path(config.output, "model.safetensors").exists() and not Path(config.output, "train.json").exists()
+    assert [path.name for path in complete_states(Path(config.run.output) / "steps")] == ["1"]
+    assert (
+        not Path(config.run.output, "model.safetensors").exists() and not Path(config.run.output, "train.json").exists()
+    )
 
 
 def test_bad_input_is_one_line_and_makes_no_folder(config, tmp_path):
@@ -339,22 +348,22 @@ def test_bad_input_is_one_line_and_makes_no_folder(config, tmp_path):
         ({"device": "quantum"}, "device 'quantum' is not available"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
-            fit(replace(config, **change))
+            fit(config.changed(**change))
         assert "\n" not in str(caught.value)
-        assert not Path(config.output).exists()
+        assert not Path(config.run.output).exists()
 
 
 def test_held_out_activations_of_a_copy_of_the_model_fit(config, tmp_path):
     """The two need not have been recorded from the same folder."""
     copied = write_store(tmp_path / "copied", model="/data/tiny", rows=300, seed=1)
-    config = short(replace(config, heldout=copied))
+    config = short(config.changed(heldout=copied))
     assert fit(config).hookpoints[0].model == "tiny"
 
 
 def test_a_missing_tracker_is_one_line(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(InputError, match="^wandb is not installed"):
-        fit(replace(config, track="wandb"))
+        fit(config.changed(track="wandb"))
 
 
 # --- Layers of a store
@@ -372,7 +381,7 @@ def several(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("normalizer", ["standard", "whitened"])
 @pytest.mark.parametrize("layers", [[3], [1, 5]])
 def test_layers_of_a_store_are_chosen(config, several, layers, normalizer):
-    config = short(replace(config, **several, layers=layers), recipe={"normalizer": normalizer})
+    config = short(config.changed(**several, layers=layers), recipe={"normalizer": normalizer})
     glp = fit(config)
     assert [h.layer for h in glp.hookpoints] == glp.normalizer.layers.tolist() == layers
     assert (glp.denoiser.config.multi_layer_n_layers is None) == (len(layers) == 1)
@@ -385,31 +394,31 @@ def test_layers_of_a_store_are_chosen(config, several, layers, normalizer):
     training = glp.provenance["training"]
     assert training["distinct"] == 768 and "heldout_loss" in training
     with pytest.raises(InputError, match="holds a finished run with hookpoints"):
-        fit(replace(config, layers=[1]))
+        fit(config.changed(layers=[1]))
 
 
 def test_all_layers_of_a_store_named_are_as_none_named(config, several):
-    first = fit(short(replace(config, **several)))
-    again = fit(short(replace(config, **several, layers=[5, 3, 1]), output=config.output + "-2"))
-    assert weights(config.output) == weights(config.output + "-2") and again.hookpoints == first.hookpoints
+    first = fit(short(config.changed(**several)))
+    again = fit(short(config.changed(**several, layers=[5, 3, 1]), output=config.run.output + "-2"))
+    assert weights(config.run.output) == weights(config.run.output + "-2") and again.hookpoints == first.hookpoints
 
 
 def test_a_layer_that_the_store_does_not_have_is_refused(config, several):
     with pytest.raises(InputError, match=r"unknown layer '9' \(valid: 1, 3, 5\)"):
-        fit(short(replace(config, **several, layers=[9])))
+        fit(short(config.changed(**several, layers=[9])))
     with pytest.raises(InputError, match=r"followed gives all its layers, \[1, 3, 5\]: omit --layers"):
-        fit(short(replace(config, **several, layers=[3], follow=True)))
-    assert not Path(config.output).exists()
+        fit(short(config.changed(**several, layers=[3], follow=True)))
+    assert not Path(config.run.output).exists()
 
 
 def test_the_log_has_a_share_of_the_measured_peak_and_an_mfu_where_the_data_sheet_is_known(config, monkeypatch):
-    monkeypatch.setattr(run_module, "matrix_peak", lambda *_: 2e9)
+    monkeypatch.setattr(logger, "matrix_peak", lambda *_: 2e9)
     fit(short(config))
-    monkeypatch.setattr(run_module, "data_sheet_peak", lambda *_: 4e9)
-    fit(short(config, output=config.output + "-2"))
+    monkeypatch.setattr(logger, "data_sheet_peak", lambda *_: 4e9)
+    fit(short(config, output=config.run.output + "-2"))
     plain, known = (
         [line for line in read_log(Path(folder) / "log.jsonl") if "per_second" in line]
-        for folder in (config.output, config.output + "-2")
+        for folder in (config.run.output, config.run.output + "-2")
     )
     assert all("mfu" not in line and line["measured_peak_share"] > 0 for line in plain)
     assert all(line["mfu"] == pytest.approx(line["measured_peak_share"] / 2) for line in known) and known

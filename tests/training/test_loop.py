@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 from latentprior.config import DenoiserConfig, Recipe
-from latentprior.data.partition import Batch, Deal
+from latentprior.data.partition import Batch, BatchPartition
 from latentprior.prior import flow
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.training.loop import (
-    BINS,
-    Diverged,
-    State,
-    backward,
-    heldout_errors,
-    heldout_loss,
-    squared_errors,
-    train,
-)
-from latentprior.training.noise import Draws
+from latentprior.training.loop import Diverged, State, TrainingLoop
+from latentprior.training.loss import BINS, backward, heldout_errors, heldout_loss, squared_errors
+from latentprior.training.noise import NoiseSamples
 from latentprior.utils.errors import InputError
 
 WIDTH = 6
@@ -54,6 +46,13 @@ def batches(rows: int = 32, width: int = WIDTH, layers: list[int] | None = None,
         if layers is not None:
             layer = torch.tensor(layers)[torch.randint(len(layers), (rows,), generator=generator)]
         yield x, layer
+
+
+def train(state: State, normalizer: Normalizer, batches, recipe: Recipe, steps: int, **options) -> State:
+    """The state after the whole loop."""
+    for _ in TrainingLoop(state, normalizer, recipe, steps, **options).over(batches):
+        pass
+    return state
 
 
 def weights(state: State) -> Tensor:
@@ -114,9 +113,9 @@ def test_the_host_never_waits_for_the_device(statistics, layers_on, monkeypatch)
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no such device
     known, net = statistics(layers=LAYERS).to("meta"), denoiser(layers=5).to("meta")
     x, layer = next(batches(layers=LAYERS))
-    drawn = Draws(torch.empty(len(x), WIDTH, device="meta"), torch.rand(len(x)))
-    places = torch.arange(len(x))
-    errors = squared_errors(net, known, Batch(x, layer.to(layers_on)), drawn.select(places), slice(0, 16))
+    drawn = NoiseSamples(torch.empty(len(x), WIDTH, device="meta"), torch.rand(len(x)))
+    rows = torch.arange(len(x))
+    errors = squared_errors(net, known, Batch(x, layer.to(layers_on)), drawn.select(rows), slice(0, 16))
     errors.mean().backward()
     assert errors.shape == (16,) and all(p.grad is not None for p in net.parameters())
 
@@ -124,13 +123,13 @@ def test_the_host_never_waits_for_the_device(statistics, layers_on, monkeypatch)
 def test_layers_that_the_prior_does_not_serve_are_refused():
     x, layer = next(batches(layers=LAYERS))
     layer[3] = 1 + max(LAYERS)
-    drawn = Draws(torch.zeros(len(x), WIDTH), torch.rand(len(x)))
+    drawn = NoiseSamples(torch.zeros(len(x), WIDTH), torch.rand(len(x)))
     with pytest.raises(InputError, match="unknown layer"):
         squared_errors(denoiser(layers=5), normalizer(layers=LAYERS), Batch(x, layer), drawn)
 
 
-def draws_of(seed: int, step: int, rows: int, width: int, recipe: Recipe, lanes: int = 1) -> Draws:
-    return Draws.of(seed, step, Deal(rows, lanes), width, recipe, torch.device("cpu"))
+def samples_of(seed: int, step: int, rows: int, width: int, recipe: Recipe, shards: int = 1) -> NoiseSamples:
+    return NoiseSamples.draw(seed, step, BatchPartition(rows, shards), width, recipe, torch.device("cpu"))
 
 
 def gradient(
@@ -142,9 +141,9 @@ def gradient(
         net,
         normalizer(layers=layers),
         batch,
-        [draws_of(0, step, 32, WIDTH, Recipe()) for step in steps],
+        [samples_of(0, step, 32, WIDTH, Recipe()) for step in steps],
         32,
-        deal=Deal(32),
+        partition=BatchPartition(32),
         micro_batch=micro_batch,
         precision=torch.float32,
         **options,
@@ -167,12 +166,12 @@ def test_gradient_is_that_of_the_papers_loss(layers):
     net, scale = denoiser(layers=5 if layers else None), normalizer(layers=layers)
     loss, ours = gradient(net, layers, 8)
     x, layer = next(batches(layers=layers))
-    draws = draws_of(0, 0, 32, WIDTH, Recipe())
+    samples = samples_of(0, 0, 32, WIDTH, Recipe())
     row = torch.zeros(len(x), dtype=torch.long) if layer is None else (layer == LAYERS[1]).long()
     z_0 = (x - scale.mean[row]) / scale.var[row].sqrt()
-    t = draws.t[:, None]
+    t = samples.t[:, None]
     net.zero_grad()
-    expected = (net((1 - t) * z_0 + t * draws.noise, draws.t, layer) - (draws.noise - z_0)).square().mean()
+    expected = (net((1 - t) * z_0 + t * samples.noise, samples.t, layer) - (samples.noise - z_0)).square().mean()
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     theirs = torch.cat([p.grad.flatten() for p in net.parameters()])
@@ -180,7 +179,7 @@ def test_gradient_is_that_of_the_papers_loss(layers):
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
-def test_several_draws_give_the_mean_of_their_gradients(micro_batch):
+def test_several_noise_samples_give_the_mean_of_their_gradients(micro_batch):
     net = denoiser()
     alone = [gradient(net, None, None, (step,)) for step in range(3)]
     loss, together = gradient(net, None, micro_batch, (0, 1, 2))
@@ -192,35 +191,37 @@ def test_bfloat16_work_keeps_float32_weights_and_gradients():
     net = denoiser()
     _, exact = gradient(net, None, None)
     net.zero_grad()
-    batch, draws = Batch(*next(batches())), draws_of(0, 0, 32, WIDTH, Recipe())
-    backward(net, normalizer(), batch, [draws], 32, deal=Deal(32), precision=torch.bfloat16, micro_batch=8)
+    batch, samples = Batch(*next(batches())), samples_of(0, 0, 32, WIDTH, Recipe())
+    backward(
+        net, normalizer(), batch, [samples], 32, partition=BatchPartition(32), precision=torch.bfloat16, micro_batch=8
+    )
     rounded = torch.cat([p.grad.flatten() for p in net.parameters()])
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-# --- Draws
+# --- Noise samples
 
 
 @pytest.mark.parametrize("times", ["grid", "stratified"])
-def test_draws_are_a_function_of_seed_and_step(times):
+def test_noise_samples_are_a_function_of_seed_and_step(times):
     recipe = Recipe(batch_size=256, times=times)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = draws_of(3, 10, 256, WIDTH, recipe)
-    draws_of(3, 11, 256, WIDTH, recipe)
-    again = draws_of(3, 10, 256, WIDTH, recipe)
+    first = samples_of(3, 10, 256, WIDTH, recipe)
+    samples_of(3, 11, 256, WIDTH, recipe)
+    again = samples_of(3, 10, 256, WIDTH, recipe)
     assert torch.equal(first.noise, again.noise) and torch.equal(first.t, again.t)
     assert torch.equal(torch.get_rng_state(), before)
     for seed, step in [(3, 11), (4, 10), (0, 10)]:
-        other = draws_of(seed, step, 256, WIDTH, recipe)
+        other = samples_of(seed, step, 256, WIDTH, recipe)
         assert not torch.equal(first.noise, other.noise) and not torch.equal(first.t, other.t)
 
 
 @pytest.mark.parametrize("times", ["grid", "stratified"])
 def test_times_cover_the_unit_interval_evenly(times):
     recipe = Recipe(batch_size=512, times=times)
-    drawn = [draws_of(0, step, 512, 1, recipe).t for step in range(400)]
+    drawn = [samples_of(0, step, 512, 1, recipe).t for step in range(400)]
     t = torch.cat(drawn)
     assert 0 <= t.min() < 0.01 and 0.99 < t.max() <= 1
     share = torch.histc(t, 20, 0, 1) / len(t)
@@ -231,21 +232,21 @@ def test_times_cover_the_unit_interval_evenly(times):
 
 
 def test_grid_times_lie_on_the_official_grid():
-    t = draws_of(0, 0, 4096, 1, Recipe()).t
+    t = samples_of(0, 0, 4096, 1, Recipe()).t
     assert torch.isin(t, flow.official_knots(1000)).all() and len(t.unique()) > 900
 
 
 def test_stratified_times_have_one_draw_a_stratum():
     recipe = Recipe(batch_size=512, times="stratified", distinct_times=64)
-    t = draws_of(0, 0, 512, 1, recipe).t
+    t = samples_of(0, 0, 512, 1, recipe).t
     assert torch.equal((t * 64).long(), torch.arange(64).repeat_interleave(8))
     assert len(t.unique()) == 64
 
 
 def test_times_and_noise_are_not_paired_with_rows():
     """Sorting the times must not tie a row's noise to its time."""
-    draws = draws_of(0, 0, 20_000, 1, Recipe())
-    correlation = torch.corrcoef(torch.stack([draws.t, draws.noise[:, 0]]))[0, 1]
+    samples = samples_of(0, 0, 20_000, 1, Recipe())
+    correlation = torch.corrcoef(torch.stack([samples.t, samples.noise[:, 0]]))[0, 1]
     assert abs(float(correlation)) < 0.03
 
 
@@ -287,21 +288,15 @@ def test_the_layer_is_used():
 
 def test_figures_of_a_step():
     recipe = Recipe(batch_size=32, learning_rate=1e-2, warmup=0.5, clip=1e-3)
-    figures: list[dict[str, float]] = []
     state = State.start(denoiser(), recipe)
     before = weights(state)
-    steps: list[int] = []
-
-    def after(state: State, values: dict[str, float]) -> None:
-        figures.append(values)
-        steps.append(state.step)
-
-    train(state, normalizer(), batches(), recipe, steps=4, after_step=after)
-    assert steps == [1, 2, 3, 4]
-    assert [f["learning_rate"] for f in figures[:3]] == pytest.approx([1e-4, 5.05e-3, 1e-2])
+    loop = TrainingLoop(state, normalizer(), recipe, 4)
+    steps, figures = zip(*((state.step, made) for made in loop.over(batches())), strict=True)
+    assert steps == (1, 2, 3, 4)
+    assert [f.learning_rate for f in figures[:3]] == pytest.approx([1e-4, 5.05e-3, 1e-2])
     loss, exact = gradient(denoiser(), None, None)
-    assert figures[0]["loss"] == pytest.approx(loss, rel=1e-5)
-    assert figures[0]["gradient_norm"] == pytest.approx(float(exact.norm()), rel=1e-4)  # before it is clipped
+    assert figures[0].loss == pytest.approx(loss, rel=1e-5)
+    assert figures[0].gradient_norm == pytest.approx(float(exact.norm()), rel=1e-4)  # before it is clipped
     assert not torch.equal(weights(state), before)
 
 

@@ -12,8 +12,8 @@ import torch
 from latentprior.config import DenoiserConfig, Recipe
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.training.loop import State, train
-from latentprior.training.parallel import check_float8, placed, whole_weights
+from latentprior.training.loop import State, TrainingLoop
+from latentprior.training.parallel import check_float8, parallelize, whole_weights
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
@@ -27,10 +27,11 @@ def denoiser() -> Denoiser:
 def trained(compiled: bool) -> dict[str, torch.Tensor]:
     recipe = Recipe(batch_size=32, learning_rate=1e-2)
     net = denoiser()
-    state = State.start(net, recipe, placed(net, World(), compiled=compiled))
+    state = State.start(net, recipe, parallelize(net, World(), compiled=compiled))
     generator = torch.Generator().manual_seed(1)
     data = [(torch.randn(32, 6, generator=generator), None) for _ in range(3)]
-    train(state, Normalizer(torch.zeros(1, 6), torch.ones(1, 6), [0]), data, recipe, steps=3, micro_batch=8)
+    normalizer = Normalizer(torch.zeros(1, 6), torch.ones(1, 6), [0])
+    list(TrainingLoop(state, normalizer, recipe, 3, micro_batch=8).over(data))
     return whole_weights(net)
 
 
@@ -50,7 +51,7 @@ def test_compiled_blocks_train_alike():
 
 def test_one_process_calls_the_denoiser_itself():
     net = denoiser()
-    assert placed(net, World()) is net
+    assert parallelize(net, World()) is net
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in whole_weights(net).items())
 
 
@@ -70,7 +71,7 @@ def test_a_loss_that_is_not_finite_makes_no_update_on_a_gpu():
     x = torch.full((32, 6), float("nan"))
     normalizer = Normalizer(torch.zeros(1, 6), torch.ones(1, 6), [0]).cuda()
     with pytest.raises(Diverged, match="^step 0"):
-        train(State.start(net, recipe), normalizer, [(x, None)], recipe, steps=1)
+        list(TrainingLoop(State.start(net, recipe), normalizer, recipe, 1).over([(x, None)]))
     assert all(torch.equal(value, before[name]) for name, value in whole_weights(net).items())
 
 

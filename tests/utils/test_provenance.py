@@ -17,7 +17,7 @@ from latentprior.utils import provenance
 
 
 def test_stamp_has_all_that_repeats_a_result():
-    stamp = provenance.stamp(to_dict(TrainConfig(seed=3)), seed=3, wall_seconds=1.23456)
+    stamp = provenance.stamp(to_dict(TrainConfig.of(seed=3)), seed=3, wall_seconds=1.23456)
     assert stamp.keys() == {"config", "versions", "git", "seed", "wall_seconds"}
     assert stamp["config"]["seed"] == stamp["seed"] == 3 and stamp["wall_seconds"] == 1.23
     assert json.loads(json.dumps(stamp))["versions"] == stamp["versions"]

@@ -13,7 +13,7 @@ from latentprior.data.store.writer import StoreWriter
 from latentprior.data.text import Document
 from latentprior.data.tokens import tokenize
 from latentprior.lm.hooks import Hookpoint
-from latentprior.neurons.effects import Effects
+from latentprior.neurons.top_logits import TopLogits
 from latentprior.probe.tasks import Task
 from latentprior.sae.sae import SAE
 from latentprior.steer import Direction, Edit
@@ -44,7 +44,7 @@ def objects(tmp_path_factory):
         "SAE": SAE.of(eye, zeros, eye, zeros, point, k=4),
         "GLP": build_glp(D, (0, 2), "tiny-llama"),
         "Task": Task("mine", "own", texts, rows, rows, rows),
-        "Effects": Effects(ids, ids.float(), ids, ids.float()),
+        "TopLogits": TopLogits(ids, ids.float(), ids, ids.float()),
     }
 
 
@@ -60,7 +60,7 @@ def objects(tmp_path_factory):
         ("SAE", "encoder=float32 [32, 32]"),
         ("GLP", "GLP(tiny-llama layers [0, 2], width 32: 2 blocks, d_model 64, 0.1 M parameters)"),
         ("Task", "train=int64 [200]"),
-        ("Effects", "promoted=int64 [3, 5]"),
+        ("TopLogits", "promoted=int64 [3, 5]"),
     ],
 )
 def test_one_line_without_numbers(objects, name, expected):

@@ -16,7 +16,6 @@ from latentprior import config
 from latentprior.cli.console import (
     bars,
     err,
-    figure,
     left_out,
     out,
     print_checks,
@@ -29,6 +28,7 @@ from latentprior.cli.help import help_of, overview
 from latentprior.cli.parser import Command, command_of, parse
 from latentprior.config.options import build
 from latentprior.utils.errors import InputError, Stopped
+from latentprior.utils.formatting import number
 
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -67,14 +67,14 @@ def train(options: config.TrainConfig) -> None:
     if not is_main():
         return
     training = glp.provenance["training"]
-    result = json.loads(Path(options.output, "train.json").read_text(encoding="utf-8"))
+    result = json.loads(Path(options.run.output, "train.json").read_text(encoding="utf-8"))
     total = sum(result["seconds"].values())
     times = (f"{part} {seconds:.3g} s ({seconds / total:.1%})" for part, seconds in result["seconds"].items())
     rows = {
-        "folder": options.output,
+        "folder": options.run.output,
         "parameters": f"{sum(p.numel() for p in glp.denoiser.parameters()):,}",
         "activations": f"{training['activations']:,} ({training['distinct']:,} distinct)",
-        "held-out loss": figure(training.get("heldout_loss")),
+        "held-out loss": number(training.get("heldout_loss")),
         "time": ", ".join(times),
     }
     if "left_out" in training:
@@ -101,8 +101,16 @@ def sample(options: config.SampleConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:
         save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
-    norm = figure(float(x.norm(dim=1).mean()))
-    table("Samples", {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe, "mean norm": norm})
+    table(
+        "Samples",
+        {
+            "file": path,
+            "activations": len(x),
+            "width": x.shape[1],
+            "NFE": nfe,
+            "mean norm": number(float(x.norm(dim=1).mean())),
+        },
+    )
 
 
 def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
@@ -208,8 +216,8 @@ def neurons(options: config.NeuronsConfig) -> None:
     if judge is not None:
         rows |= {
             "described by the endpoint": described["endpoint"],
-            "detection score": figure(described["detection"]),
-            "with another unit's description": figure(described["baseline"]),
+            "detection score": number(described["detection"]),
+            "with another unit's description": number(described["baseline"]),
             "failed": ", ".join(f"{count} {name}" for name, count in described["failed"].items() if count) or "none",
         }
     table("Meta-neurons", rows)

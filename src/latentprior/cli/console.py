@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
+from rich.table import Table as Grid
 
+from latentprior.utils.formatting import Table, interval, number
 from latentprior.utils.progress import Phase, Report
 
 out = Console()
@@ -44,7 +46,7 @@ def bars() -> Iterator[Phase]:
                 rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
                 shown = [] if total is None else ["left"]  # belongs to the time before it
                 shown += [f"{rate:,.0f}/s"] if rate >= 1 else []
-                shown += [f"{k} {figure(v) if isinstance(v, float) else v}" for k, v in figures.items()]
+                shown += [f"{k} {number(v) if isinstance(v, float) else v}" for k, v in figures.items()]
                 amount = f"{done:,}" if total is None else f"{min(done, total):,}/{total:,}"
                 progress.update(tasks[0], completed=done, total=total, amount=amount, figures="  ".join(shown))
 
@@ -65,8 +67,8 @@ def left_out(counts: Mapping[str, int]) -> str:
 
 
 def table(title: str, values: Mapping[str, Any]) -> None:
-    """A two-column table."""
-    shown = Table(title=title, show_header=False, title_justify="left")
+    """A table of names and values."""
+    shown = Grid(title=title, show_header=False, title_justify="left")
     for key, value in values.items():
         shown.add_row(key, f"{value:,}" if isinstance(value, int) else escape(str(value)))
     out.print(shown)
@@ -77,16 +79,18 @@ STATUS_STYLES = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
 
 def print_checks(checks: Iterable[tuple[str, str, str]]) -> None:
     """The doctor's table: name, status ("ok", "failed", "skipped") and detail of each check."""
-    shown = Table("check", "", Column("detail", overflow="fold"), title="latentprior doctor", title_justify="left")
+    shown = Grid("check", "", Column("detail", overflow="fold"), title="latentprior doctor", title_justify="left")
     for name, status, detail in checks:
         shown.add_row(name, f"[{STATUS_STYLES[status]}]{status}[/]", escape(detail))
     out.print(shown)
 
 
-def print_tables(tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Tables of plain text, each a title, a header and rows; all columns but the first align right."""
+def print_tables(tables: Iterable[Table], words: int = 1, *, whole: bool = False) -> None:
+    """Tables whose first `words` columns align left, and are never broken if `whole`; the others align right."""
     for title, header, rows in tables:
-        shown = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=title)
+        left = [Column(escape(name), no_wrap=whole) for name in header[:words]]
+        right = [Column(escape(name), justify="right") for name in header[words:]]
+        shown = Grid(*left, *right, title=escape(title), title_justify="left")
         for row in rows:
             shown.add_row(*map(escape, row))
         out.print(shown)
@@ -94,62 +98,44 @@ def print_tables(tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[st
 
 def print_evaluation(result: dict[str, Any]) -> None:
     """Distances and delta LM loss as tables."""
-    shown = Table(title="Real against generated activations (held-out, standardised)", title_justify="left")
-    for column in ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC"):
-        left = column in ("source", "solver")
-        shown.add_column(column, justify="left" if left else "right", no_wrap=left)
+    header = ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC")
     bound = result["distribution"][0]["frechet"]["total"]
-    for row in result["distribution"]:
-        total = row["frechet"]["total"]
-        shown.add_row(
+    rows = [
+        [
             row["source"],
             row.get("solver", ""),
             str(row.get("nfe", "")),
-            figure(total),
-            figure(total / bound),
-            figure(row["sliced_wasserstein"]),
-            figure(row["two_sample_auc"]),
-        )
-    out.print(shown)
-    if "delta_lm" in result:
-        lm = result["delta_lm"]
-        shown = Table(
-            title=f"Delta LM loss (nats, by {lm['weighted_by']}; clean {figure(lm['clean_loss'])})",
-            title_justify="left",
-        )
-        for column in ("replacement", "t_start", "delta", "95% interval"):
-            shown.add_column(column, justify="left" if column == "replacement" else "right")
-        for row in lm["rows"]:
-            low, high = row["interval"]
-            shown.add_row(
+            number(row["frechet"]["total"]),
+            number(row["frechet"]["total"] / bound),
+            number(row["sliced_wasserstein"]),
+            number(row["two_sample_auc"]),
+        ]
+        for row in result["distribution"]
+    ]
+    print_tables([Table("Real against generated activations (held-out, standardised)", header, rows)], 2, whole=True)
+    if lm := result.get("delta_lm"):
+        rows = [
+            [
                 row["method"],
                 "" if row["t_start"] is None else str(row["t_start"]),
-                figure(row["delta"]),
-                f"{figure(low)} to {figure(high)}",
-            )
-        out.print(shown)
+                number(row["delta"]),
+                interval(row["interval"]),
+            ]
+            for row in lm["rows"]
+        ]
+        title = f"Delta LM loss (nats, by {lm['weighted_by']}; clean {number(lm['clean_loss'])})"
+        print_tables([Table(title, ("replacement", "t_start", "delta", "95% interval"), rows)])
 
 
 def print_frontiers(result: dict[str, Any]) -> None:
     """Area under each method's concept-fluency frontier, and its distance from the baseline's."""
     summary = result["summary"]
+    header = ("method", "prior", "mean gain", f"less {summary['baseline']}", "95% interval")
     for direction in summary["directions"]:
-        shown = Table(title=f"{escape(direction['direction'])} ({direction['prompts']} prompts)", title_justify="left")
-        for column in ("method", "prior", "mean gain", f"less {summary['baseline']}", "95% interval"):
-            shown.add_column(column, justify="left" if column in ("method", "prior") else "right")
+        rows = []
         for entry in direction["methods"]:
-            difference = entry.get("area_difference", {"value": None, "interval": None})
-            low, high = difference["interval"] or (None, None)
-            shown.add_row(
-                entry["method"],
-                escape(entry["prior"] or ""),
-                figure(entry["area"]),
-                figure(difference["value"]),
-                "" if low is None else f"{figure(low)} to {figure(high)}",
-            )
-        out.print(shown)
-
-
-def figure(value: float | None) -> str:
-    """Three significant digits."""
-    return "" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+            over = entry.get("area_difference", {"value": None, "interval": None})
+            compared = [number(over["value"]), interval(over["interval"])]
+            rows.append([entry["method"], entry["prior"] or "", number(entry["area"]), *compared])
+        title = f"{direction['direction']} ({direction['prompts']} prompts)"
+        print_tables([Table(title, header, rows)], 2)

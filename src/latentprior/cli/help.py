@@ -9,8 +9,8 @@ from textwrap import shorten, wrap
 from typing import Any
 
 from latentprior.cli.parser import Command
-from latentprior.config.base import dashed
-from latentprior.config.options import UNSET, Option, groups_of, options_of
+from latentprior.config.base import groups
+from latentprior.config.options import UNSET, Option, options_of
 
 WIDTH, SCREENS = 100, 2 * 48  # columns, and lines of two screens
 COLUMN = 32  # at which descriptions begin
@@ -62,11 +62,11 @@ def _lines(name: str, command: Command, most: int | None) -> Iterator[str]:
     """Lines of the help with the first `most` options of each group; all of them in full if it is None."""
     options = options_of(command.config)
     required = [option for option in options.values() if option.default is MISSING]
-    needed = "".join(f" {dashed(option.name)} {option.shown}" for option in required)
+    needed = "".join(f" {option.written} {option.shown}" for option in required)
     yield from wrap(f"usage: latentprior {name}{needed} [options]", WIDTH, subsequent_indent=" " * 8)
     yield ""
     yield from wrap(command.about, WIDTH)
-    for group, kind in groups_of(command.config).items():
+    for group, kind in _sections(command.config).items():
         own = [option for option in options.values() if option.name.rpartition(".")[0] == group]
         if not own:
             continue
@@ -75,11 +75,10 @@ def _lines(name: str, command: Command, most: int | None) -> Iterator[str]:
         shown = own if most is None or not group else own[:most]
         for option in shown:
             yield from _explained(option, whole=most is None)
-        if rest := own[len(shown) :]:
-            names = ", ".join(dashed(option.name.rpartition(".")[2])[2:] for option in rest)
-            yield from wrap(
-                f"  also {dashed(group)}.NAME: {names}", WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False
-            )
+        if rest := [option.written.rpartition(".") for option in own[len(shown) :]]:
+            prefix = f"{rest[0][0]}." if rest[0][1] else "--"
+            names = ", ".join(name.removeprefix("--") for *_, name in rest)
+            yield from wrap(f"  also {prefix}NAME: {names}", WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False)
     yield ""
     for option, text in GENERAL.items():
         yield from _row(option, text, COLUMN)
@@ -87,10 +86,18 @@ def _lines(name: str, command: Command, most: int | None) -> Iterator[str]:
     yield from ("", "example:", "  " + " \\\n      ".join(example))
 
 
+def _sections(cls: type, name: str = "") -> dict[str, type]:
+    """A configuration and the groups in it by dotted name; its own is empty."""
+    found = {name: cls}
+    for group, kind in groups(cls).items():
+        found |= _sections(kind, f"{name}.{group}".lstrip("."))
+    return found
+
+
 def _explained(option: Option, *, whole: bool) -> list[str]:
     """The rows of an option; if not `whole`, its first sentence on two lines at most."""
     flag = option.kind is bool and option.default is False
-    name = dashed(option.name) + ("" if flag else f" {option.shown}")
+    name = option.written + ("" if flag else f" {option.shown}")
     before = "Required. " if option.default is MISSING else ""
     after = "" if flag or option.default in (MISSING, UNSET, None, "", []) else f" [{_written(option.default)}]"
     room = 2 * (WIDTH - COLUMN) - len(before + after) - 6

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from latentprior.config.base import dashed
-from latentprior.config.options import Option, flat, option_named, options_of, read
+from latentprior.config.options import flat, named, read
 from latentprior.utils.errors import InputError, unknown
 
 FLAGS = ("help", "help_all", "debug", "print_config")
@@ -59,7 +58,7 @@ def parse(words: Sequence[str], config: type) -> Call:
     Raises:
         InputError: an option that there is not, or a value of another type.
     """
-    options, call, remaining = options_of(config), Call(), deque(words)
+    call, remaining = Call(), deque(words)
     while remaining:
         word = remaining.popleft()
         if not word.startswith("-"):
@@ -70,28 +69,21 @@ def parse(words: Sequence[str], config: type) -> Call:
         if name in FLAGS or word == "-h":
             call.flags.add("help" if word == "-h" else name)
             continue
-        option = _option(ALIASES.get(name, name), options)
+        meant = name if name == "config" else named(config, ALIASES.get(name, name), on_command_line=True)
         if not equals:
             if remaining and not remaining[0].startswith("--"):
                 value = remaining.popleft()
-            elif option is None or option.kind is not bool:
+            elif isinstance(meant, str) or meant.kind is not bool:
                 raise InputError(f"{written} needs a value")
             else:
                 value = "true"
-        if option is not None:
-            call.given[option.name] = read(option.name, option.kind, value)
+        if not isinstance(meant, str):
+            call.given[meant.name] = read(meant.name, meant.kind, value)
         elif name == "config":
-            call.given |= flat(_loaded(value), options)
+            call.given |= flat(config, _loaded(value))
         else:
-            call.given |= flat({name: yaml.safe_load(value)}, options)
+            call.given |= flat(config, {meant: yaml.safe_load(value)})
     return call
-
-
-def _option(name: str, options: Mapping[str, Option]) -> Option | None:
-    """The option that a name means; None if it means a file or a group of options."""
-    if name == "config" or any(other.startswith(f"{name}.") for other in options):
-        return None
-    return option_named(name, options, written=dashed)
 
 
 def _loaded(file: str) -> Any:

@@ -27,7 +27,15 @@ from latentprior.config.plan import PlanConfig
 from latentprior.config.probing import SOURCES, ProbeConfig
 from latentprior.config.steering import METHODS, REPAIRS, JudgeConfig, RepairConfig, SteerConfig
 from latentprior.config.sweep import SweepConfig
-from latentprior.config.training import PRESETS, DenoiserConfig, Recipe, TrainConfig
+from latentprior.config.training import (
+    PRESETS,
+    DenoiserConfig,
+    PriorOptions,
+    Recipe,
+    RunOptions,
+    StoreOptions,
+    TrainConfig,
+)
 
 __all__ = [
     "DocumentKind",
@@ -48,15 +56,18 @@ __all__ = [
     "LLMConfig",
     "NeuronsConfig",
     "PlanConfig",
+    "PriorOptions",
     "ProbeConfig",
     "Recipe",
     "RecordConfig",
     "RepairConfig",
+    "RunOptions",
     "SAEConfig",
     "SampleConfig",
     "Side",
     "Solver",
     "SteerConfig",
+    "StoreOptions",
     "StreamConfig",
     "SweepConfig",
     "TextConfig",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from fractions import Fraction
+from operator import attrgetter
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -74,27 +76,35 @@ def meaningless(owner: object, mode: str, *names: str) -> None:
 
     Args:
         mode: in which they mean nothing, in words, as in "with a store".
-        names: of fields; one of a nested dataclass is given if any field of it is, but for "device", which may be
+        names: of fields, dotted in a group; a group is given if any field of it is, but for "device", which may be
             meant for the whole command.
 
     Raises:
         InputError: one of them was given.
     """
-    fields = {f.name: f for f in dataclasses.fields(owner)}  # pyright: ignore[reportArgumentType]
     for name in names:
-        f, value = fields[name], getattr(owner, name)
+        group, _, last = name.rpartition(".")
+        holder: Any = attrgetter(group)(owner) if group else owner
+        f, value = next(f for f in dataclasses.fields(holder) if f.name == last), getattr(holder, last)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         given = [name] if value != default else []
         if given and dataclasses.is_dataclass(value):
             inner = [g.name for g in dataclasses.fields(value) if g.name != "device"]
             given = [f"{name}.{key}" for key in inner if getattr(value, key) != getattr(default, key)]
         if given:
-            raise InputError(f"{dashed(given[0])} means nothing {mode}: leave it out")
+            raise InputError(f"{written(type(owner), given[0])} means nothing {mode}: leave it out")
 
 
 def dashed(name: str) -> str:
     """The name of a field as an option of the command line."""
     return "--" + name.replace("_", "-")
+
+
+def written(cls: type, name: str) -> str:
+    """The option of `cls` as on the command line: groups in ``UNNAMED`` are left out, or stand for their path."""
+    group, _, rest = name.partition(".")
+    unnamed = rest and group in getattr(cls, "UNNAMED", ())
+    return dashed((group if rest == "path" else rest) if unnamed else name)
 
 
 def unit_interval(owner: object, *names: str) -> None:
@@ -187,30 +197,114 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass `cls` from plain values, nested dataclasses included.
+def old_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names that their fields have in files, which keep those of the first version (``cls.RENAMED``)."""
+    old = {new: before for before, new in _renamed(cls).items()}
+    return {old.get(name, name): value for name, value in values.items()}
+
+
+def full_name(cls: type, name: str) -> str | None:
+    """The dotted name in full of an option or a group of `cls`; None if there is none.
+
+    A group may be left out where no other one has the rest, and names in ``RENAMED`` of a dataclass are replaced by
+    those that their options have now.
 
     Raises:
-        InputError: a key that `cls` does not have.
+        InputError: several groups have it.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            old = f"{cls.__name__.removesuffix('Config').lower()}.{key}"
-            raise moved(old) or unknown(f"{cls.__name__} key", key, fields)
-    types = get_type_hints(cls)
-    built = {}
+    if own := _name_within(cls, name):
+        return own
+    within = {group: _name_within(kind, name) for group, kind in groups(cls).items()}
+    found = [f"{group}.{rest}" for group, rest in within.items() if rest]
+    if len(found) > 1:
+        raise InputError(f"{name} may be {' or '.join(found)}: say which")
+    return found[0] if found else None
+
+
+def groups(cls: type) -> dict[str, type]:
+    """The fields of `cls` that are groups of options, and the dataclass that says what is in each."""
+    kinds = {f.name: f.metadata.get("changes") or get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+
+
+def _name_within(cls: type, name: str) -> str | None:
+    first, _, rest = name.partition(".")
+    first = _renamed(cls).get(first, first)
+    if first not in {f.name for f in dataclasses.fields(cls)}:
+        return None
+    if not rest:
+        return first
+    inner = full_name(groups(cls)[first], rest) if first in groups(cls) else None
+    return inner and f"{first}.{inner}"
+
+
+def _renamed(cls: type) -> dict[str, str]:
+    return getattr(cls, "RENAMED", {})
+
+
+def grouped(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of fields of `cls`: each in the group of its option, also where that was left out.
+
+    One value for a group that has a path is the path, as in ``store: DIR``.
+
+    Raises:
+        InputError: an unknown name, or a value where a group of options belongs.
+    """
+    kinds, found = groups(cls), {}
     for key, value in values.items():
-        kind = types[key]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-            value = from_dict(kind, value)
-        elif (
-            get_origin(kind) is list
-            and isinstance(inner := get_args(kind)[0], type)
-            and dataclasses.is_dataclass(inner)
-        ):
-            value = [from_dict(inner, item) if isinstance(item, dict) else item for item in value]
-        elif get_origin(kind) is tuple and isinstance(value, list):
-            value = tuple(value)  # JSON and YAML have lists only
-        built[key] = value
+        name = full_name(cls, key)
+        if name is None:
+            title = cls.__name__.removesuffix("Config")
+            options = [f.name for f in dataclasses.fields(cls)]
+            within = [option.name for kind in kinds.values() for option in dataclasses.fields(kind)]
+            raise moved(f"{title.lower()}.{key}") or unknown(f"{cls.__name__} key", key, options + within)
+        group, _, rest = name.partition(".")
+        if rest:
+            value = {rest: value}
+        elif group in kinds:
+            value = _of_group(group, kinds[group], value)
+        found[group] = {**found.get(group, {}), **value} if group in kinds else value
+    return found
+
+
+def _of_group(name: str, kind: type, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, kind):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
+    if "path" not in kind.__annotations__:
+        raise InputError(f"{name} is a group of options, not {value!r}")
+    return {"path": value}
+
+
+def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass `cls` from plain values, nested dataclasses included; see `full_name` for their names.
+
+    Raises:
+        InputError: an unknown name, or none for an option that has no default.
+    """
+    types, kinds, built = get_type_hints(cls), groups(cls), {}
+    given = grouped(cls, values)
+    for f in dataclasses.fields(cls):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if f.name not in given and not required:
+            continue
+        if "changes" in f.metadata:
+            built[f.name] = grouped(f.metadata["changes"], given[f.name])
+        elif f.name in kinds:
+            built[f.name] = from_dict(kinds[f.name], given.get(f.name, {}))
+        elif f.name not in given:
+            raise InputError(f"{dashed(f.name)} must be given ({cls.__name__}.{f.name})")
+        else:
+            built[f.name] = _of_kind(types[f.name], given[f.name])
     return cls(**built)
+
+
+def _of_kind(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is list:
+        inner = get_args(kind)[0]
+        nested = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        return [from_dict(inner, item) if nested and isinstance(item, dict) else item for item in value]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(value)  # JSON and YAML have lists only
+    return value

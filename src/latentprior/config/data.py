@@ -42,7 +42,7 @@ class LLMConfig:
     """Branch, tag or commit of the model on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
-    device_map: Literal["none", "auto"] = "none"
+    device_map: Literal["none", "auto"] = beside("none")
     """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process. The rest is
     where the command's `device` says."""
     trust_remote_code: bool = False
@@ -185,53 +185,48 @@ class RecordConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Live activations: the language model fills a mixing buffer, the trainer draws from it; no disk is needed."""
+    """Live activations: the language model fills a mixing buffer, from which batches are drawn; no disk is needed."""
+
+    RENAMED = {"lanes": "document_shards"}
 
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    layers: list[int] = field(default_factory=lambda: [15])
-    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch."""
     side: Side = "output"
     """A block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
     """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
+    buffer: Size = "65536"
+    """Size of the mixing buffer over all processes: activations ("64k"), or bytes ("2GB", "512MiB"). Batches are
+    drawn at random from what it holds; it is refilled when it is empty."""
+    batch_tokens: int = 4096
+    """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
+    statistics: int = 65536
+    """Tokens, over all processes, of the warm-up pass for the normalizer's statistics; they are trained on later."""
+    record_to: Folder | None = beside(None)
+    """Also keep what is streamed in this activation store (with several processes: one for each, below this folder)."""
+    disk_budget: Size | None = beside(None)
+    """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
     long_documents: LongDocuments = "auto"
     """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
     "auto" is chunks, but for the embedded corpus, whose documents are cut."""
-    batch_tokens: int = 4096
-    """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
-    buffer: str = "65536"
-    """Size of the mixing buffer over all processes: activations ("64k"), or bytes ("2GB", "512MiB"). Batches are
-    drawn at random from what it holds; it is refilled when it is empty."""
-    buffer_device: Literal["auto", "cpu"] = "auto"
-    """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
-    statistics: int = 65536
-    """Tokens, over all processes, of the warm-up pass for the normalizer's statistics; they are trained on later."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
-    lanes: int | None = None
-    """Independent streams of documents that make up every batch. A process serves a share of them, so batches do not
-    depend on the number of processes, which may be at most this; by default 24, or the least multiple that suffices."""
-    record_to: str | None = None
-    """Also keep what is streamed in this activation store (with several processes: one for each, below this folder)."""
-    disk_budget: str | None = None
-    """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
+    buffer_device: Literal["auto", "cpu"] = beside("auto")
+    """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
+    document_shards: int | None = beside(None)
+    """Shards of the documents that make up every batch. A process serves some of them, so batches do not depend on the
+    number of processes, which may be at most this; by default 24, or the least multiple that suffices."""
 
     def __post_init__(self) -> None:
         one_of(self, "side", SIDES)
         one_of(self, "buffer_device", ("auto", "cpu"))
         one_of(self, "sinks", ("drop", "keep"))
         one_of(self, "long_documents", ("auto", "chunk", "cut"))
-        positive(self, "max_length", "batch_tokens", "statistics", "lanes")
+        positive(self, "max_length", "batch_tokens", "statistics", "document_shards")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)
         if self.record_to is None:
             meaningless(self, "without --record-to", "disk_budget")
-        self._check_layers()
-
-    def _check_layers(self) -> None:
-        if not self.layers:
-            raise InputError(f"{type(self).__name__}.layers is empty: name at least one block, for example [15]")
 
     @property
     def chunks(self) -> bool:

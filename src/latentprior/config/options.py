@@ -1,4 +1,4 @@
-"""The options of a command: every field of its configuration by its dotted name; what a name means, and a value."""
+"""The options of a command: every field of its configuration by its dotted name, what a name means, and a value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from itertools import pairwise
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from latentprior.config.base import count_of, dashed, from_dict, moved
+from latentprior.config.base import count_of, dashed, from_dict, full_name, groups, moved, written
 from latentprior.utils.errors import InputError, unknown
 
 SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}
@@ -27,8 +27,8 @@ WANTED = {
     str: "text",
     list: "a list, such as 7,15",
 }
-UNSET = object()  # the default of what only changes something else
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+UNSET = object()  # the default of what only changes something else
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Option:
 
     name: str
     """With its groups, as in "llm.model"."""
+    written: str
+    """On the command line, as in "--llm.model"; the groups in ``UNNAMED`` of the configuration are left out."""
     kind: Any
     """Its type."""
     shown: str
@@ -46,37 +48,23 @@ class Option:
     doc: str
 
 
-def options_of(cls: type, group: Any = MISSING, prefix: str = "") -> dict[str, Option]:
-    """Every option of a configuration by name, in the order of its fields.
+def options_of(cls: type) -> dict[str, Option]:
+    """Every option of a configuration by name, in the order of its fields."""
+    options = _options(cls, MISSING, "")
+    return {option.name: dataclasses.replace(option, written=written(cls, option.name)) for option in options}
 
-    Args:
-        group: an instance whose values are the defaults; by default those of `cls`.
-        prefix: of the names.
-    """
-    kinds, docs = get_type_hints(cls), docs_of(cls)
-    found = {}
+
+def _options(cls: type, values: Any, prefix: str) -> Iterator[Option]:
+    """The options of a dataclass; `values` is an instance with the defaults, if they are not the dataclass's own."""
+    kinds, docs, inner = get_type_hints(cls), docs_of(cls), groups(cls)
     for f in dataclasses.fields(cls):
         name, kind = prefix + f.name, kinds[f.name]
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        default = default if group is MISSING else getattr(group, f.name)
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            found |= options_of(kind, default, f"{name}.")
-        elif changed := f.metadata.get("changes"):
-            options = options_of(changed, prefix=f"{name}.")
-            found |= {key: dataclasses.replace(option, default=UNSET) for key, option in options.items()}
+        default = default if values is MISSING else UNSET if values is UNSET else getattr(values, f.name)
+        if f.name in inner:
+            yield from _options(inner[f.name], UNSET if "changes" in f.metadata else default, f"{name}.")
         else:
-            found[name] = Option(name, kind, _shown(kind, str(f.type)), default, docs[f.name])
-    return found
-
-
-def groups_of(cls: type, prefix: str = "") -> dict[str, type]:
-    """A configuration and the groups in it by dotted name; its own is empty."""
-    found = {prefix: cls}
-    for f in dataclasses.fields(cls):
-        kind = f.metadata.get("changes") or get_type_hints(cls)[f.name]
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            found |= groups_of(kind, f"{prefix}.{f.name}".lstrip("."))
-    return found
+            yield Option(name, name, kind, _shown(kind, str(f.type)), default, docs[f.name])
 
 
 @cache
@@ -104,49 +92,42 @@ def _shown(kind: Any, annotation: str) -> str:
     return SHOWN.get(name, name.upper())
 
 
-def option_named(name: str, options: Mapping[str, Option], *, written: Callable[[str], str] = str) -> Option:
-    """The option that a name means. Its group may be left out where it is the only one that has it.
-
-    Args:
-        written: how a name stands in messages: as in a file, or `dashed`.
+def named(cls: type, name: str, *, on_command_line: bool = False) -> Option | str:
+    """The option that a name means, or the name in full of the group that it means; see `full_name`.
 
     Raises:
-        InputError: there is none, or several.
+        InputError: there is neither.
     """
-    if name in options:
-        return options[name]
-    if error := moved(name):
-        raise error
-    within = [other for other in options if other.partition(".")[2] == name]
-    if len(within) == 1:
-        return options[within[0]]
-    if within:
-        raise InputError(f"{written(name)} may be {' or '.join(map(written, within))}: say which")
-    raise unknown("option" if written is dashed else "key", written(name), map(written, _siblings(name, options)))
+    full, options = full_name(cls, name), options_of(cls)
+    if full in options:
+        return options[full]
+    if full is not None:
+        return full
+    within = name
+    while within := within.rpartition(".")[0]:  # the innermost group that there is, else all
+        if group := full_name(cls, within):
+            options = {key: option for key, option in options.items() if key.startswith(f"{group}.")} or options
+            break
+    if on_command_line:
+        raise moved(name) or unknown("option", dashed(name), [option.written for option in options.values()])
+    raise moved(name) or unknown("key", name, options)
 
 
-def _siblings(name: str, options: Mapping[str, Option]) -> list[str]:
-    """The names in the innermost group of `name` that there is, or all."""
-    while name := name.rpartition(".")[0]:
-        if found := [other for other in options if other.startswith(f"{name}.")]:
-            return found
-    return list(options)
-
-
-def flat(values: Any, options: Mapping[str, Option], group: str = "") -> Iterator[tuple[str, Any]]:
+def flat(cls: type, values: Any, group: str = "") -> Iterator[tuple[str, Any]]:
     """The values by dotted name that a mapping, such as a YAML file holds, gives: read, and groups taken apart."""
+    if isinstance(values, str) and f"{group}path" in options_of(cls):
+        values = {"path": values}
     if not isinstance(values, dict):
-        names = ", ".join(dashed(name) for name in options if name.startswith(group))
+        names = ", ".join(option.written for name, option in options_of(cls).items() if name.startswith(group))
         got = textwrap.shorten(str(values), 60)
         raise InputError(f"{group[:-1]} is a group of options, not {got!r}: {names}" if group else
                          f"a configuration file holds options by name, such as 'layers: [7]', got {got!r}")  # fmt: skip
     for key, value in values.items():
-        name = f"{group}{key}"
-        if any(other.startswith(f"{name}.") for other in options):
-            yield from flat(value, options, f"{name}.")
+        meant = named(cls, f"{group}{key}")
+        if isinstance(meant, str):
+            yield from flat(cls, value, f"{meant}.")
         else:
-            option = option_named(name, options)
-            yield option.name, read(option.name, option.kind, value)
+            yield meant.name, read(meant.name, meant.kind, value)
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:
@@ -155,18 +136,11 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
     Raises:
         InputError: an option that must be given is not, or a value is not valid.
     """
-    values: dict[str, Any] = {}
-    for name, option in options_of(cls).items():
-        value = given.get(name, option.default)
-        if value is MISSING:
-            raise InputError(f"{dashed(name)} must be given: {option.doc}")
-        if value is UNSET:
-            continue
-        *groups, last = name.split(".")
-        inner = values
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[last] = value
+    values = {name: option.default for name, option in options_of(cls).items() if option.default is not UNSET}
+    values |= given
+    if missing := next((name for name, value in values.items() if value is MISSING), None):
+        option = options_of(cls)[missing]
+        raise InputError(f"{option.written} must be given: {option.doc}")
     return from_dict(cls, values)
 
 
@@ -179,20 +153,14 @@ def read(name: str, kind: Any, given: Any) -> Any:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and given in (None, "null"):
         return None
-    kind = kinds[0]
     try:
-        return _read(name, kind, given)
+        return _read(name, kinds[0], given)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, yaml.YAMLError):
-        got = textwrap.shorten(str(given), 60)
-        raise InputError(f"{name} must be {_wanted(kind)}, got {got!r}") from None
-
-
-def _wanted(kind: Any) -> str:
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers"
-    return WANTED.get(get_origin(kind) or kind, "values by name")
+    except (AttributeError, TypeError, ValueError, KeyError, yaml.YAMLError):
+        several = f"{len(get_args(kind))} numbers" if get_origin(kind) is tuple else "values by name"
+        wanted = WANTED.get(get_origin(kinds[0]) or kinds[0], several)
+        raise InputError(f"{name} must be {wanted}, got {textwrap.shorten(str(given), 60)!r}") from None
 
 
 def _read(name: str, kind: Any, given: Any) -> Any:
@@ -204,18 +172,20 @@ def _read(name: str, kind: Any, given: Any) -> Any:
         return _read_list(name, kind, given)
     if kind is bool:
         return given if isinstance(given, bool) else BOOLEANS[given.lower()]
-    if isinstance(given, bool):
+    if isinstance(given, bool) or (kind is str and not isinstance(given, str | int | float)):
         raise ValueError
     if kind is str:
-        if not isinstance(given, str | int | float):
-            raise ValueError
         return str(given)
     if kind is int:
         count = given if isinstance(given, int) else count_of(str(given))
         return int(given) if count is None else count  # int(): of a negative number
     if kind is float:
         return float(given)
-    return _read_group(name, kind, yaml.safe_load(given) if isinstance(given, str) else given)
+    try:  # an entry of a list of groups
+        values = yaml.safe_load(given) if isinstance(given, str) else given
+        return build(kind, dict(flat(kind, values)))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def _read_list(name: str, kind: Any, given: Any) -> list[Any] | tuple[Any, ...]:
@@ -226,10 +196,3 @@ def _read_list(name: str, kind: Any, given: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(given, list | tuple) or (get_origin(kind) is tuple and len(given) != len(get_args(kind))):
         raise ValueError
     return get_origin(kind)(read(name, inner, item) for item in given)
-
-
-def _read_group(name: str, cls: type, values: Any) -> Any:
-    try:
-        return build(cls, dict(flat(values, options_of(cls))))
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None

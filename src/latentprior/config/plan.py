@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from latentprior.config.base import File, Size, beside, changes_of, choices, one_of, positive, size_of
-from latentprior.config.data import LLMConfig
-from latentprior.config.training import PRESETS, Recipe, TrainConfig
+from latentprior.config.data import LLMConfig, StreamConfig
+from latentprior.config.training import PRESETS, PriorOptions, Recipe, TrainConfig, recipe_of
 from latentprior.utils.errors import InputError
 
 
@@ -20,13 +20,13 @@ class PlanConfig:
     known shapes: "smollm2-135m", "1B" (Llama-3.2-1B), "8B" (Llama-3.1-8B), "70B" (Llama-3.1-70B)."""
     layers: list[int] = field(default_factory=list)
     """Blocks whose activations are modelled, counted from 0; by default the middle one (15 of 32)."""
-    max_length: int = TrainConfig.max_length
+    max_length: int = StreamConfig.max_length
     """Tokens of a document, the first included, which is never an activation."""
-    batch_tokens: int = TrainConfig.batch_tokens
+    batch_tokens: int = StreamConfig.batch_tokens
     """Tokens of one forward pass of the language model."""
-    buffer: Size = TrainConfig.buffer
+    buffer: Size = StreamConfig.buffer
     """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB")."""
-    blocks: int = TrainConfig.blocks
+    blocks: int = PriorOptions.blocks
     """Residual blocks of the denoiser."""
     d_model: int | None = None
     """Width of the denoiser; by default twice the activations' width."""
@@ -69,11 +69,10 @@ class PlanConfig:
         if (batch := self.resolved_recipe().batch_size) % self.chips:
             raise InputError(f"{self.chips} chips do not divide the batch of {batch} activations")
 
-    def training(self) -> TrainConfig:
-        """The part of a training run's configuration that is planned."""
-        shape = {name: getattr(self, name) for name in ("blocks", "d_model", "d_mlp")}
-        return TrainConfig(preset=self.preset, recipe=self.recipe, **shape)  # pyright: ignore[reportArgumentType]
+    def prior(self) -> PriorOptions:
+        """The prior's shape."""
+        return PriorOptions(self.blocks, self.d_model, self.d_mlp)
 
     def resolved_recipe(self) -> Recipe:
         """The preset with this configuration's changes."""
-        return self.training().resolved_recipe()
+        return recipe_of(self.preset, self.recipe)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from latentprior.config.base import changes_of, meaningless, one_of, positive, typed, unit_interval
+from latentprior.config.base import (
+    Folder,
+    beside,
+    changes_of,
+    from_dict,
+    grouped,
+    groups,
+    meaningless,
+    old_names,
+    one_of,
+    positive,
+    settings_of,
+    to_dict,
+    typed,
+    unit_interval,
+)
 from latentprior.config.data import StreamConfig
 from latentprior.utils.errors import InputError, unknown
+
+DEFAULT_LAYER = 15  # of the default language model
+FORMER_STORE = "runs/activations"  # was the default, so configurations of streams hold it in older files
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,8 @@ class DenoiserConfig:
 @dataclass(frozen=True)
 class Recipe:
     """How a prior is trained. `PRESETS` holds complete ones."""
+
+    RENAMED = {"draws": "noise_samples"}
 
     batch_size: int = 4096
     """Activations of one optimizer step."""
@@ -69,7 +89,7 @@ class Recipe:
     times: Literal["grid", "uniform", "stratified", "logit_normal"] = "grid"
     """Noise levels: independent draws from the official grid of 1000; independent uniform draws; one draw in each of
     equal strata of [0, 1]; or the sigmoid of a normal variable, one draw in each of equally likely strata."""
-    draws: int = 1
+    noise_samples: int = 1
     """Noises, each with a noise level of its own, drawn for each activation of a step. Every further one teaches more
     about an activation and costs as much work as the first."""
     distinct_times: int = 64
@@ -86,7 +106,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         typed(self)
-        positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times", "draws")
+        positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times")
+        positive(self, "noise_samples")
         positive(self, "logit_scale")
         unit_interval(self, "warmup", "final_rate", "cooldown")
         one_of(self, "optimizer", ("adamw", "muon"))
@@ -118,118 +139,174 @@ PRESETS: dict[str, Recipe] = {
         final_rate=0.0,
         betas=(0.9, 0.95),
         times="stratified",
-        draws=2,
+        noise_samples=2,
     ),
 }
 
 
-@dataclass(frozen=True)
-class TrainConfig(StreamConfig):
-    """Train a prior on an activation store, or on the live activations of a language model."""
+def recipe_of(preset: str, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of a preset, with some of its fields changed.
 
-    source: Literal["store", "llm"] = "store"
-    """Train on `store`, or on what the language model computes meanwhile (also spelled --from). An option that means
-    nothing for the one that is chosen is refused."""
-    layers: list[int] = field(default_factory=list)
-    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch. By default
-    15 of a language model, and all of a store."""
-    store: str = "runs/activations"
+    Raises:
+        InputError: an unknown preset or field, or a value that the field does not take.
+    """
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    return replace(PRESETS[preset], **grouped(Recipe, changes))
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Activations on disk: those to train on with --from store, and those of held-out documents."""
+
+    path: Folder | None = beside(None)
     """Activation store to train on."""
-    follow: bool = False
+    heldout: Folder | None = beside(None)
+    """Activation store of held-out documents, for the held-out loss; a stream holds some of its text out by itself."""
+    follow: bool = beside(False)
     """The store is still being recorded: use every row once, in the order of the shards, and wait for more."""
-    wait_seconds: float = 600.0
+    wait_seconds: float = beside(600.0)
     """With `follow`: give up when nothing new was recorded for this long."""
-    heldout: str | None = None
-    """Activation store of held-out documents, for the held-out loss."""
-    output: str = "runs/prior"
-    """Folder of the prior, its checkpoints and its log. The same command continues an interrupted run in it."""
-    activations: int = 4_000_000
-    """Activations to train on in all; the store is gone through as often as that takes."""
-    preset: Literal["official", "quick", "fast"] = "quick"
-    """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
-    activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
-    recipe: dict[str, Any] = changes_of(Recipe)
-    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
+
+    def __post_init__(self) -> None:
+        positive(self, "wait_seconds")
+
+
+@dataclass(frozen=True)
+class PriorOptions:
+    """Shape of the denoiser."""
+
     blocks: int = 3
     """Residual blocks of the denoiser."""
     d_model: int | None = None
     """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
     """Hidden units of each block; by default twice d_model."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
-    micro_batch: int | None = None
-    """Activations of one forward and backward pass; by default 1024 on a CPU (cache-sized), all on a GPU."""
-    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
-    from a billion parameters on."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the denoiser's blocks; "auto" does on a GPU."""
-    float8: bool = False
-    """Matrix products of the blocks in float8 (needs torchao and a GPU that has it)."""
-    heldout_activations: int = 4096
-    """Activations of the held-out loss."""
-    log_every: int = 20
-    """Steps between two lines of the log."""
-    save_seconds: float = 120.0
-    """Seconds between two saved training states."""
-    track: Literal["none", "wandb", "trackio"] = "none"
-    """Also log to one of these; log.jsonl is always written."""
-    device: str = "auto"
-    """Torch device of the prior, and of the language model with `source` "llm"; "auto" is this process's CUDA device if
-    there is one, else the CPU."""
-    seed: int = 0
-    """Seed of initial weights, order of the data, noise and times."""
 
     def __post_init__(self) -> None:
-        one_of(self, "source", ("store", "llm"))
-        self._check_mode()
-        if self.source == "llm" and not self.layers:
-            object.__setattr__(self, "layers", StreamConfig().layers)
-        super().__post_init__()
-        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
-        one_of(self, "compile", ("auto", "on", "off"))
-        positive(self, "wait_seconds")
-        one_of(self, "preset", tuple(PRESETS))
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
-        one_of(self, "track", ("none", "wandb", "trackio"))
-        positive(self, "activations", "blocks", "d_model", "d_mlp", "micro_batch", "heldout_activations", "log_every")
-        self.resolved_recipe()
-
-    def _check_layers(self) -> None:
-        if self.source == "llm":
-            super()._check_layers()
-
-    def _check_mode(self) -> None:
-        """Refuse what has no meaning for the source of activations that is chosen."""
-        if self.source == "llm":
-            meaningless(self, "with --from llm", "store", "follow", "wait_seconds")
-            return
-        streamed = (
-            "llm",
-            "text",
-            "side",
-            "max_length",
-            "long_documents",
-            "batch_tokens",
-            "buffer",
-            "buffer_device",
-            "sinks",
-            "record_to",
-        )
-        meaningless(self, "for a store (it belongs to --from llm)", *streamed)
-        if not self.follow:
-            meaningless(self, "for a store without --follow", "statistics", "wait_seconds")
-
-    def resolved_recipe(self) -> Recipe:
-        """The preset with this configuration's changes."""
-        valid = [f.name for f in dataclasses.fields(Recipe)]
-        for key in self.recipe:
-            if key not in valid:
-                raise unknown("recipe key", key, valid)
-        return dataclasses.replace(PRESETS[self.preset], **self.recipe)
+        positive(self, "blocks", "d_model", "d_mlp")
 
     def denoiser(self, width: int, multi_layer_n_layers: int | None = None) -> DenoiserConfig:
         """The denoiser's shape for activations of `width`."""
         d_model = self.d_model or 2 * width
         return DenoiserConfig(width, d_model, self.d_mlp or 2 * d_model, self.blocks, multi_layer_n_layers)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long, where and on what is trained, and what is kept of it."""
+
+    output: Folder = beside()
+    """Folder of the prior, its checkpoints and its log. The same command continues an interrupted run in it."""
+    activations: int = 4_000_000
+    """Activations to train on in all; a store is gone through as often as that takes."""
+    seed: int = 0
+    """Seed of initial weights, order of the data, noise and times."""
+    device: str = beside("auto")
+    """Torch device of prior and language model; "auto" is this process's CUDA device if there is one, else the CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
+    save_seconds: float = beside(120.0)
+    """Seconds between two saved training states."""
+    log_every: int = beside(20)
+    """Steps between two lines of the log."""
+    track: Literal["none", "wandb", "trackio"] = beside("none")
+    """Also log to one of these; log.jsonl is always written."""
+    heldout_activations: int = beside(4096)
+    """Activations of the held-out loss."""
+    micro_batch: int | None = None
+    """Activations of one forward and backward pass; by default 1024 on a CPU (cache-sized), all on a GPU."""
+    parallel: Literal["auto", "ddp", "fsdp"] = beside("auto")
+    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
+    from a billion parameters on."""
+    compile: Literal["auto", "on", "off"] = beside("auto")
+    """Compile the denoiser's blocks; "auto" does on a GPU."""
+    float8: bool = False
+    """Matrix products of the blocks in float8 (needs torchao and a GPU that has it)."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
+        one_of(self, "compile", ("auto", "on", "off"))
+        one_of(self, "track", ("none", "wandb", "trackio"))
+        positive(self, "activations", "micro_batch", "heldout_activations", "log_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a prior on an activation store, or on the live activations of a language model."""
+
+    UNNAMED = ("run", "store", "stream", "prior")  # groups that --help leaves out of the names of options
+
+    source: Literal["store", "llm"] = "store"
+    """Train on a store, or on what the language model computes meanwhile (also spelled --from). An option that means
+    nothing for the one that is chosen is refused."""
+    layers: list[int] = field(default_factory=list)
+    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch. By default
+    15 of a language model, and all of a store."""
+    preset: Literal["official", "quick", "fast"] = "quick"
+    """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
+    activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
+    run: RunOptions
+    store: StoreOptions = field(default_factory=StoreOptions)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    prior: PriorOptions = field(default_factory=PriorOptions)
+    recipe: dict[str, Any] = changes_of(Recipe)
+    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "source", ("store", "llm"))
+        one_of(self, "preset", tuple(PRESETS))
+        self._check_source()
+        if self.source == "llm" and not self.layers:
+            object.__setattr__(self, "layers", [DEFAULT_LAYER])
+        self.resolved_recipe()
+
+    def _check_source(self) -> None:
+        """Refuse what has no meaning for the source of activations that is chosen, and a store without a folder."""
+        if self.source == "llm":
+            names = ["store.follow", "store.wait_seconds"]
+            if self.store.path != FORMER_STORE:
+                names.insert(0, "store.path")
+            meaningless(self, "with --from llm", *names)
+            return
+        of_any = ("statistics", "document_shards", "disk_budget")
+        streamed = [f"stream.{f.name}" for f in fields(StreamConfig) if f.name not in of_any]
+        meaningless(self, "for a store (it belongs to --from llm)", *streamed)
+        if not self.store.follow:
+            meaningless(self, "for a store without --follow", "stream.statistics", "store.wait_seconds")
+        if not self.store.path:
+            raise InputError("name the activation store to train on with --store, or train on a model with --from llm")
+
+    @classmethod
+    def of(cls, **options: Any) -> TrainConfig:
+        """A configuration from options by name; the group of each may be left out, as on the command line."""
+        return from_dict(cls, options)
+
+    def changed(self, **options: Any) -> TrainConfig:
+        """This configuration with other values of some options, named as in `of`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in grouped(TrainConfig, options).items():
+            kind = groups(TrainConfig).get(name)
+            if kind is None or kind is Recipe:
+                values[name] = value
+            else:
+                before = {f.name: getattr(values[name], f.name) for f in fields(kind)}
+                values[name] = from_dict(kind, before | grouped(kind, value))
+        return TrainConfig(**values)
+
+    def resolved_recipe(self) -> Recipe:
+        """The preset with this configuration's changes."""
+        return recipe_of(self.preset, self.recipe)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the weights, but for the rows, as training states and provenance hold it: without groups."""
+        recipe = old_names(Recipe, settings_of(self.resolved_recipe()))
+        return settings_of(self.prior) | settings_of(self.run) | {"recipe": recipe}
+
+    def without_groups(self) -> dict[str, Any]:
+        """All options by the names that they have in ``train.json`` and its like; `from_dict` reads them again."""
+        values = to_dict(self)
+        store, stream = values.pop("store"), old_names(StreamConfig, values.pop("stream"))
+        values |= {"store": store.pop("path"), **store, **stream, **values.pop("prior"), **values.pop("run")}
+        return values | {"recipe": old_names(Recipe, self.recipe)}

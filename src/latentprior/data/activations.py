@@ -50,11 +50,7 @@ class ActivationBatch(ShortRepr):
         return ActivationBatch(x, *(getattr(self, f.name)[index] for f in fields(self)[1:]))
 
     def at_layer(self, layer: int) -> ActivationBatch:
-        """The rows of one layer.
-
-        Raises:
-            InputError: no row has this layer.
-        """
+        """The rows of one layer; none is an `InputError`."""
         hooks.check_recorded([layer], self.layer.unique().tolist())
         return self.select(self.layer == layer)
 
@@ -64,11 +60,7 @@ class ActivationBatch(ShortRepr):
 
     @classmethod
     def cat(cls, batches: Sequence[ActivationBatch]) -> ActivationBatch:
-        """All rows of `batches`, in order.
-
-        Raises:
-            InputError: no batches.
-        """
+        """All rows of `batches`, in order."""
         if not batches:
             raise InputError("no activations to join")
         return cls(*(torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(cls)))
@@ -108,8 +100,7 @@ def record_activations(
         rows sorted by layer (in the order of `layers`), text (`doc` indexes `texts`) and position.
 
     Raises:
-        InputError: no texts or nothing to record in them, a layer out of range, texts longer than the model's context,
-            an unknown option.
+        InputError: nothing to record, a layer out of range, texts longer than the model's context, an unknown option.
     """
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, got one string")
@@ -157,10 +148,7 @@ def activations(
 
     Rows are ordered by layer (in the order of `layers`), row of the token batch and position. Which positions "random"
     draws depends on `seed` and the document's index and length alone, not on how documents were batched or cut into
-    chunks. `x` is put on `device`.
-
-    Raises:
-        InputError: see `record_activations`; raised at the first batch.
+    chunks. `x` is put on `device`. Errors are those of `record_activations`, raised at the first batch.
     """
     if positions not in get_args(Positions):
         raise unknown("positions", positions, get_args(Positions))
@@ -232,11 +220,7 @@ def finite_rows(batch: ActivationBatch) -> tuple[ActivationBatch, int]:
 
 
 def split_sinks(batch: ActivationBatch, median_norm: Mapping[int, float]) -> tuple[ActivationBatch, ActivationBatch]:
-    """Ordinary rows and attention sinks, by each layer's median norm.
-
-    Raises:
-        InputError: a layer of the batch has no median.
-    """
+    """Ordinary rows and attention sinks, by each layer's median norm."""
     limit, layers = torch.empty(len(batch)), batch.layer.unique().tolist()
     hooks.check_recorded(layers, median_norm)
     for layer in layers:

@@ -13,11 +13,7 @@ Span = tuple[int, int]  # first position and the one after the last
 
 
 def prompt_ids(tokenizer: Any, messages: Conversation) -> list[int]:
-    """Token ids with which the model is to begin its answer, BOS first.
-
-    Raises:
-        InputError: no chat template, or one that refuses the messages.
-    """
+    """Token ids with which the model is to begin its answer, BOS first."""
     text = _render(tokenizer, messages, "the prompt", add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _missing_bos(tokenizer, ids) + ids
@@ -29,11 +25,8 @@ def response_span(
     """Token ids of a conversation under the tokenizer's chat template, and the span of its last response in them.
 
     The response is looked for in the text that follows the template of the messages before it (with its generation
-    prompt); a token that holds any of its characters, white space at its ends aside, is in the span.
-
-    Raises:
-        InputError: no response at the end, no chat template or one that refuses the conversation, changes the
-            response or does not continue the prompt; a tokenizer that cannot tell a token's characters.
+    prompt); a token that holds any of its characters, white space at its ends aside, is in the span. What cannot be
+    found so, or not be told because the tokenizer is not a fast one, is an `InputError`.
     """
     if len(conversation) < 2 or conversation[-1].get("role") != "assistant":
         raise InputError(f"{name} must be messages that end in one of the role 'assistant'")

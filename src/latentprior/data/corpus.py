@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
+from latentprior.data.text_files import read_table
 from latentprior.lm.assets import build_once, sae_probes_data
 from latentprior.utils.errors import InputError, unknown
 
@@ -20,40 +20,26 @@ _RECIPE = 1
 
 
 def tasks() -> list[str]:
-    """Names of all 155 tasks, sorted, such as "92_glue_sst2".
-
-    Raises:
-        InputError: the package sae-probes is not installed.
-    """
+    """Names of all 155 tasks, sorted, such as "92_glue_sst2"."""
     return sorted(path.name.removesuffix(".csv.zst") for path in (sae_probes_data() / "cleaned_data").glob("*.csv.zst"))
 
 
 def binary_tasks() -> list[str]:
-    """Names of the 113 binary tasks, in the order of their publication; the paper probes these.
-
-    Raises:
-        InputError: the package sae-probes is not installed.
-    """
-    table = _read_csv(sae_probes_data() / "probing_datasets_MASTER.csv.zst")
+    """Names of the 113 binary tasks, in the order of their publication; the paper probes these."""
+    table = read_table(sae_probes_data() / "probing_datasets_MASTER.csv.zst", {})
     rows = zip(table["Dataset save name"].to_pylist(), table["Data type"].to_pylist(), strict=True)
     return [Path(name).stem for name, kind in rows if kind == "Binary Classification"]
 
 
 def labelled(task: str) -> tuple[list[str], list[int]]:
-    """Texts and labels of one task, in the order of its file.
+    """N texts and N labels of one of `tasks()`, in the order of its file.
 
-    Args:
-        task: one of `tasks()`.
-
-    Returns:
-        N texts, and N labels: the rank of each target among the task's distinct targets, sorted.
-
-    Raises:
-        InputError: no such task, or the package sae-probes is not installed.
+    A label is the rank of the row's target among the task's distinct targets, sorted.
     """
     if task not in (names := tasks()):
         raise unknown("task", task, names)
-    table = _read_csv(sae_probes_data() / "cleaned_data" / f"{task}.csv.zst")
+    file = sae_probes_data() / "cleaned_data" / f"{task}.csv.zst"
+    table = read_table(file, {"prompt": pa.string()})  # a prompt is text even where it looks like a number
     targets = table["target"].to_pylist()
     rank = {target: i for i, target in enumerate(sorted(set(targets)))}
     return table["prompt"].to_pylist(), [rank[target] for target in targets]
@@ -62,17 +48,11 @@ def labelled(task: str) -> tuple[list[str], list[int]]:
 def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
     """Train and test rows of a binary task, the very ones that SAE-Probes takes (paper, section on 1-D probing).
 
-    Both are balanced, in random order and disjoint; the training rows number min(1024, N - 100), the test rows are
-    all others but one.
+    Both, int64 arrays of row numbers, are balanced, in random order and disjoint; the training rows number
+    min(1024, N - 100), the test rows are all others but one.
 
     Args:
         labels: N labels, 0 or 1.
-
-    Returns:
-        Two int64 arrays of row numbers.
-
-    Raises:
-        InputError: the labels are not binary, or one class has too few rows.
     """
     labels = np.asarray(labels)
     if not np.isin(labels, (0, 1)).all():
@@ -101,9 +81,6 @@ def corpus_file() -> Path:
     One row for each distinct text of all tasks. `source` is the first task that has it; `split` is "probing-test" if
     it is in the test rows of any binary task, else "train-eligible". The order is that of a hash of the text, so any
     prefix is a fair sample of the whole.
-
-    Raises:
-        InputError: the package sae-probes is not installed, or the cache cannot be written.
     """
     return build_once(NAME, "sae_probes", _RECIPE, _build) / "documents.parquet"
 
@@ -127,13 +104,3 @@ def _build(folder: Path) -> None:
         }
     )
     pq.write_table(table, folder / "documents.parquet", row_group_size=8192, compression="zstd")
-
-
-def _read_csv(path: Path) -> pa.Table:
-    """A whole compressed CSV file; a prompt is text even where it looks like a number."""
-    return pyarrow.csv.read_csv(
-        pa.input_stream(str(path), compression="zstd"),
-        read_options=pyarrow.csv.ReadOptions(block_size=2**27),  # more than the largest file: no row is cut in two
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types={"prompt": pa.string()}),
-    )

@@ -6,7 +6,7 @@ that neither a large mean nor many batches cost precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,59 @@ _TENSORS = ("count", "mean", "m2", "norm_sum", "median_norm")
 _CHUNK_ROWS = 8192  # bounds the float64 copy of what is added
 
 
-class Moments:
+class _PerLayer:
+    """What `Moments` and `Covariance` share: rows are told apart by layer and added one layer at a time."""
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        """No rows yet.
+
+        Args:
+            layers: numbers of the LLM's blocks, each once.
+            width: d, dimensions of an activation.
+        """
+        self.layers = tuple(int(layer) for layer in layers)
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise InputError(f"moments need distinct layers, got {list(self.layers)}")
+        self.count = torch.zeros(len(self.layers), dtype=torch.float64)
+        self.mean = torch.zeros(len(self.layers), width, dtype=torch.float64)
+
+    @property
+    def width(self) -> int:
+        """d, dimensions of an activation."""
+        return self.mean.shape[1]
+
+    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
+        """Add rows x [N, d], any floating dtype and device, with their layers [N]; None if there is one layer only.
+
+        Everything is checked before the first row is added.
+        """
+        if x.ndim != 2 or x.shape[1] != self.width:
+            raise InputError(f"moments expect rows of width {self.width}, got shape {list(x.shape)}")
+        if layer is None and len(self.layers) > 1:
+            raise InputError(f"moments of layers {list(self.layers)} need the layer of each row")
+        if layer is not None and layer.shape != x.shape[:1]:
+            raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
+        present = self.layers if layer is None else layer.unique().tolist()
+        check_recorded(present, self.layers)
+        for number in present:
+            rows = x if layer is None else x[(layer == number).to(x.device)]
+            for chunk in rows.split(_CHUNK_ROWS):
+                if len(chunk):
+                    self._add(self.layers.index(number), chunk.cpu().double())
+
+    def _add(self, slot: int, rows: Tensor) -> None:
+        """Add rows [n, d], n > 0, float64 on the CPU, of the layer at `slot`."""
+        raise NotImplementedError
+
+    def _check_same(self, other: _PerLayer) -> None:
+        if (self.layers, self.width) != (other.layers, other.width):
+            raise InputError(
+                f"cannot merge moments of layers {list(other.layers)}, width {other.width} "
+                f"into layers {list(self.layers)}, width {self.width}"
+            )
+
+
+class Moments(_PerLayer):
     """Count, mean, sum of squared deviations and norms of the activations of each layer, all float64 on the CPU.
 
     Attributes:
@@ -27,44 +79,14 @@ class Moments:
         mean: [L, d].
         m2: [L, d], sum of squared deviations from the mean.
         norm_sum: [L], sum of the rows' Euclidean norms.
-        median_norm: [L], median of the rows' norms, nan until somebody who has seen all of them sets it.
+        median_norm: [L], median of the rows' norms; nan until set, as a median cannot be added up.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
-        """No rows yet.
-
-        Args:
-            layers: numbers of the LLM's blocks, each once.
-            width: d, dimensions of an activation.
-
-        Raises:
-            InputError: no layer, or one named twice.
-        """
-        self.layers = _distinct(layers)
-        n = len(self.layers)
-        self.count = torch.zeros(n, dtype=torch.float64)
-        self.mean = torch.zeros(n, width, dtype=torch.float64)
-        self.m2 = torch.zeros(n, width, dtype=torch.float64)
-        self.norm_sum = torch.zeros(n, dtype=torch.float64)
-        self.median_norm = torch.full((n,), torch.nan, dtype=torch.float64)
-
-    @property
-    def width(self) -> int:
-        """d, dimensions of an activation."""
-        return self.mean.shape[1]
-
-    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
-        """Add rows.
-
-        Args:
-            x: [N, d], any floating dtype and device.
-            layer: [N], each row's layer number; None if there is one layer only.
-
-        Raises:
-            InputError: wrong shapes, a layer that is not among `layers`, or None where there are several.
-        """
-        for slot, rows in _by_layer(x, layer, self.layers, self.width):
-            self._add(slot, rows)
+        super().__init__(layers, width)
+        self.m2 = torch.zeros_like(self.mean)
+        self.norm_sum = torch.zeros_like(self.count)
+        self.median_norm = torch.full_like(self.count, torch.nan)
 
     def _add(self, slot: int, rows: Tensor) -> None:
         mean = rows.mean(0)
@@ -88,15 +110,8 @@ class Moments:
         """Add everything `other` has seen to these moments, in place; returns self.
 
         A median cannot be merged: where both are set, `median_norm` becomes their mean weighted by `count`.
-
-        Raises:
-            InputError: other layers or another width.
         """
-        if (self.layers, self.width) != (other.layers, other.width):
-            raise InputError(
-                f"cannot merge moments of layers {list(other.layers)}, width {other.width} "
-                f"into layers {list(self.layers)}, width {self.width}"
-            )
+        self._check_same(other)
         share = other.count / (self.count + other.count).clamp(min=1)
         both = torch.lerp(self.median_norm, other.median_norm, share)
         either = torch.where(self.median_norm.isnan(), other.median_norm, self.median_norm)
@@ -105,11 +120,7 @@ class Moments:
         return self
 
     def at(self, layers: Sequence[int]) -> Moments:
-        """The moments of some of the layers, in this order.
-
-        Raises:
-            InputError: a layer that is not among these, twice or none at all.
-        """
+        """The moments of some of the layers, in this order."""
         check_recorded(layers, self.layers)
         chosen = Moments(layers, self.width)
         slots = [self.layers.index(layer) for layer in layers]
@@ -132,11 +143,7 @@ class Moments:
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """The moments that `state_dict` was called on.
-
-        Raises:
-            InputError: a tensor is missing or has the wrong shape or dtype.
-        """
+        """The moments that `state_dict` was called on; an `InputError` names a tensor that is missing or wrong."""
         for name in ("layers", *_TENSORS):
             if name not in tensors:
                 raise InputError(f"moments lack the tensor {name!r}")
@@ -153,35 +160,22 @@ class Moments:
         return moments
 
 
-class Covariance:
+class Covariance(_PerLayer):
     """Covariance of the activations of each layer, float64 on the CPU: `Moments` for pairs of dimensions.
 
     Attributes:
-        layers: numbers of the LLM's blocks, in the order of the leading dimension below.
-        count: [L], rows seen.
-        mean: [L, d].
+        layers, count, mean: as of `Moments`.
         comoment: [L, d, d], sum of products of deviations from the mean.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
-        """No rows yet; arguments and errors are those of `Moments`."""
-        self.layers = _distinct(layers)
-        n = len(self.layers)
-        self.count = torch.zeros(n, dtype=torch.float64)
-        self.mean = torch.zeros(n, width, dtype=torch.float64)
-        self.comoment = torch.zeros(n, width, width, dtype=torch.float64)
+        super().__init__(layers, width)
+        self.comoment = torch.zeros(len(self.layers), width, width, dtype=torch.float64)
 
-    @property
-    def width(self) -> int:
-        """d, dimensions of an activation."""
-        return self.mean.shape[1]
-
-    def update(self, x: Tensor, layer: Tensor | None = None) -> None:
-        """Add rows: x [N, d], their layers [N], or None if there is one only. Raises as `Moments.update`."""
-        for slot, rows in _by_layer(x, layer, self.layers, self.width):
-            mean = rows.mean(0)
-            deviation = rows - mean
-            self._combine(slot, float(len(rows)), mean, deviation.T @ deviation)
+    def _add(self, slot: int, rows: Tensor) -> None:
+        mean = rows.mean(0)
+        deviation = rows - mean
+        self._combine(slot, float(len(rows)), mean, deviation.T @ deviation)
 
     def _combine(self, slot: int, count: float, mean: Tensor, comoment: Tensor) -> None:
         before = float(self.count[slot])
@@ -192,16 +186,8 @@ class Covariance:
         self.count[slot] += count
 
     def merge(self, other: Covariance) -> Covariance:
-        """Add everything `other` has seen, in place; returns self.
-
-        Raises:
-            InputError: other layers or another width.
-        """
-        if (self.layers, self.width) != (other.layers, other.width):
-            raise InputError(
-                f"cannot merge a covariance of layers {list(other.layers)}, width {other.width} "
-                f"into one of layers {list(self.layers)}, width {self.width}"
-            )
+        """Add everything `other` has seen, in place; returns self."""
+        self._check_same(other)
         for slot in range(len(self.layers)):
             self._combine(slot, float(other.count[slot]), other.mean[slot], other.comoment[slot])
         return self
@@ -209,30 +195,3 @@ class Covariance:
     def covariance(self) -> Tensor:
         """Population covariance [L, d, d]; nan for a layer without rows."""
         return self.comoment / self.count[:, None, None]
-
-
-def _distinct(layers: Sequence[int]) -> tuple[int, ...]:
-    distinct = tuple(int(layer) for layer in layers)
-    if not distinct or len(set(distinct)) < len(distinct):
-        raise InputError(f"moments need distinct layers, got {list(distinct)}")
-    return distinct
-
-
-def _by_layer(x: Tensor, layer: Tensor | None, layers: tuple[int, ...], width: int) -> Iterator[tuple[int, Tensor]]:
-    """Chunks of rows [n, d] of one layer each, n > 0, float64 on the CPU, with that layer's place among `layers`.
-
-    Everything is checked before the first chunk comes.
-    """
-    if x.ndim != 2 or x.shape[1] != width:
-        raise InputError(f"moments expect rows of width {width}, got shape {list(x.shape)}")
-    if layer is None and len(layers) > 1:
-        raise InputError(f"moments of layers {list(layers)} need the layer of each row")
-    if layer is not None and layer.shape != x.shape[:1]:
-        raise InputError(f"{len(x)} rows need {len(x)} layer numbers, got shape {list(layer.shape)}")
-    present = layers if layer is None else layer.unique().tolist()
-    check_recorded(present, layers)
-    for number in present:
-        rows = x if layer is None else x[(layer == number).to(x.device)]
-        for chunk in rows.split(_CHUNK_ROWS):
-            if len(chunk):
-                yield layers.index(number), chunk.cpu().double()

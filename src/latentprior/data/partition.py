@@ -19,45 +19,45 @@ class Batch(NamedTuple):
     """Raw activations [n, d], on any device."""
     layer: Tensor | None = None
     """Their layers [n], if there are several."""
-    places: Tensor | None = None
+    row_index: Tensor | None = None
     """Which of the process's rows of a full batch these are [n]; None: all of them, in order."""
 
 
 @dataclass(frozen=True)
-class Deal:
-    """How the rows of every batch are dealt over lanes, and lanes over processes.
+class BatchPartition:
+    """How the rows of every batch come from document shards, and which process serves which shards.
 
-    A lane is an independent share of the data with random numbers of its own. What a lane contributes to a batch
-    depends on the lane alone, so batches are the same whatever the number of processes.
+    A document shard is an independent part of the text with random numbers of its own. What it contributes to a batch
+    depends on the shard alone, so batches are the same whatever the number of processes.
     """
 
     batch: int
     """Rows of a batch, over all processes."""
-    lanes: int = 1
+    shards: int = 1
     """Shares of every batch."""
     world: World = World()
 
     def __post_init__(self) -> None:
         if self.batch % self.world.size:
-            raise InputError(f"a batch of {self.batch} cannot be dealt evenly over {self.world.size} processes")
-        if not self.world.size <= self.lanes <= self.batch:
+            raise InputError(f"a batch of {self.batch} cannot be divided evenly over {self.world.size} processes")
+        if not self.world.size <= self.shards <= self.batch:
             raise InputError(
-                f"lanes must lie between the number of processes, {self.world.size}, and the batch size, {self.batch}; "
-                f"got {self.lanes}"
+                f"document_shards must lie between the number of processes, {self.world.size}, and the batch size, "
+                f"{self.batch}; got {self.shards}"
             )
 
-    def quota(self, lane: int) -> int:
-        """Rows of a lane in every batch."""
-        return self.batch // self.lanes + (lane < self.batch % self.lanes)
+    def quota(self, shard: int) -> int:
+        """Rows of a shard in every batch."""
+        return self.batch // self.shards + (shard < self.batch % self.shards)
 
-    def start(self, lane: int) -> int:
-        """The lane's first row in a batch."""
-        return lane * (self.batch // self.lanes) + min(lane, self.batch % self.lanes)
+    def start(self, shard: int) -> int:
+        """The shard's first row in a batch."""
+        return shard * (self.batch // self.shards) + min(shard, self.batch % self.shards)
 
     @property
     def owned(self) -> range:
-        """This process's lanes; every size-th one, so that larger and smaller quotas are dealt evenly."""
-        return range(self.world.rank, self.lanes, self.world.size)
+        """This process's shards; every size-th one, so that larger and smaller quotas are spread evenly."""
+        return range(self.world.rank, self.shards, self.world.size)
 
     @property
     def rows(self) -> int:
@@ -67,13 +67,15 @@ class Deal:
     @property
     def most_rows(self) -> int:
         """The largest of the processes' shares."""
-        return sum(map(self.quota, range(0, self.lanes, self.world.size)))
+        return sum(map(self.quota, range(0, self.shards, self.world.size)))
 
     def positions(self) -> Tensor:
-        """The places [rows] in a batch of this process's rows, lane after lane."""
-        return torch.cat([torch.arange(self.start(lane), self.start(lane) + self.quota(lane)) for lane in self.owned])
+        """Where this process's rows lie in a batch, [rows], shard after shard."""
+        return torch.cat(
+            [torch.arange(self.start(shard), self.start(shard) + self.quota(shard)) for shard in self.owned]
+        )
 
 
-def lanes_for(batch: int, size: int, each: int = 24) -> int:
-    """Lanes that `size` processes can share: 24 (so 1, 2, 3, 4, 6, 8, 12 or 24 get equal shares), or more of them."""
+def shards_for(batch: int, size: int, each: int = 24) -> int:
+    """Document shards for `size` processes: 24 (so 1, 2, 3, 4, 6, 8, 12 or 24 get equal shares), or more of them."""
     return min(each * -(-size // each), batch)

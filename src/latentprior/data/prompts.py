@@ -38,11 +38,7 @@ class Prompts(ShortRepr):
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str], *, chat: bool = False) -> Prompts:
-    """Prompts to continue; with `chat` each is a user's message that the model answers.
-
-    Raises:
-        InputError: no prompts, an empty one, or `chat` with a tokenizer that has no chat template.
-    """
+    """Prompts to continue; with `chat` each is a user's message that the model answers, under its chat template."""
     if not texts:
         raise InputError("there are no prompts to continue")
     shown = list(texts)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,17 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from latentprior.config import TextConfig, TextSource
 from latentprior.data import corpus
-from latentprior.data.text_files import kind, kind_of_documents, open_bytes, read_text_file
+from latentprior.data.text_files import READERS, choose_column, kind, kind_of_documents, parquet_batches
 from latentprior.utils.errors import InputError, nearest_path, unknown
 from latentprior.utils.hub import unreachable
 
-DEFAULT_COLUMNS = ("text", "prompt", "content")
-_CSV_BLOCK = 2**24  # bytes; no row may be longer
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
@@ -57,8 +52,7 @@ def documents(config: TextConfig) -> Iterator[Document]:
     first of equals, so that none is ever a whole document behind its share, until the first ends.
 
     Raises:
-        InputError: at the call, a source that does not exist or cannot be read, lacks the column, holds no document of
-            the chosen part, or is there twice; later on, a file that cannot be read. All name the source.
+        InputError: a source that cannot be read, lacks the column, is named twice, or holds no document of this split.
     """
     return Reader(config)
 
@@ -72,15 +66,7 @@ class Reader(Iterator[Document]):
     """
 
     def __init__(self, config: TextConfig, *, state: Mapping[str, Any] | None = None) -> None:
-        """Open the sources; raises as `documents`.
-
-        Args:
-            config: which documents.
-            state: what `state` of a reader with the same `config` gave.
-
-        Raises:
-            InputError: also, a state of other sources.
-        """
+        """Open the sources, at the position that `state()` of a reader with the same `config` gave."""
         chosen = config.mix or [
             TextSource(config.dataset, config.subset, config.split, config.column, documents=config.documents)
         ]
@@ -140,7 +126,7 @@ def _is_wanted(record: _Record, config: TextConfig) -> bool:
 
 
 def is_heldout(text: str, share: float) -> bool:
-    """Whether `text` belongs to the `share` of all texts that is kept from training."""
+    """Whether `text` is in the held-out split, the `share` of all texts that is kept from training."""
     digest = blake2b(text.encode(), digest_size=8, person=b"heldout").digest()
     return int.from_bytes(digest) < share * 2**64
 
@@ -200,17 +186,17 @@ def _open_source(options: TextSource) -> _Files | _Hub:
     if options.dataset == corpus.NAME:
         return _Files(corpus.NAME, {corpus.NAME: partial(_corpus_records, corpus.corpus_file())})
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in _READERS)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in READERS)
         if not files:
             raise InputError(
-                f"the folder {options.dataset!r} holds no file that ends in {', '.join(_READERS)} (or .zst)"
+                f"the folder {options.dataset!r} holds no file that ends in {', '.join(READERS)} (or .zst)"
             )
         names = [file.relative_to(path).as_posix() for file in files]
     elif path.exists():
-        if kind(path) not in _READERS:
-            raise unknown("file type", path.name, _READERS)
+        if kind(path) not in READERS:
+            raise unknown("file type", path.name, READERS)
         files, names = [path], [path.name]
-    elif kind(path) in _READERS or not _HUB_ID.fullmatch(options.dataset):
+    elif kind(path) in READERS or not _HUB_ID.fullmatch(options.dataset):
         raise InputError(f"no such file or folder: {options.dataset!r}{nearest_path(options.dataset)}")
     else:
         return _Hub(options)
@@ -231,7 +217,7 @@ def _failed(action: str, error: Exception) -> InputError:
 
 
 def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
-    for batch in _parquet_batches(pq.ParquetFile(path), None, skip):
+    for batch in parquet_batches(pq.ParquetFile(path), None, skip):
         for text, source, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield _Record(text, source, trainable=split == corpus.TRAIN_ELIGIBLE)
 
@@ -242,85 +228,10 @@ def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
 def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Record]:
     """`option` is the column, or what is a document of a text file."""
     try:
-        for text in _READERS[kind(path)](path, option, skip):
+        for text in READERS[kind(path)](path, option, skip):
             yield _Record(text, name)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _failed(f"read {str(path)!r}", error) from error
-
-
-def _after(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
-    """`batches` without their first `skip` rows."""
-    for batch in batches:
-        if skip < len(batch):
-            yield batch.slice(skip)
-        skip = max(0, skip - len(batch))
-
-
-def _parquet_batches(file: pq.ParquetFile, columns: list[str] | None, skip: int) -> Iterator[pa.RecordBatch]:
-    """The rows after the first `skip`; row groups before them are not read."""
-    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    first = 0
-    while first < len(sizes) and sizes[first] <= skip:
-        skip -= sizes[first]
-        first += 1
-    groups = list(range(first, len(sizes)))
-    return _after(file.iter_batches(batch_size=1024, row_groups=groups, columns=columns), skip)
-
-
-def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
-    read = 0
-    with open_bytes(path) as file:
-        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
-            if line.isspace():
-                continue
-            read += 1
-            if 1 < read <= skip:  # the first record is always parsed: it decides the column
-                continue
-            where = f"{str(path)!r}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{where} is not a JSON object")
-            column = _choose(column, row, (key for key, value in row.items() if isinstance(value, str | None)), where)
-            text = row[column]
-            if read > skip:  # JSON can spell half a surrogate pair, which no tokenizer takes
-                yield text.encode(errors="replace").decode() if isinstance(text, str) else text
-
-
-def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
-    def reader(**convert: Any) -> pyarrow.csv.CSVStreamingReader:
-        return pyarrow.csv.open_csv(
-            open_bytes(path),
-            read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(**convert),
-        )
-
-    with reader() as first:  # types are guessed from the first block; later ones may differ, so they are then fixed
-        column = _choose_field(column, first.schema, str(path))
-    with reader(include_columns=[column], column_types={column: pa.string()}) as batches:
-        for batch in _after(batches, skip):
-            yield from batch.column(0).to_pylist()
-
-
-def _read_parquet(path: Path, column: str | None, skip: int) -> Iterator[Any]:
-    # Parquet is read from its end: a compressed one has to be in memory whole.
-    plain = path.suffix.lower() == ".parquet"
-    table = pq.ParquetFile(pa.OSFile(str(path)) if plain else pa.BufferReader(open_bytes(path).read()))
-    column = _choose_field(column, table.schema_arrow, str(path))
-    for batch in _parquet_batches(table, [column], skip):
-        yield from batch.column(0).to_pylist()
-
-
-_READERS: dict[str, Callable[[Path, Any, int], Iterator[Any]]] = {
-    ".txt": read_text_file,
-    ".jsonl": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
 
 
 # --- Hugging Face datasets
@@ -344,7 +255,7 @@ def _open_stream(options: TextSource) -> tuple[Any, str]:
                 texts = [k for k, v in row.items() if isinstance(v, str | None)]
     except (OSError, ValueError, RuntimeError) as error:
         raise _failed(f"open the dataset {name!r}{nearest_path(name)}", error) from error
-    return stream, _choose(options.column, row, texts, name)
+    return stream, choose_column(options.column, row, texts, name)
 
 
 @contextmanager
@@ -359,27 +270,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-# --- Columns
-
-
-def _choose(column: str | None, columns: Iterable[str], texts: Iterable[str], where: str) -> str:
-    """The column to read: `column` if it exists, else a default one, else the only one that holds text."""
-    if column is not None:
-        if column not in (columns := list(columns)):
-            raise unknown(f"column of {where}", column, columns)
-        return column
-    texts = list(texts)
-    for name in DEFAULT_COLUMNS:
-        if name in texts:
-            return name
-    if len(texts) != 1:
-        found = f"{len(texts)} text columns ({', '.join(texts)})" if texts else "no text column"
-        raise InputError(f"{where} has {found} and none called {', '.join(DEFAULT_COLUMNS)}: name one as column")
-    return texts[0]
-
-
-def _choose_field(column: str | None, schema: pa.Schema, where: str) -> str:
-    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    return _choose(column, schema.names, texts, where)

@@ -1,23 +1,29 @@
-"""Text files as documents: whole, by paragraph or by line, read as they are asked for."""
+"""The texts of one file, read as they are asked for, from any number on: txt, jsonl, csv, parquet; and whole tables."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
 from latentprior.config import DocumentKind, TextConfig, to_dict
+from latentprior.utils.errors import InputError, nearest_path, unknown
 
+DEFAULT_COLUMNS = ("text", "prompt", "content")
+CSV_BLOCK = 2**24  # bytes; no row may be longer
 ENDING = ".txt"
 BEGINNING = 2**20  # characters of a file in which "auto" looks for blank lines
 
 
 def kind(path: Path) -> str:
-    """The file's ending, lower case, without the one of its compression."""
+    """The file's ending in lower case, that of its compression left out."""
     return Path(path.name.lower().removesuffix(".zst").removesuffix(".gz")).suffix
 
 
@@ -75,3 +81,131 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 
 def _lines(lines: Iterable[str]) -> Iterator[str]:
     return (line.removesuffix("\n") for line in lines if not line.isspace())
+
+
+# --- Tables: jsonl, csv, parquet
+
+
+def _after(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
+    """`batches` without their first `skip` rows."""
+    for batch in batches:
+        if skip < len(batch):
+            yield batch.slice(skip)
+        skip = max(0, skip - len(batch))
+
+
+def parquet_batches(file: pq.ParquetFile, columns: list[str] | None, skip: int) -> Iterator[pa.RecordBatch]:
+    """The rows after the first `skip`; row groups before them are not read."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    first = 0
+    while first < len(sizes) and sizes[first] <= skip:
+        skip -= sizes[first]
+        first += 1
+    groups = list(range(first, len(sizes)))
+    return _after(file.iter_batches(batch_size=1024, row_groups=groups, columns=columns), skip)
+
+
+def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
+    read = 0
+    with open_bytes(path) as file:
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), start=1):
+            if line.isspace():
+                continue
+            read += 1
+            if 1 < read <= skip:  # the first record is always parsed: it decides the column
+                continue
+            where = f"{str(path)!r}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{where} is not a JSON object")
+            column = choose_column(
+                column, row, (key for key, value in row.items() if isinstance(value, str | None)), where
+            )
+            text = row[column]
+            if read > skip:  # JSON can spell half a surrogate pair, which no tokenizer takes
+                yield text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
+def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
+    def reader(**convert: Any) -> pyarrow.csv.CSVStreamingReader:
+        return pyarrow.csv.open_csv(open_bytes(path), **_csv_options(CSV_BLOCK, **convert))
+
+    with reader() as first:  # types are guessed from the first block; later ones may differ, so they are then fixed
+        column = _choose_field(column, first.schema, str(path))
+    with reader(include_columns=[column], column_types={column: pa.string()}) as batches:
+        for batch in _after(batches, skip):
+            yield from batch.column(0).to_pylist()
+
+
+def read_table(path: Path, types: Mapping[str, pa.DataType], *, nulls: bool = False) -> pa.Table:
+    """A whole CSV file, also a compressed one, with the types of some columns; the others' are guessed.
+
+    Args:
+        nulls: an empty cell of a text column, "NA" and the like are null, not text.
+
+    Raises:
+        InputError: no such file, or no CSV.
+    """
+    try:
+        # Blocks of more than the largest file, so that no row is cut in two.
+        return pyarrow.csv.read_csv(
+            open_bytes(path), **_csv_options(2**28, column_types=types, strings_can_be_null=nulls)
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {str(path)!r}: there is no such file{nearest_path(str(path))}") from error
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
+
+
+def _csv_options(block: int, **convert: Any) -> dict[str, Any]:
+    """Cells may hold line ends; no row may be longer than a block, in bytes."""
+    return {
+        "read_options": pyarrow.csv.ReadOptions(block_size=block),
+        "parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True),
+        "convert_options": pyarrow.csv.ConvertOptions(**convert),
+    }
+
+
+def _read_parquet(path: Path, column: str | None, skip: int) -> Iterator[Any]:
+    # Parquet is read from its end: a compressed one has to be in memory whole.
+    plain = path.suffix.lower() == ".parquet"
+    table = pq.ParquetFile(pa.OSFile(str(path)) if plain else pa.BufferReader(open_bytes(path).read()))
+    column = _choose_field(column, table.schema_arrow, str(path))
+    for batch in parquet_batches(table, [column], skip):
+        yield from batch.column(0).to_pylist()
+
+
+READERS: dict[str, Callable[[Path, Any, int], Iterator[Any]]] = {
+    ENDING: read_text_file,
+    ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+# --- Columns
+
+
+def choose_column(column: str | None, columns: Iterable[str], texts: Iterable[str], where: str) -> str:
+    """The column to read: `column` if it exists, else a default one, else the only one that holds text."""
+    if column is not None:
+        if column not in (columns := list(columns)):
+            raise unknown(f"column of {where}", column, columns)
+        return column
+    texts = list(texts)
+    for name in DEFAULT_COLUMNS:
+        if name in texts:
+            return name
+    if len(texts) != 1:
+        found = f"{len(texts)} text columns ({', '.join(texts)})" if texts else "no text column"
+        raise InputError(f"{where} has {found} and none called {', '.join(DEFAULT_COLUMNS)}: name one as column")
+    return texts[0]
+
+
+def _choose_field(column: str | None, schema: pa.Schema, where: str) -> str:
+    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    return choose_column(column, schema.names, texts, where)

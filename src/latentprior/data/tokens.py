@@ -97,9 +97,6 @@ def tokenize(
         chunk: rather than to cut them, give longer documents in chunks of `max_length`, each with BOS first (without a
             BOS token: the last token of the chunk before), so that every token but the first is once at a position
             after the first one of a row. A window then ends early at `WINDOW_CHARACTERS`.
-
-    Raises:
-        InputError: an argument out of range, or `chat` with a tokenizer that has no chat template.
     """
     if padding_side not in ("right", "left"):
         raise unknown("padding_side", padding_side, ("right", "left"))
@@ -114,7 +111,7 @@ def tokenize(
         raise InputError("keep 'last' means nothing for documents in chunks, which are kept whole")
     start = beginning(tokenizer)
 
-    def pieces(document: Document, ids: list[int]) -> Iterator[_Row]:
+    def rows_of(document: Document, ids: list[int]) -> Iterator[_Row]:
         if chunk and len(ids) > max_length:
             for offset in range(0, len(ids) - 1, max_length - 1):
                 first = start or ids[offset : offset + 1]
@@ -128,12 +125,12 @@ def tokenize(
         index = first_index
         for block in _windows(documents, window, WINDOW_CHARACTERS if chunk else None):
             whole = encode([document.text for document in block], tokenizer, chat=chat)
-            rows = [row for document, ids in zip(block, whole, strict=True) for row in pieces(document, ids)]
+            rows = [row for document, ids in zip(block, whole, strict=True) for row in rows_of(document, ids)]
             lengths = np.array([len(row.ids) for row in rows])
             order = [int(i) for i in np.argsort(lengths, kind="stable")]
             runs = list(_cut(order, lengths, batch_tokens))
-            for turn in np.random.default_rng(index).permutation(len(runs)):
-                chosen = [rows[i] for i in runs[turn]]
+            for number in np.random.default_rng(index).permutation(len(runs)):
+                chosen = [rows[i] for i in runs[number]]
                 doc, offset, length, cut = torch.tensor([(r.doc, r.offset, r.length, r.cut) for r in chosen]).unbind(1)
                 ids, mask, position = pad([row.ids for row in chosen], filler, padding_side)
                 yield TokenBatch(ids, mask, doc, position, index, offset, length, cut)

@@ -27,7 +27,7 @@ from latentprior.stats.bootstrap import bootstrap_interval
 from latentprior.stats.distances import classifier_two_sample, least_rows, sliced_wasserstein
 from latentprior.stats.frechet import GaussianMoments, frechet_parts
 from latentprior.stats.gaussian import GaussianPrior
-from latentprior.training.loop import BINS, heldout_errors
+from latentprior.training.loss import BINS, heldout_errors
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text

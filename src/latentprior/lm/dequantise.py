@@ -26,12 +26,8 @@ _RECIPE = 1
 def dense_copy(path: str) -> Path:
     """The folder with a dense copy of one's own GGUF file and its tokenizer, made on first use.
 
-    It is made anew when the file's size or time of change is another. Quantised weights become bfloat16, those of a
-    file that is not quantised float32.
-
-    Raises:
-        InputError: no such file, no GGUF file, one of several parts, or of an architecture that transformers cannot
-            read; or the cache cannot be written.
+    It is made anew when the file's size or time of change is another. Quantised weights become bfloat16, others
+    float32. A file that is one of several parts, or that transformers cannot read, is an `InputError`.
     """
     file = _checked(path)
     facts = file.stat()
@@ -54,11 +50,7 @@ def dense_copy(path: str) -> Path:
 
 
 def copied_tokenizer(path: str) -> Path:
-    """`dense_copy`, if the file's tokenizer could be read.
-
-    Raises:
-        InputError: it could not; or see `dense_copy`.
-    """
+    """`dense_copy`; an `InputError` if the file's tokenizer could not be read."""
     folder = dense_copy(path)
     if (reason := folder / NO_TOKENIZER).is_file():
         raise InputError(f"{reason.read_text(encoding='utf-8')}; name a folder that has it with --llm.model")
@@ -66,11 +58,7 @@ def copied_tokenizer(path: str) -> Path:
 
 
 def config_of(path: str) -> Any:
-    """The transformers config of the model in a GGUF file; its weights are not read.
-
-    Raises:
-        InputError: see `dense_copy`.
-    """
+    """The transformers config of the model in a GGUF file; its weights are not read."""
     file = _checked(path)
     with _reading(f"cannot read the model in {path!r}"):
         return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
@@ -96,7 +84,7 @@ def _model(file: Path, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _reading(otherwise: str) -> Iterator[None]:
-    """Damaged and unknown files raise errors of nearly every type: one line, which begins with `otherwise`."""
+    """Damaged files raise errors of nearly every type: they become one line, which begins with `otherwise`."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the reason is in the error
     try:

@@ -123,14 +123,10 @@ def edit_positions(
         what was done so far.
 
     Raises:
-        InputError: unknown positions, a layer out of range, a compiled model; in the forward pass, an attention mask
-            or a cache that does not tell where the tokens stand, or a mask of positions that does not fit the prompt;
-            from ``generate()``, paged caches, and options that hide where the prompt ends (assisted decoding,
-            classifier-free guidance, chunked prompts) unless positions are "all" or a number. On leaving the context
-            if the model ran and nothing was edited although something was asked for: all of it were sinks, a mask
-            named first positions and padding only, or no sequence reached the number to start from; and if a layer
-            never ran. Where nothing was asked for, as with prompts of one token under "all" or one new token under
-            "generated", nothing is raised.
+        InputError: in the forward pass, a mask or cache that does not tell where the tokens stand, or a mask of
+            positions that does not fit the prompt. From ``generate()``, a paged cache, and, unless positions are "all"
+            or a number, what hides where the prompt ends (assisted decoding, classifier-free guidance, chunked
+            prompts). On leaving the context, a layer that never ran, or nothing edited of what was asked for.
     """
     check_positions(positions)
     counts = EditCounts()
@@ -189,9 +185,6 @@ def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
     """`values` [b, ...], one for each row that the caller gave, for the `batch` rows that the model sees.
 
     Under beam search and with several returned sequences ``generate()`` puts the copies of a row next to one another.
-
-    Raises:
-        InputError: the batch is no multiple of b.
     """
     if batch % len(values):
         raise InputError(f"{name} has {len(values)} rows, which does not fit a batch of {batch}")

@@ -161,7 +161,7 @@ def _loading(config: LLMConfig) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it runs code of its own; if you trust that code, set trust_remote_code to true"
         else:
-            reason = _reason(error)
+            reason = shorten(str(error), 300)
         raise InputError(f"cannot load the model {config.model!r}: {reason}") from error
 
 
@@ -175,8 +175,3 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    """The beginning of a message, on one line."""
-    return shorten(str(error), 300)

@@ -1,7 +1,7 @@
-"""Following a running model: which columns of a forward pass are which positions of which prompt.
+"""Which position a column of a forward pass has (`token_positions`), and where its prompt ends (`GenerationTracker`).
 
-Cache, positions and mask are read from what a forward pass was given (`hooks.forward_inputs`); where a prompt ends is
-known from the calls of ``generate()`` and, between passes of the caller's own, from their shapes.
+Both are read from what a forward pass was given (`hooks.forward_inputs`): cache, mask and position ids tell positions;
+the calls of ``generate()`` and, between passes of the caller's own, their shapes tell prompts from what follows them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,48 @@ _HIDES_THE_PROMPT = {
     "guidance_scale": "classifier-free guidance",
     "prefill_chunk_size": "a prompt in chunks",
 }
+
+
+def token_positions(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
+    """Which columns of a forward pass are real tokens, bool [B, T], and every column's position, int64 [B, T].
+
+    Under a cache the pass holds the new columns alone: their positions go on from `inputs.past_length`, less padding.
+    """
+    batch, width = hidden.shape[:2]
+    attention, ids, past = inputs.attention_mask, inputs.position_ids, inputs.past_length
+    if attention is None:
+        real = torch.ones(batch, width, dtype=torch.bool, device=hidden.device)
+        position = past + torch.arange(width, device=hidden.device).expand(batch, width)
+    elif not isinstance(attention, Tensor) or attention.ndim not in (2, 4):
+        raise InputError("this model's attention mask is neither [batch, keys] nor [batch, 1, queries, keys]")
+    elif attention.ndim == 4:
+        real, position = _from_causal_mask(attention, inputs, width)
+    elif attention.shape[1] >= past + width:
+        known = attention[:, : past + width].bool()
+        real, position = known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
+    elif attention.shape[1] == width and ids is not None:  # of this pass alone
+        real, position = attention.bool(), past + attention.bool().long().cumsum(1) - 1
+    else:
+        raise InputError(
+            f"the attention mask has {attention.shape[1]} columns, cache and tokens {past + width}: give all of them"
+        )
+    real, position = real.to(hidden.device).expand(batch, -1), position.to(hidden.device).expand(batch, -1)
+    if ids is not None:
+        # A mask does not know where packed sequences begin, and position ids may count padding: the smaller is right.
+        position = torch.minimum(position, ids.to(position))
+    return real, position
+
+
+def _from_causal_mask(attention: Tensor, inputs: hooks.ForwardInputs, width: int) -> tuple[Tensor, Tensor]:
+    """`token_positions` of a mask [B, 1, queries, keys], as static caches come with: a real token sees itself."""
+    sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
+    total = inputs.past_length + width
+    if sees.shape[-1] >= total:
+        known = sees.any(dim=1)[:, :total]
+        return known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
+    if inputs.position_ids is None:  # a sliding window has dropped its oldest keys
+        raise InputError("this model's cache drops keys, and without `position_ids` positions cannot be told")
+    return sees.any(dim=2)[:, -width:], inputs.position_ids
 
 
 @dataclass
@@ -67,16 +109,7 @@ class GenerationTracker:
         self._generation: _Generation | None = None
 
     def prompt_of(self, inputs: hooks.ForwardInputs, hidden: Tensor, real: Tensor) -> Prompt:
-        """The prompt that this forward pass begins or continues.
-
-        Args:
-            inputs: of the pass.
-            hidden: of one of its layers, [B, T, d].
-            real: which of its columns are tokens, bool [B, T].
-
-        Raises:
-            InputError: a pass of ``generate()`` that does not tell which positions it computes.
-        """
+        """The prompt that a forward pass begins or continues; see `token_positions` for `real`, bool [B, T]."""
         prompt = self._prompt
         if prompt is not None and prompt.call == inputs.calls:  # several layers see the same forward pass
             return prompt
@@ -112,11 +145,9 @@ class GenerationTracker:
 
     @contextmanager
     def generations(self, model: nn.Module, *, needs_prompt: bool) -> Iterator[None]:
-        """Begin a new prompt with each ``model.generate()``, and refuse what could not be followed there.
+        """Begin a new prompt with each ``model.generate()``, and refuse options that cannot be followed.
 
-        Args:
-            model: the language model.
-            needs_prompt: refuse options under which it cannot be told where the prompt ends, too.
+        With `needs_prompt` those that hide where the prompt ends are refused, too.
         """
         from transformers import GenerationMixin  # slow to import
 
@@ -182,49 +213,6 @@ def _refuse_unfollowable(given: Mapping[str, Any], defaults: Any, needs_prompt: 
             raise InputError(
                 f"{meaning} ({name}) hides where the prompt ends: use positions 'all' or a number, or generate without"
             )
-
-
-def token_positions(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
-    """Which columns of this forward pass are real tokens, and every column's position: two [B, T].
-
-    Raises:
-        InputError: a mask that does not tell.
-    """
-    batch, width = hidden.shape[:2]
-    attention, ids, past = inputs.attention_mask, inputs.position_ids, inputs.past_length
-    if attention is None:
-        real = torch.ones(batch, width, dtype=torch.bool, device=hidden.device)
-        position = past + torch.arange(width, device=hidden.device).expand(batch, width)
-    elif not isinstance(attention, Tensor) or attention.ndim not in (2, 4):
-        raise InputError("this model's attention mask is neither [batch, keys] nor [batch, 1, queries, keys]")
-    elif attention.ndim == 4:
-        real, position = _from_causal_mask(attention, inputs, width)
-    elif attention.shape[1] >= past + width:
-        known = attention[:, : past + width].bool()
-        real, position = known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
-    elif attention.shape[1] == width and ids is not None:  # of this pass alone
-        real, position = attention.bool(), past + attention.bool().long().cumsum(1) - 1
-    else:
-        raise InputError(
-            f"the attention mask has {attention.shape[1]} columns, cache and tokens {past + width}: give all of them"
-        )
-    real, position = real.to(hidden.device).expand(batch, -1), position.to(hidden.device).expand(batch, -1)
-    if ids is not None:
-        # A mask does not know where packed sequences begin, and position ids may count padding: the smaller is right.
-        position = torch.minimum(position, ids.to(position))
-    return real, position
-
-
-def _from_causal_mask(attention: Tensor, inputs: hooks.ForwardInputs, width: int) -> tuple[Tensor, Tensor]:
-    """`token_positions` of a mask [B, 1, queries, keys], as static caches come with: a real token sees itself."""
-    sees = attention[:, 0] if attention.dtype == torch.bool else attention[:, 0] == 0
-    total = inputs.past_length + width
-    if sees.shape[-1] >= total:
-        known = sees.any(dim=1)[:, :total]
-        return known[:, -width:], known.long().cumsum(1)[:, -width:] - 1
-    if inputs.position_ids is None:  # a sliding window has dropped its oldest keys
-        raise InputError("this model's cache drops keys, and without `position_ids` positions cannot be told")
-    return sees.any(dim=2)[:, -width:], inputs.position_ids
 
 
 def _check_placed(running: _Generation, inputs: hooks.ForwardInputs, width: int) -> None:

@@ -17,15 +17,17 @@ from latentprior.data.text import Document
 from latentprior.data.text_files import text_settings
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
-from latentprior.neurons.effects import Effects, direct_effects
-from latentprior.neurons.reservoir import Reservoir, nearest_units, sampled_units
+from latentprior.neurons.document_batches import DocumentBatch, DocumentTokens, distinct, document_batches
+from latentprior.neurons.neighbours import nearest_units, sampled_units
+from latentprior.neurons.reservoir import Reservoir
 from latentprior.neurons.statistics import BINS, SPAN, THRESHOLDS, Calibration, UnitStatistics
 from latentprior.neurons.store import INFO, NeuronStore, write_store, write_units
-from latentprior.neurons.stream import DocumentBatch, UnitReader, distinct, document_batches
-from latentprior.neurons.tables import Documents, example_tables, unit_table, with_wins
-from latentprior.neurons.token_strings import TokenTexts
+from latentprior.neurons.store_tables import example_tables, unit_table, with_tasks
+from latentprior.neurons.token_strings import TokenStrings
 from latentprior.neurons.top_documents import TopDocuments
-from latentprior.neurons.top_probing_units import Win, read_winners
+from latentprior.neurons.top_logits import top_logits
+from latentprior.neurons.top_probing_units import ProbedTask, read_top_probing_units
+from latentprior.neurons.unit_reader import UnitReader
 from latentprior.prior.glp import GLP
 from latentprior.prior.loading import heldout_loss, hookpoint_of, priors_of
 from latentprior.utils.errors import InputError
@@ -39,7 +41,7 @@ QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
 
 
 def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
-    """Explore a prior's units as `config` says, write the store and return what is in neurons.json.
+    """Read a prior's units over documents as `config` says, write the store and return what is in neurons.json.
 
     A store that an earlier run with the same settings wrote is kept, as it is or with the tasks of `config.probe`.
 
@@ -60,15 +62,15 @@ def _neurons(config: NeuronsConfig, phase: Phase) -> dict[str, Any]:
         precision=config.precision,
     )
     glp = priors[config.prior]
-    wins = _wins(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
+    tasks = _tasks(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
     if Path(config.output, INFO).exists():
-        return _kept(config, glp, wins)
+        return _kept(config, glp, tasks)
     documents = text.documents(config.text)
     model, tokenizer = load_llm(config.llm, config.device)
-    return explore(config, glp, model, tokenizer, documents, phase=phase)
+    return collect_units(config, glp, model, tokenizer, documents, phase=phase)
 
 
-def explore(
+def collect_units(
     config: NeuronsConfig,
     glp: GLP,
     model: nn.Module,
@@ -86,21 +88,23 @@ def explore(
     began = time.perf_counter()
     hookpoint = hookpoint_of(glp, config.prior, config.layer)
     hookpoint.check(model)
-    wins = _wins(config, glp, hookpoint)
+    tasks = _tasks(config, glp, hookpoint)
     reader = UnitReader(glp, t=config.t, noises=config.noises, layer=config.layer, seed=config.seed)
     batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
     found = Collected(config, reader, glp.device)
     found.read(document_batches(model, distinct(batches), hookpoint, glp, config.layer), report=phase("read documents"))
 
     report = phase("tokens, neighbours, examples")
-    effects = _effects(config, glp, model, hookpoint, tokenizer)
+    logits = None
+    if config.promoted:
+        logits = top_logits(glp, model, hookpoint, config.promoted, layer=config.layer, vocabulary=len(tokenizer))
     report(1, 3, {})
     sample = found.reservoir.documents()
     neighbours = nearest_units(sampled_units(reader, sample, found.statistics), config.neighbours)
     report(2, 3, {})
-    texts = TokenTexts(tokenizer)
-    units = unit_table(found.statistics, effects, neighbours, wins, texts)
-    examples = example_tables(found.top, found.bottom, reader, sample, QUANTILES, found.documents, texts)
+    strings = TokenStrings(tokenizer)
+    units = unit_table(found.statistics, logits, neighbours, tasks, strings)
+    examples = example_tables(found.top, found.bottom, reader, sample, QUANTILES, found.documents, strings)
     info = {
         "kind": "neurons",
         "prior": config.prior,
@@ -134,21 +138,17 @@ class Collected:
         self.top = [TopDocuments(*shape, sign=1, device=device) for _ in reader.blocks]
         self.bottom = [TopDocuments(*shape, sign=-1, device=device) for _ in reader.blocks]
         self.reservoir = Reservoir(config.reservoir, seed=config.seed)
-        self.documents = Documents()
+        self.documents = DocumentTokens()
         self.statistics: list[UnitStatistics] = []
         self.tokens = self.calibration_tokens = 0
 
     def read(self, batches: Iterable[DocumentBatch], *, report: Report = silent) -> None:
-        """Read documents until enough tokens counted.
-
-        Raises:
-            InputError: no token counts.
-        """
+        """Read documents until enough tokens counted."""
         batches = iter(batches)
         first = list(_until(batches, min(CALIBRATION, self._wanted)))
         self.calibration_tokens = sum(map(len, first))
         if not self.calibration_tokens:
-            raise InputError("nothing to explore: no text has a token after the first position, which never counts")
+            raise InputError("no text has a token that counts: none lies after the first position")
         self.statistics = self._calibrate(first)
         for batch in _until(chain(first, batches), self._wanted):
             if len(batch):
@@ -186,20 +186,13 @@ def _until(batches: Iterable[DocumentBatch], tokens: int) -> Iterator[DocumentBa
             return
 
 
-def _effects(config: NeuronsConfig, glp: GLP, model: nn.Module, hookpoint: Hookpoint, tokenizer: Any) -> Effects | None:
-    """None if no tokens are to be named."""
-    if not config.promoted:
-        return None
-    return direct_effects(glp, model, hookpoint, config.promoted, layer=config.layer, vocabulary=len(tokenizer))
-
-
 def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
     """What the store depends on."""
     own = {"text": text_settings(config.text), "model": config.llm.model, "heldout_loss": heldout_loss(glp)}
     return settings_of(config) | own
 
 
-def _kept(config: NeuronsConfig, glp: GLP, wins: dict[int, list[Win]]) -> dict[str, Any]:
+def _kept(config: NeuronsConfig, glp: GLP, tasks: dict[int, list[ProbedTask]]) -> dict[str, Any]:
     """The store that is there, with the tasks of the probing run that `config` names.
 
     Raises:
@@ -210,12 +203,12 @@ def _kept(config: NeuronsConfig, glp: GLP, wins: dict[int, list[Win]]) -> dict[s
     if config.probe is None:
         return store.info
     info = store.info | {"config": to_dict(config)}
-    write_units(config.output, info, with_wins(store.units, wins))
+    write_units(config.output, info, with_tasks(store.units, tasks))
     return info
 
 
-def _wins(config: NeuronsConfig, glp: GLP, hookpoint: Hookpoint) -> dict[int, list[Win]]:
+def _tasks(config: NeuronsConfig, glp: GLP, hookpoint: Hookpoint) -> dict[int, list[ProbedTask]]:
     if config.probe is None:
         return {}
     shape = glp.denoiser.config
-    return read_winners(config.probe, config.t, hookpoint, blocks=shape.n_layers, d_mlp=shape.d_mlp)
+    return read_top_probing_units(config.probe, config.t, hookpoint, blocks=shape.n_layers, d_mlp=shape.d_mlp)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,10 @@ import pyarrow as pa
 
 from latentprior.judge.answers import Answer, Answers
 from latentprior.judge.endpoint import Cost, EndpointJudge
-from latentprior.neurons import store as files
-from latentprior.neurons.detection import Case, cases_of, detection_auc, detections_of
-from latentprior.neurons.offline import offline_line
+from latentprior.neurons.detection import DescriptionTask, description_tasks, detection_auc, detections_of
+from latentprior.neurons.offline_descriptions import offline_line
 from latentprior.neurons.prompts import LONGEST
-from latentprior.neurons.store import NeuronStore, Unit
+from latentprior.neurons.store import DESCRIPTIONS_SCHEMA, NeuronStore, Unit, write_descriptions
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
 
@@ -57,31 +56,33 @@ def describe_offline(unit: Unit) -> Description:
 
 
 def describe(
-    store: NeuronStore, units: Sequence[Unit], judge: EndpointJudge, *, seed: int, report: Report = silent
-) -> list[Description]:
-    """Descriptions of `units` by an endpoint, each with its detection score, in their order.
+    tasks: Sequence[DescriptionTask], judge: EndpointJudge, *, seed: int, report: Report = silent
+) -> tuple[list[Description], list[Answers[Any]]]:
+    """Descriptions by an endpoint, each with its detection score, in the order of `tasks`, and the judge's answers.
 
-    The sign with the larger peak is described. Even-ranked texts of it are shown, odd-ranked ones are held out for the
-    test, among as many others: random texts with a low peak and top texts of random units, never one of this unit's
-    top or bottom texts, and never of its neighbours. Everything but the baseline's partner depends on the unit and
-    `seed` alone, so more units can be described later and nothing is paid for twice.
+    One that failed is offline, with the reason; no score is made up. Everything but the partner whose description is
+    the baseline depends on the unit and `seed` alone: more units can be described later, and nothing is paid for twice.
 
     Args:
-        seed: of the other texts, their order, and whose description is the baseline.
+        seed: pairs the units for the baseline.
         report: gets answers done, of how many at this stage, and how many failed.
-
-    Returns:
-        a description for each unit; one that failed is offline, with the reason. No score is made up.
-
-    Raises:
-        InputError: see `EndpointJudge.ask`; a damaged store.
     """
-    return _describe(cases_of(store, units, seed), judge, seed, report)[0]
+    asked = [i for i, task in enumerate(tasks) if task.request is not None]
+    first = judge.ask([request for task in tasks if (request := task.request)], report=report)
+    described = dict(zip(asked, first.results, strict=True))
+    texts = {i: answer.value["description"] for i, answer in described.items() if answer.value is not None}
+    detections = detections_of(tasks, texts, seed)
+    second = judge.ask(list(detections.values()), report=_after(report, len(asked), None))
+    scored = dict(zip(detections, second.results, strict=True))
+    descriptions = [
+        _description(task, described.get(i), scored.get((i, True)), scored.get((i, False)))
+        for i, task in enumerate(tasks)
+    ]
+    return descriptions, [first, second]
 
 
 def estimate(
-    store: NeuronStore,
-    units: Sequence[Unit],
+    tasks: Sequence[DescriptionTask],
     judge: EndpointJudge,
     *,
     seed: int,
@@ -90,26 +91,14 @@ def estimate(
 ) -> Cost:
     """An upper bound of what `describe` will take if no call fails, less what the cache holds; calls nothing.
 
-    Descriptions that are not known yet are taken to be as long as they may.
-
-    Args:
-        prompt_price, answer_price: of a million tokens.
-
-    Raises:
-        InputError: a damaged cache or store.
+    Descriptions that are not known yet are taken to be as long as they may. Prices are of a million tokens.
     """
-    return _estimate(cases_of(store, units, seed), judge, seed, prompt_price, answer_price)
-
-
-def write_descriptions(folder: str | Path, descriptions: Iterable[Description]) -> None:
-    """Write descriptions of some or all units of the store in `folder`, in place of those that are there.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    ordered = sorted(descriptions, key=lambda description: description.unit)
-    columns = {name: [getattr(item, name) for item in ordered] for name in files.DESCRIPTIONS_SCHEMA.names}
-    files.write_descriptions(folder, pa.table(columns, schema=files.DESCRIPTIONS_SCHEMA))
+    requests = {i: task.request for i, task in enumerate(tasks) if task.request is not None}
+    known = dict(zip(requests, judge.recall(list(requests.values())), strict=True))
+    # One character a task: equal requests would be counted once.
+    texts = {i: value["description"] if value else chr(0x4E00 + i % 20000) * LONGEST for i, value in known.items()}
+    detections = detections_of(tasks, texts, seed).values()
+    return judge.estimate([*requests.values(), *detections], prompt_price=prompt_price, answer_price=answer_price)
 
 
 def describe_store(
@@ -125,8 +114,7 @@ def describe_store(
     """Describe every unit of a store offline and, with a judge, `count` of them by its endpoint.
 
     These are the units that win most tasks, then those of the largest kurtosis. Offline descriptions are written first,
-    so that a judge that fails takes nothing away. Descriptions by an endpoint stay until it describes the unit again;
-    what was paid for comes from the judge's cache.
+    so that a judge that fails takes nothing away. Descriptions by an endpoint stay until it describes the unit again.
 
     Args:
         judge: None for offline descriptions alone.
@@ -139,48 +127,41 @@ def describe_store(
         a summary of JSON values: "units", "offline" and "endpoint" (descriptions of each source), "detection" and
         "baseline" (mean AUC, None without one), "scored" (units with each of the two), "failed" (requests), "reasons"
         (how often each), "calls", "troubles", "tokens" and "cost" (of the estimate), "model".
-
-    Raises:
-        InputError: a damaged store, one that another process writes, or see `EndpointJudge.ask`.
     """
     with locked(folder):
-        return _describe_all(folder, judge, count, seed, report, prompt_price, answer_price)
+        store = NeuronStore(folder)
+        chosen = _chosen(store, count) if judge is not None else []
+        total = len(store) + 3 * len(chosen)
+        descriptions: dict[int, Description] = {}
+        for unit in store:
+            descriptions[unit.row["unit"]] = _earlier(unit) or describe_offline(unit)
+            if len(descriptions) % EVERY == 0 or len(descriptions) == len(store):
+                report(len(descriptions), total, {})
+        _write(folder, descriptions)
+        if judge is None or not chosen:
+            return _counts(descriptions)
+        units = [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen]
+        tasks = description_tasks(store, units, seed)
+        prices = {"prompt_price": prompt_price, "answer_price": answer_price}
+        expected = estimate(tasks, judge, seed=seed, **prices).figures()
+        report(len(store), total, expected)
+        described, answers = describe(tasks, judge, seed=seed, report=_after(report, len(store), total))
+        descriptions |= {description.unit: description for description in described}
+        _write(folder, descriptions)
+        return _summary(described, answers) | expected | {"model": judge.model} | _counts(descriptions)
 
 
-def _describe_all(
-    folder: str | Path,
-    judge: EndpointJudge | None,
-    count: int,
-    seed: int,
-    report: Report,
-    prompt_price: float | None,
-    answer_price: float | None,
-) -> dict[str, Any]:
-    store = NeuronStore(folder)
-    chosen = _chosen(store, count) if judge is not None else []
-    total = len(store) + 3 * len(chosen)
-    descriptions: dict[int, Description] = {}
-    for unit in store:
-        descriptions[unit.row["unit"]] = _earlier(unit) or describe_offline(unit)
-        if len(descriptions) % EVERY == 0 or len(descriptions) == len(store):
-            report(len(descriptions), total, {})
-    write_descriptions(folder, descriptions.values())
-    if judge is None or not chosen:
-        return _counts(descriptions)
-    cases = cases_of(store, [store.unit(*divmod(number, store.info["d_mlp"])) for number in chosen], seed)
-    expected = _estimate(cases, judge, seed, prompt_price, answer_price).figures()
-    report(len(store), total, expected)
-    described, answers = _describe(cases, judge, seed, _after(report, len(store), total))
-    descriptions |= {description.unit: description for description in described}
-    write_descriptions(folder, descriptions.values())
-    return _summary(described, answers) | expected | {"model": judge.model} | _counts(descriptions)
+def _write(folder: str | Path, descriptions: Mapping[int, Description]) -> None:
+    ordered = [descriptions[unit] for unit in sorted(descriptions)]
+    columns = {name: [getattr(item, name) for item in ordered] for name in DESCRIPTIONS_SCHEMA.names}
+    write_descriptions(folder, pa.table(columns, schema=DESCRIPTIONS_SCHEMA))
 
 
 def _earlier(unit: Unit) -> Description | None:
     """What an endpoint said about the unit in an earlier call."""
     if unit.row["source"] != "endpoint":
         return None
-    return Description(**{name: unit.row[name] for name in files.DESCRIPTIONS_SCHEMA.names})
+    return Description(**{name: unit.row[name] for name in DESCRIPTIONS_SCHEMA.names})
 
 
 def _counts(descriptions: Mapping[int, Description]) -> dict[str, int]:
@@ -188,62 +169,29 @@ def _counts(descriptions: Mapping[int, Description]) -> dict[str, int]:
     return {"units": len(descriptions), "offline": len(descriptions) - endpoint, "endpoint": endpoint}
 
 
-def _describe(
-    cases: Sequence[Case], judge: EndpointJudge, seed: int, report: Report
-) -> tuple[list[Description], list[Answers[Any]]]:
-    """Descriptions of `cases`, and the answers at both stages."""
-    asked = [i for i, case in enumerate(cases) if case.request is not None]
-    first = judge.ask([request for case in cases if (request := case.request)], report=report)
-    described = dict(zip(asked, first.results, strict=True))
-    texts = {i: answer.value["description"] for i, answer in described.items() if answer.value is not None}
-    detections = detections_of(cases, texts, seed)
-    second = judge.ask(list(detections.values()), report=_after(report, len(asked), None))
-    scored = dict(zip(detections, second.results, strict=True))
-    descriptions = [
-        _description(case, described.get(i), scored.get((i, True)), scored.get((i, False)))
-        for i, case in enumerate(cases)
-    ]
-    return descriptions, [first, second]
-
-
 def _description(
-    case: Case,
+    task: DescriptionTask,
     described: Answer[dict[str, Any]] | None,
     tested: Answer[list[float]] | None,
     baseline: Answer[list[float]] | None,
 ) -> Description:
-    if case.request is None or described is None or described.value is None:
+    if task.request is None or described is None or described.value is None:
         reason = described.reason if described else "too few texts in which the unit fires"
-        return replace(describe_offline(case.unit), reason=f"no endpoint's description: {reason}")
+        return replace(describe_offline(task.unit), reason=f"no endpoint's description: {reason}")
     reason = ""
     if tested is None:
         reason = "no detection score: too few held-out texts"
     elif tested.value is None:
         reason = f"no detection score: {tested.reason}"
     return Description(
-        case.unit.row["unit"],
+        task.unit.row["unit"],
         source="endpoint",
         **described.value,
-        detection=detection_auc(case.fires, tested),
+        detection=detection_auc(task.fires, tested),
         reason=reason,
-        baseline=detection_auc(case.fires, baseline),
-        shown=case.request.firing,
+        baseline=detection_auc(task.fires, baseline),
+        shown=task.request.firing,
     )
-
-
-def _estimate(
-    cases: Sequence[Case],
-    judge: EndpointJudge,
-    seed: int,
-    prompt_price: float | None,
-    answer_price: float | None,
-) -> Cost:
-    requests = {i: case.request for i, case in enumerate(cases) if case.request is not None}
-    known = dict(zip(requests, judge.recall(list(requests.values())), strict=True))
-    # One character a case: equal requests would be counted once.
-    texts = {i: value["description"] if value else chr(0x4E00 + i % 20000) * LONGEST for i, value in known.items()}
-    detections = detections_of(cases, texts, seed).values()
-    return judge.estimate([*requests.values(), *detections], prompt_price=prompt_price, answer_price=answer_price)
 
 
 def _chosen(store: NeuronStore, count: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from latentprior.judge.answers import Answer
-from latentprior.neurons.offline import side, stronger_sign
+from latentprior.neurons.offline_descriptions import side, stronger_sign
 from latentprior.neurons.prompts import DescriptionRequest, DetectionRequest, marked, plain
 from latentprior.neurons.store import Example, NeuronStore, Unit
 from latentprior.stats.auc import aucs
@@ -25,7 +25,7 @@ LOW_QUANTILE = 0.75
 
 
 @dataclass(frozen=True)
-class Case:
+class DescriptionTask:
     """A unit, and what is asked about it."""
 
     unit: Unit
@@ -37,7 +37,7 @@ class Case:
     """In which of them it fires."""
 
 
-def cases_of(store: NeuronStore, units: Sequence[Unit], seed: int) -> list[Case]:
+def description_tasks(store: NeuronStore, units: Sequence[Unit], seed: int) -> list[DescriptionTask]:
     """What is asked about each of `units`: a function of the store, the unit and `seed` alone.
 
     The sign with the larger peak is meant. Of its texts those of even rank are shown, the others are held out.
@@ -45,29 +45,29 @@ def cases_of(store: NeuronStore, units: Sequence[Unit], seed: int) -> list[Case]
     size = min(POOL, len(store))
     pool = np.sort(np.random.default_rng([seed, 1]).choice(len(store), size, replace=False)).tolist()
     others = [store.unit(*divmod(number, store.info["d_mlp"])) for number in pool] if units else []
-    return [_case(unit, others, seed) for unit in units]
+    return [_task(unit, others, seed) for unit in units]
 
 
 def detections_of(
-    cases: Sequence[Case], descriptions: Mapping[int, str], seed: int
+    tasks: Sequence[DescriptionTask], descriptions: Mapping[int, str], seed: int
 ) -> dict[tuple[int, bool], DetectionRequest]:
-    """Detection by the description of each case that has one, and by that of another case on the same texts.
+    """Detection by the description of each task that has one, and by that of another task on the same texts.
 
     Args:
-        descriptions: by the number of the case.
-        seed: pairs the cases.
+        descriptions: by the number of the task.
+        seed: pairs the tasks.
 
     Returns:
-        requests by (number of the case, whether the description is its own).
+        requests by (number of the task, whether the description is its own).
     """
-    cycle = np.random.default_rng([seed, 3]).permutation(len(cases)).tolist()
+    cycle = np.random.default_rng([seed, 3]).permutation(len(tasks)).tolist()
     partner = dict(zip(cycle, [*cycle[1:], *cycle[:1]], strict=True))
     requests = {}
     for i, description in descriptions.items():
-        if cases[i].texts:
-            requests[i, True] = DetectionRequest(description, cases[i].texts)
+        if tasks[i].texts:
+            requests[i, True] = DetectionRequest(description, tasks[i].texts)
             if partner[i] != i and partner[i] in descriptions:
-                requests[i, False] = DetectionRequest(descriptions[partner[i]], cases[i].texts)
+                requests[i, False] = DetectionRequest(descriptions[partner[i]], tasks[i].texts)
     return requests
 
 
@@ -78,12 +78,12 @@ def detection_auc(fires: Sequence[bool], answer: Answer[list[float]] | None) -> 
     return aucs(torch.tensor(answer.value, dtype=torch.float64)[:, None], torch.tensor(fires).long()).item()
 
 
-def _case(unit: Unit, pool: Sequence[Unit], seed: int) -> Case:
+def _task(unit: Unit, pool: Sequence[Unit], seed: int) -> DescriptionTask:
     sign = stronger_sign(unit)
     examples = side(unit, sign)
     shown, held_out = examples[::2], examples[1::2]
     if len(shown) < FEWEST:
-        return Case(unit, None)
+        return DescriptionTask(unit, None)
     generator = np.random.default_rng([seed, 2, unit.row["unit"]])
     shown_texts = [plain(example) for example in shown]
     fires = _distinct(held_out, shown_texts)
@@ -93,10 +93,10 @@ def _case(unit: Unit, pool: Sequence[Unit], seed: int) -> Case:
         tuple(marked(shown, sign, unit.row["mean"])), tuple(_filled(low[::2], foreign, SILENT))
     )
     if min(len(fires), len(silent)) < FEWEST:
-        return Case(unit, request)
+        return DescriptionTask(unit, request)
     texts, labels = [*fires, *silent], [True] * len(fires) + [False] * len(silent)
     order = generator.permutation(len(texts)).tolist()
-    return Case(unit, request, tuple(texts[i] for i in order), tuple(labels[i] for i in order))
+    return DescriptionTask(unit, request, tuple(texts[i] for i in order), tuple(labels[i] for i in order))
 
 
 def _silent(

@@ -72,11 +72,7 @@ class DescriptionRequest:
         return _conversation(_DESCRIBE.format(firing=_listed(self.firing), silent=_listed(self.silent)))
 
     def parse(self, answer: str) -> dict[str, Any]:
-        """The description and its two ratings.
-
-        Raises:
-            Malformed: there is none, there are several, or a part of it is missing, too long or out of range.
-        """
+        """The description and its two ratings, or `Malformed`."""
         found = _only(answer, "description")
         text = found["description"]
         if not isinstance(text, str) or not text.strip():
@@ -110,11 +106,7 @@ class DetectionRequest:
         return _conversation(_DETECT.format(description=description, count=len(self.texts), texts=_listed(self.texts)))
 
     def parse(self, answer: str) -> list[float]:
-        """How surely the unit responds in each text; yes and no, true and false are 1 and 0.
-
-        Raises:
-            Malformed: there is no list, several, one of another length, or something else than 0 to 1 in it.
-        """
+        """How surely the unit responds in each text, or `Malformed`; yes and no, true and false are 1 and 0."""
         values = _only(answer, "responds")["responds"]
         if not isinstance(values, list) or len(values) != len(self.texts):
             raise Malformed(f'"responds" must hold {len(self.texts)} numbers, got {shown(values)}')
@@ -129,7 +121,7 @@ class DetectionRequest:
 def plain(example: Example) -> str:
     """The text of an example, around its peak where it is long."""
     begin, end = _window(example)
-    return _framed(example, "".join(example.pieces[begin:end]))
+    return _framed(example, "".join(example.token_strings[begin:end]))
 
 
 def marked(examples: Sequence[Example], sign: int, mean: float) -> list[str]:
@@ -148,7 +140,7 @@ def marked(examples: Sequence[Example], sign: int, mean: float) -> list[str]:
 def _marked(example: Example, levels: np.ndarray) -> str:
     begin, end = _window(example)
     parts, unmarked = [], ""
-    for piece, level in zip(example.pieces[begin:end], levels[begin:end].tolist(), strict=True):
+    for piece, level in zip(example.token_strings[begin:end], levels[begin:end].tolist(), strict=True):
         if level < WEAKEST:
             unmarked += piece
         else:
@@ -163,13 +155,13 @@ def _unlike_marks(text: str) -> str:
 
 
 def _window(example: Example) -> tuple[int, int]:
-    begin = max(0, min(example.peak - BEFORE, len(example.pieces) - PIECES))
-    return begin, min(begin + PIECES, len(example.pieces))
+    begin = max(0, min(example.peak - BEFORE, len(example.token_strings) - PIECES))
+    return begin, min(begin + PIECES, len(example.token_strings))
 
 
 def _framed(example: Example, text: str) -> str:
     begin, end = _window(example)
-    return f"{'… ' if begin else ''}{text}{' …' if end < len(example.pieces) else ''}"
+    return f"{'… ' if begin else ''}{text}{' …' if end < len(example.token_strings) else ''}"
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -92,8 +92,8 @@ class Example:
     doc: int
     """`Document.index`."""
     peak: int
-    """Index into `pieces`: where the unit is largest (top), smallest (bottom) or largest in magnitude (quantile)."""
-    pieces: list[str]
+    """Index into `token_strings` where the unit is largest (top), smallest (bottom) or strongest (quantile)."""
+    token_strings: list[str]
     """Text of each token; joined they are the document's text."""
     values: np.ndarray
     """The unit's activation at each token, float32; 0 where none was taken: at the first position and at sinks."""
@@ -136,11 +136,6 @@ class NeuronStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Open a store.
-
-        Raises:
-            InputError: no store, or a missing or damaged file, which is named.
-        """
         self.folder = Path(folder)
         self.info = _read_info(self.folder)
         units = _read_table(self.folder / UNITS, UNITS_SCHEMA)
@@ -156,11 +151,7 @@ class NeuronStore:
         return len(self.units)
 
     def unit(self, block: int, index: int) -> Unit:
-        """One unit: reads the few row groups that hold its examples.
-
-        Raises:
-            InputError: no such unit, or a damaged file.
-        """
+        """One unit: reads the few row groups that hold its examples."""
         blocks, d_mlp = self.info["blocks"], self.info["d_mlp"]
         if not (0 <= block < blocks and 0 <= index < d_mlp):
             raise InputError(
@@ -177,11 +168,7 @@ class NeuronStore:
         return self._unit(number, self.units.slice(number, 1).to_pylist()[0], rows)
 
     def __iter__(self) -> Iterator[Unit]:
-        """All units in order; a row group's examples are held at a time.
-
-        Raises:
-            InputError: a damaged file.
-        """
+        """All units in order; a row group's examples are held at a time."""
         examples = self._examples_by_unit()
         number, rows = next(examples, (len(self), []))
         for start in range(0, len(self), ROW_GROUP):
@@ -209,11 +196,7 @@ class NeuronStore:
 
     def _unit(self, number: int, row: dict[str, Any], rows: list[dict[str, Any]]) -> Unit:
         block, index = divmod(number, self.info["d_mlp"])
-        examples = [
-            Example(**{k: v for k, v in r.items() if k not in ("unit", "values")}, values=_float32(r["values"]))
-            for r in rows
-        ]
-        return Unit(block, index, row, examples)
+        return Unit(block, index, row, [_example(example) for example in rows])
 
     def _row_groups(self) -> tuple[np.ndarray, np.ndarray]:
         """First and last unit of each row group of examples."""
@@ -240,7 +223,6 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
         examples: tables of `EXAMPLES_SCHEMA`, all together in order of `unit`; written as they come.
 
     Raises:
-        InputError: the folder cannot be written.
         ValueError: tables of another schema, or out of order.
     """
     folder = Path(folder)
@@ -259,29 +241,13 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
 
 
 def write_units(folder: str | Path, info: dict[str, Any], table: pa.Table) -> None:
-    """Write the units of the store in `folder` again, all of them; their examples and descriptions stay.
-
-    Args:
-        info: neurons.json.
-        table: of `UNITS_SCHEMA`, in order of `unit`; other columns are left out.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
+    """Write all units of the store in `folder` again, a table of `UNITS_SCHEMA`; examples and descriptions stay."""
     _replace_parquet(Path(folder) / UNITS, UNITS_SCHEMA, table)
     replace_text(Path(folder) / INFO, json.dumps(info, indent=1) + "\n")
 
 
 def write_descriptions(folder: str | Path, table: pa.Table) -> None:
-    """Write the descriptions of some units of the store in `folder`, in place of those that are there.
-
-    Args:
-        table: of `DESCRIPTIONS_SCHEMA`, in order of `unit`.
-
-    Raises:
-        InputError: the folder cannot be written.
-        ValueError: a table of another schema, or out of order.
-    """
+    """Replace the descriptions of the store in `folder` by a table of `DESCRIPTIONS_SCHEMA`, in order of `unit`."""
     _replace_parquet(Path(folder) / DESCRIPTIONS, DESCRIPTIONS_SCHEMA, table)
 
 
@@ -370,5 +336,6 @@ def _with_descriptions(units: pa.Table, path: Path) -> pa.Table:
     return units
 
 
-def _float32(values: list[float]) -> np.ndarray:
-    return np.asarray(values, dtype=np.float32)
+def _example(row: dict[str, Any]) -> Example:
+    columns = {name: row[name] for name in ("kind", "rank", "quantile", "value", "doc", "peak")}
+    return Example(**columns, token_strings=row["pieces"], values=np.asarray(row["values"], dtype=np.float32))

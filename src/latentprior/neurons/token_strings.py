@@ -10,8 +10,8 @@ import numpy as np
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what part of a character's bytes decodes to
 
 
-class TokenTexts:
-    """Texts of tokens as they stand within a text, with their leading spaces; each is decoded once."""
+class TokenStrings:
+    """Tokens as they stand within a text, with their leading spaces; each is decoded once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -29,8 +29,8 @@ class TokenTexts:
             self._known[i] = after if len(after) < len(text) or not self._anchor else self._decode([[i]])[0]
         return [self._known[i] for i in ids]
 
-    def pieces(self, documents: Sequence[np.ndarray]) -> list[list[str]]:
-        """Texts of each document's tokens that joined are its text; a beginning-of-sequence token's is empty.
+    def of_documents(self, documents: Sequence[np.ndarray]) -> list[list[str]]:
+        """Each document's token strings, which joined are its text; a beginning-of-sequence token's is empty.
 
         The bytes of one character may be spread over tokens: then the last of them has it.
         """
@@ -39,21 +39,21 @@ class TokenTexts:
         whole = self._decode([ids[start:] for start, ids in bodies])
         result = []
         for (start, ids), text in zip(bodies, whole, strict=True):
-            pieces = self(ids[start:])
-            if _joined(pieces, text) is None:
-                pieces = self._grown(ids[start:])
-            result.append([""] * start + (_joined(pieces, text) or pieces))
+            strings = self(ids[start:])
+            if _joined(strings, text) is None:
+                strings = self._grown(ids[start:])
+            result.append([""] * start + (_joined(strings, text) or strings))
         return result
 
     def _grown(self, ids: list[int]) -> list[str]:
         """What each token adds to the text of those before it."""
-        pieces, before = [], ""
+        strings, before = [], ""
         for text in self._decode([ids[: i + 1] for i in range(len(ids))]):
-            settled = text if len(pieces) + 1 == len(ids) else text.rstrip(_BROKEN)
+            settled = text if len(strings) + 1 == len(ids) else text.rstrip(_BROKEN)
             grown = settled if settled.startswith(before) else before
-            pieces.append(grown[len(before) :])
+            strings.append(grown[len(before) :])
             before = grown
-        return pieces
+        return strings
 
     def _decode(self, documents: list[list[int]]) -> list[str]:
         if not documents:
@@ -62,11 +62,11 @@ class TokenTexts:
         return self._tokenizer.batch_decode(documents, **options)
 
 
-def _joined(pieces: list[str], text: str) -> list[str] | None:
-    """The pieces if they are the text, a space at its beginning aside; None if not."""
-    joined = "".join(pieces)
+def _joined(strings: list[str], text: str) -> list[str] | None:
+    """The strings if they are the text, a space at its beginning aside; None if not."""
+    joined = "".join(strings)
     if joined == text:
-        return pieces
-    if pieces and joined == " " + text and pieces[0].startswith(" "):
-        return [pieces[0][1:], *pieces[1:]]
+        return strings
+    if strings and joined == " " + text and strings[0].startswith(" "):
+        return [strings[0][1:], *strings[1:]]
     return None

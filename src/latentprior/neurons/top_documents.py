@@ -51,9 +51,6 @@ class TopDocuments:
             peaks: the largest (smallest) activation of each document.
             row: the row of `units` of each token of a document; -1 for tokens that do not count.
             doc: the documents' numbers.
-
-        Raises:
-            InputError: a document's number of more than 47 bits.
         """
         signed = peaks * self.sign + 0.0  # no negative zero, which would be another key
         chosen = (signed >= self._least).any(dim=0).nonzero().squeeze(1)

@@ -14,13 +14,13 @@ from latentprior.data.store.manifest import damaged
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError
 
-WINNERS = "winners.parquet"
+TOP_UNITS = "winners.parquet"
 SOURCE = "meta-neurons"
 _COLUMNS = ("task", "source", "t", "block", "index", "rank", "sign", "test_auc")
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 
-class Win(NamedTuple):
+class ProbedTask(NamedTuple):
     """A task that a unit is among the best at."""
 
     rank: int
@@ -32,9 +32,9 @@ class Win(NamedTuple):
     """+1 if the unit is larger in the class that sorts last, -1 if in the other."""
 
 
-def read_winners(
+def read_top_probing_units(
     folder: str | Path, t: float, hookpoint: Hookpoint, *, blocks: int, d_mlp: int
-) -> dict[int, list[Win]]:
+) -> dict[int, list[ProbedTask]]:
     """The tasks of each unit (``block * d_mlp + index``) at the noise level nearest to `t`, its best ranks first.
 
     Args:
@@ -48,11 +48,11 @@ def read_winners(
     """
     folder = Path(folder)
     _check_hookpoint(folder / "probe.json", hookpoint)
-    path = folder / WINNERS
+    path = folder / TOP_UNITS
     try:
         rows = pq.ParquetFile(path).read(columns=list(_COLUMNS)).to_pylist()
     except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no probing run: {WINNERS} is missing") from error
+        raise InputError(f"{folder} holds no probing run: {TOP_UNITS} is missing") from error
     except _READ_ERRORS as error:
         raise damaged(path, error) from error
     if rows and set(_COLUMNS) - rows[0].keys():
@@ -61,7 +61,7 @@ def read_winners(
     if not rows:
         raise InputError(f"{path} names no {SOURCE}: probe a prior with the source {SOURCE!r}")
     nearest = min({row["t"] for row in rows}, key=lambda found: (abs(found - t), found))
-    wins: dict[int, list[Win]] = defaultdict(list)
+    tasks: dict[int, list[ProbedTask]] = defaultdict(list)
     for row in rows:
         if row["t"] != nearest:
             continue
@@ -70,8 +70,9 @@ def read_winners(
                 f"{folder} probed a prior of another shape: it has unit {row['index']} of block {row['block']}, "
                 f"this one {blocks} blocks of {d_mlp} units"
             )
-        wins[row["block"] * d_mlp + row["index"]].append(Win(row["rank"], row["task"], row["test_auc"], row["sign"]))
-    return {unit: sorted(found, key=lambda win: (win.rank, -win.auc, win.task)) for unit, found in wins.items()}
+        task = ProbedTask(row["rank"], row["task"], row["test_auc"], row["sign"])
+        tasks[row["block"] * d_mlp + row["index"]].append(task)
+    return {unit: sorted(found, key=lambda task: (task.rank, -task.auc, task.task)) for unit, found in tasks.items()}
 
 
 def _check_hookpoint(path: Path, hookpoint: Hookpoint) -> None:

@@ -6,9 +6,10 @@ here loads or runs a model but `matrix_peak`, which multiplies two matrices.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from latentprior.config import DenoiserConfig
+from latentprior.config import DenoiserConfig, Recipe
+from latentprior.prior.flow import TRAIN_GRID
 
 FLOAT32 = 4  # bytes
 
@@ -73,6 +74,46 @@ def muon_flops_per_step(config: DenoiserConfig) -> float:
     _, m, h, n = _shape(config)
     a, b = min(m, h), max(m, h)
     return 4 * n * 5 * 2.0 * (2 * a * a * b + a**3)
+
+
+class TrainingFlops(NamedTuple):
+    """FLOPs of the matrix products of one process."""
+
+    activation: float
+    """Of forward and backward passes, for each activation; all of its noise samples."""
+    update: float
+    """Of each optimizer step's update."""
+
+
+def training_flops(
+    config: DenoiserConfig,
+    recipe: Recipe,
+    rows: int,
+    *,
+    layers: int = 1,
+    times: float | None = None,
+    passes: int = 1,
+) -> TrainingFlops:
+    """What training by a recipe executes. The time path runs once in each pass for each distinct time in it.
+
+    Args:
+        rows: activations of a step.
+        layers: of the language model whose activations are mixed.
+        times: distinct times of a pass; by default as many as are expected of `rows`.
+        passes: in which the rows of a step are computed.
+    """
+    distinct = passes * (distinct_times(recipe, rows) if times is None else times) / rows
+    several = passes * layers / rows if layers > 1 else 0.0
+    once = training_flops_per_activation(config, distinct_times=distinct, distinct_layers=several)
+    update = muon_flops_per_step(config) if recipe.optimizer == "muon" else 0.0
+    return TrainingFlops(once * recipe.noise_samples, update)
+
+
+def distinct_times(recipe: Recipe, rows: int) -> float:
+    """Distinct noise levels among `rows`; of those drawn from the official grid, their expectation."""
+    if recipe.times == "grid":
+        return TRAIN_GRID * (1 - (1 - 1 / TRAIN_GRID) ** rows)
+    return float(rows if recipe.times == "uniform" else min(recipe.distinct_times, rows))
 
 
 def training_bytes(

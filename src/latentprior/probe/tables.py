@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-Json = Mapping[str, Any]
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+from latentprior.utils.formatting import MISSING, Table, decimals, estimate, signed
 
-MISSING = "-"
+Json = Mapping[str, Any]
+
 LEAST_TASKS = 10
 TOO_FEW = "too few tasks to compare"
 
@@ -21,7 +21,7 @@ def tables(result: Json) -> list[Table]:
         result: what is in ``probe.json``. A table without rows is left out.
     """
     found = [_sources(result), _paired(result), _families(result), _skipped(result)]
-    return [table for table in found if table[2]]
+    return [table for table in found if table.rows]
 
 
 def labels(result: Json) -> dict[str, str]:
@@ -77,11 +77,11 @@ def _sources(result: Json) -> Table:
     for source in result["sources"]:
         screened, every, chance = (found.get((source["name"], selection), {}) for selection in _SELECTIONS)
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
-        aucs = [spread(screened, "auc"), plain(screened.get("validation")), spread(every, "auc")]
-        rows.append([labels(result)[source["name"]], units, *aucs, plain(chance.get("auc"))])
+        aucs = [_estimated(screened), decimals(screened.get("validation")), _estimated(every)]
+        rows.append([labels(result)[source["name"]], units, *aucs, decimals(chance.get("auc"))])
     count = len(result["tasks"])
     title = f"Mean test AUC over {count} tasks, 95% intervals" if count > 1 else "Test AUC of the one task"
-    return title, ("source", "units", "screened", "validation", "all units", "chance"), rows
+    return Table(title, ("source", "units", "screened", "validation", "all units", "chance"), rows)
 
 
 def _paired(result: Json) -> Table:
@@ -92,14 +92,14 @@ def _paired(result: Json) -> Table:
         [
             ("" if len(firsts) == 1 else f"{named.get(row['a'], row['a'])} less ") + str(named.get(row["b"], row["b"])),
             str(row["selection"]),
-            spread(row, "difference", "+.4f"),
+            estimate(row["difference"], row.get("interval"), signed),
             f"{row['wins']}, {row['ties']}, {row['tasks'] - row['wins'] - row['ties']}",
             verdict(row),
         ]
         for row in paired
     ]
     header = ("source", "units", "difference, 95% interval", "won, tied, lost", "verdict")
-    return f"{firsts[0] if len(firsts) == 1 else 'Sources'} less others, task by task", header, rows
+    return Table(f"{firsts[0] if len(firsts) == 1 else 'Sources'} less others, task by task", header, rows)
 
 
 def _families(result: Json) -> Table:
@@ -109,25 +109,19 @@ def _families(result: Json) -> Table:
     for family in sorted(result["summary"].get("families") or [], key=lambda family: -family["tasks"]):
         aucs = family["scores"]
         best = best_of(aucs)
-        first = [str(family["family"]), str(family["tasks"]), *([plain(aucs.get(lead))] if lead else [])]
+        first = [str(family["family"]), str(family["tasks"]), *([decimals(aucs.get(lead))] if lead else [])]
         shown = ", ".join(named.get(name, name) for name in best) or MISSING
-        rows.append([*first, plain(aucs[best[0]] if best else None), shown])
-    return "By task family", ("family", "tasks", *([named[lead]] if lead else []), "best AUC", "of"), rows
+        rows.append([*first, decimals(aucs[best[0]] if best else None), shown])
+    return Table("By task family", ("family", "tasks", *([named[lead]] if lead else []), "best AUC", "of"), rows)
 
 
 def _skipped(result: Json) -> Table:
     rows = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
-    return "Skipped tasks", ("task", "reason"), rows
+    return Table("Skipped tasks", ("task", "reason"), rows)
 
 
-def plain(value: float | None, form: str = ".3f") -> str:
-    return MISSING if value is None else format(value, form)
-
-
-def spread(row: Json, name: str, form: str = ".3f") -> str:
-    """A figure with its interval, where there is one."""
-    ends = row.get("interval")
-    return plain(row.get(name), form) + (f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else "")
+def _estimated(score: Json) -> str:
+    return estimate(score.get("auc"), score.get("interval"), decimals)
 
 
 _SELECTIONS = ("screened", "all", "chance")

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from latentprior.data import corpus
-from latentprior.data.text import DEFAULT_COLUMNS
+from latentprior.data.text_files import DEFAULT_COLUMNS, read_table
 from latentprior.probe.families import OWN, family
-from latentprior.utils.errors import InputError, nearest_path, unknown
+from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.reprs import ShortRepr
 
 LEAST = 120  # rows: the protocol keeps 100 of them from training
@@ -101,13 +100,15 @@ def read_csv(path: str | Path, *, text: str | None = None, label: str | None = N
         InputError: no such file, no CSV, or missing columns.
         Unfit: not exactly two distinct targets.
     """
-    text, label = columns_of(_read(path, {}), Path(path).name, text=text, label=label)
-    table = _read(path, {text: pa.string(), label: pa.string()}).select([text, label]).drop_null()
+    path = Path(path)
+    text, label = columns_of(read_table(path, {}, nulls=True), path.name, text=text, label=label)
+    types = {text: pa.string(), label: pa.string()}
+    table = read_table(path, types, nulls=True).select([text, label]).drop_null()
     targets = table[label].to_pylist()
     classes = _ordered(set(targets))
     if len(classes) != 2:
         shown = ", ".join(map(repr, classes[:5])) or "none"
-        raise Unfit(f"task {Path(path).name!r} needs two distinct targets, got {len(classes)}: {shown}")
+        raise Unfit(f"task {path.name!r} needs two distinct targets, got {len(classes)}: {shown}")
     return table[text].to_pylist(), np.array([classes.index(target) for target in targets])
 
 
@@ -139,23 +140,6 @@ def _untold(name: str, table: pa.Table, what: str, usual: Sequence[str], option:
         f"{name} has the columns {', '.join(table.column_names)}, and none of {what} is called {' or '.join(usual)}: "
         f"name it with {option}"
     )
-
-
-def _read(path: str | Path, types: dict[str, pa.DataType]) -> pa.Table:
-    compression = "zstd" if str(path).endswith(".zst") else None
-    try:
-        return pyarrow.csv.read_csv(
-            pa.input_stream(str(path), compression=compression),
-            read_options=pyarrow.csv.ReadOptions(block_size=2**28),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=True),
-        )
-    except FileNotFoundError as error:
-        raise InputError(
-            f"cannot read the task {str(path)!r}: there is no such file{nearest_path(str(path))}"
-        ) from error
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read the task {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
 def _ordered(targets: set[str]) -> list[str]:

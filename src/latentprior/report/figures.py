@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from latentprior.report.markup import Number
+from latentprior.utils.formatting import Number
 
-NAMES = ("ink", "muted", "rule", "blue", "orange", "green", "purple")
-# matplotlib takes real colours only, so each name is drawn as a stand-in and put back as var(--name) in the SVG.
-STAND_INS = {name: f"#fe01{index:02x}" for index, name in enumerate(NAMES)}
-INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE = STAND_INS.values()
+# matplotlib takes real colours only: each is drawn as a stand-in for the CSS variable that replaces it in the SVG.
+_VARIABLES = ("ink", "muted", "rule", "blue", "orange", "green", "purple")
+COLOUR_NAMES = {f"#fe01{index:02x}": name for index, name in enumerate(_VARIABLES)}
+INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE = COLOUR_NAMES
 
 SIZE = (6.4, 4.3)  # inches; at 72 points an inch about the width of a phone, so that text is legible there too
 SQUARE = (6.0, 5.7)
@@ -57,7 +58,7 @@ Label = tuple[Number, Number, str, str]
 REPLACEMENTS = {"prior": BLUE, "gaussian": ORANGE, "noise": PURPLE}
 
 
-def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
+def training_curve(log: Sequence[Mapping[str, Any]]) -> Markup:
     """Training and held-out loss over activations seen, from the lines of ``log.jsonl``."""
     kinds = (("loss", "training", MUTED, "-", ""), ("heldout_loss", "held out", BLUE, "-", "o"))
 
@@ -74,7 +75,7 @@ def training_curve(log: Sequence[Mapping[str, Any]]) -> str:
     return svg("training", draw, "Training and held-out loss over activations seen")
 
 
-def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> str:
+def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> Markup:
     """Held-out loss in each bin of the noise level, with its interval where there is one."""
     centres = [sum(row["t"]) / 2 for row in by_t]
 
@@ -89,13 +90,13 @@ def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> str:
     return svg("by-t", draw, "Held-out loss by noise level")
 
 
-def pca_scatter(pca: Mapping[str, Any]) -> tuple[str, str]:
+def pca_scatter(pca: Mapping[str, Any]) -> tuple[Markup, Markup]:
     """Real and generated activations on the two leading principal components, on equal axes."""
     clouds = {kind: np.asarray(pca[kind]) for kind in ("real", "generated")}
     low, high = (f([f(cloud, axis=0) for cloud in clouds.values()], axis=0) for f in (np.min, np.max))
     middle, half = (low + high) / 2, 0.54 * (high - low).max()
 
-    def drawing(kind: str, colour: str) -> str:
+    def drawing(kind: str, colour: str) -> Markup:
         def draw(axes: Axes) -> None:
             axes.plot(*clouds[kind].T, "o", color=colour, markersize=3.6, markeredgewidth=0, alpha=0.5)
             axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
@@ -109,7 +110,7 @@ def pca_scatter(pca: Mapping[str, Any]) -> tuple[str, str]:
     return drawing("real", MUTED), drawing("generated", BLUE)
 
 
-def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values: Sequence[str]) -> str:
+def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values: Sequence[str]) -> Markup:
     """Delta LM loss of every replacement with its interval: bars on a log axis if all are positive.
 
     Args:
@@ -203,7 +204,7 @@ def legend(axes: Axes, columns: int = 4) -> None:
     figure.legend(loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.4, handletextpad=0.5)
 
 
-def svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> str:
+def svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> Markup:
     """One drawing as an ``<svg>`` element whose ids start with `name`."""
     buffer = io.StringIO()
     with style.context(["default", STYLE]):
@@ -215,6 +216,6 @@ def svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, 
     drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.DOTALL)  # inline, it would style the whole page
     drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", drawn)
     drawn = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), drawn)  # coordinates, not text
-    for colour, stand_in in STAND_INS.items():
-        drawn = drawn.replace(stand_in, f"var(--{colour})")
-    return drawn.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+    for colour, variable in COLOUR_NAMES.items():
+        drawn = drawn.replace(colour, f"var(--{variable})")
+    return Markup(drawn.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip())

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, Label, Line, legend, place, svg
-from latentprior.report.markup import text
 
 Json = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ class Look(NamedTuple):
     line: str
 
 
-def frontier_curves(name: str, title: str, direction: Json, shown: Sequence[Json], looks: Mapping[str, Look]) -> str:
+def frontier_curves(name: str, title: str, direction: Json, shown: Sequence[Json], looks: Mapping[str, Look]) -> Markup:
     """Gain against NLL: every method's points in the order of their strengths, and its frontier."""
     start, width, right = direction["unsteered"]["nll"]["value"], direction["width"], right_edge(direction)
 
@@ -66,7 +66,7 @@ def frontier_curves(name: str, title: str, direction: Json, shown: Sequence[Json
         legend(axes, COLUMNS)
         place(axes, labels, obstacles)
 
-    return svg(f"frontier-{name}", draw, text(f"{title} along {direction['direction']}"), size=_size(len(shown), 4.8))
+    return svg(f"frontier-{name}", draw, f"{title} along {direction['direction']}", size=_size(len(shown), 4.8))
 
 
 def right_edge(direction: Json) -> float:
@@ -76,7 +76,7 @@ def right_edge(direction: Json) -> float:
 
 def by_strength(
     name: str, title: str, shown: Sequence[Json], looks: Mapping[str, Look], solid: str, dotted: str | None, axis: str
-) -> str:
+) -> Markup:
     """One or two measures of every method over the strength."""
 
     def draw(axes: Axes) -> None:
@@ -91,11 +91,11 @@ def by_strength(
         axes.set_xlim(left=0)
         legend(axes, COLUMNS)
 
-    return svg(name, draw, text(title), size=_size(len(shown)))
+    return svg(name, draw, title, size=_size(len(shown)))
 
 
 def area_by_loss(name: str, title: str, series: Mapping[str, Sequence[tuple[float, Json]]], looks: Mapping[str, Look],
-                 axis: str) -> str:  # fmt: skip
+                 axis: str) -> Markup:  # fmt: skip
     """Area difference of every method over the held-out loss of the prior it used."""
 
     def draw(axes: Axes) -> None:
@@ -112,7 +112,7 @@ def area_by_loss(name: str, title: str, series: Mapping[str, Sequence[tuple[floa
         axes.set(xlabel="held-out loss of the prior (better to the right)", ylabel=axis)
         legend(axes, COLUMNS)
 
-    return svg(name, draw, text(title), size=_size(len(series)))
+    return svg(name, draw, title, size=_size(len(series)))
 
 
 def _size(names: int, height: float = 3.6) -> tuple[float, float]:

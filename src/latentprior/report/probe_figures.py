@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from latentprior.report.figures import BLUE, FONT, GREEN, INK, MUTED, ORANGE, PURPLE, SIZE, Line, legend, place, svg
-from latentprior.report.markup import Number
+from latentprior.utils.formatting import Number
 
 Json = Mapping[str, Any]
 Interval = Sequence[Number] | None
@@ -64,7 +65,7 @@ def source_looks(sources: Sequence[Json]) -> dict[str, Look]:
     return looks
 
 
-def auc_dots(sources: Sequence[Source]) -> str:
+def auc_dots(sources: Sequence[Source]) -> Markup:
     """AUC of every source with its interval: filled among screened units, hollow among all, a bar for chance."""
     marks = {"screened": ("screened units", 0.0), "all": ("all units", 0.25), "chance": ("permuted labels", 0.0)}
     names = [_wrapped(source.label) for source in sources]
@@ -96,7 +97,7 @@ def auc_dots(sources: Sequence[Source]) -> str:
     return svg("probe-auc", draw, "Mean test AUC of every source with its interval", size=(SIZE[0], height))
 
 
-def auc_by_sparsity(series: Sequence[tuple[str, Look, Mapping[int | None, Json]]]) -> str:
+def auc_by_sparsity(series: Sequence[tuple[str, Look, Mapping[int | None, Json]]]) -> Markup:
     """AUC of k-sparse probes over k, all units last.
 
     Args:
@@ -126,7 +127,7 @@ def auc_by_sparsity(series: Sequence[tuple[str, Look, Mapping[int | None, Json]]
     return svg("probe-sparse", draw, "Mean test AUC over the number of units in a probe", size=(SIZE[0], height))
 
 
-def auc_grid(grid: Json) -> str:
+def auc_grid(grid: Json) -> Markup:
     """AUC by block and noise level, each value written in its cell; the highest is bold."""
     rows, times = grid["auc"], grid["times"]
     known = [value for row in rows for value in row if value is not None]
@@ -154,7 +155,7 @@ def auc_grid(grid: Json) -> str:
     return svg("probe-grid", draw, label, size=(SIZE[0], 1.1 + 0.5 * len(rows)))
 
 
-def auc_by_block(blocks: Sequence[Json]) -> str:
+def auc_by_block(blocks: Sequence[Json]) -> Markup:
     """AUC of the MLP neurons of each block of the language model."""
     points = [(entry["block"], entry["auc"]) for entry in blocks if entry["auc"] is not None]
 
@@ -166,7 +167,7 @@ def auc_by_block(blocks: Sequence[Json]) -> str:
     return svg("probe-blocks", draw, "Mean test AUC of MLP neurons by block of the language model")
 
 
-def auc_by_loss(priors: Sequence[Prior], references: Sequence[tuple[str, Look, Number]]) -> str:
+def auc_by_loss(priors: Sequence[Prior], references: Sequence[tuple[str, Look, Number]]) -> Markup:
     """AUC of several priors over their held-out loss, and of other sources as lines (label, look, AUC)."""
 
     def draw(axes: Axes) -> None:

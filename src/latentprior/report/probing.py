@@ -9,20 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from latentprior.probe.tables import best_of, difference, labels, leading, scores, short_names, verdict
-from latentprior.report.findings import Headline
-from latentprior.report.markup import (
-    MISSING,
-    Number,
-    counted,
-    details,
-    duration,
-    figure,
-    interval,
-    number,
-    table,
-    text,
-)
+from latentprior.report.blocks import NOTHING, Headline, facts, figure, fold, pair, prose, stack, table
 from latentprior.report.probe_figures import (
     Look,
     Prior,
@@ -33,6 +23,16 @@ from latentprior.report.probe_figures import (
     auc_dots,
     auc_grid,
     source_looks,
+)
+from latentprior.utils.formatting import (
+    MISSING,
+    counted,
+    decimals,
+    duration,
+    estimate,
+    interval,
+    number,
+    signed,
 )
 
 Json = Mapping[str, Any]
@@ -47,23 +47,22 @@ METHODS = {
 }
 
 
-def section(result: Json) -> str:
-    """Figures and tables of a probing result; "" without a summary."""
+def section(result: Json) -> Markup:
+    """Figures and tables of a probing result; nothing without a summary."""
     if not (summary := result.get("summary")):
-        return ""
+        return NOTHING
     looks = source_looks(result["sources"])
-    figures = "".join([*_sparse(result, looks), *_grid(summary), *_blocks(summary), *_by_loss(result, looks)])
-    parts = [
-        f'<div class="pair"><p>{text(_prose(result))}</p>{_dots(result, looks)}</div>',
+    skipped = result.get("skipped") or []
+    return stack(
+        pair(prose(_explained(result)), _dots(result, looks)),
         _sources(result),
         *_paired(result),
-        f'<div class="pair">{figures}</div>' if figures else "",
-        details("Exact figures of these drawings", "".join(_exact(result))),
+        pair(*_sparse(result, looks), *_grid(summary), *_blocks(summary), *_by_loss(result, looks)),
+        fold("Exact figures of these drawings", stack(*_exact(result))),
         _families(result),
         _tasks(result),
-        _skipped(result),
-    ]
-    return "\n".join(filter(None, parts))
+        fold(counted(len(skipped), "skipped task"), facts([(entry["task"], entry["reason"]) for entry in skipped])),
+    )
 
 
 def sentences(result: Json) -> Iterator[str]:
@@ -79,15 +78,15 @@ def sentences(result: Json) -> Iterator[str]:
     score, chance = found.get((lead or "", "screened")), found.get((lead or "", "chance"))
     if not lead or not score:
         return
-    against = f"; with permuted training labels it is {_decimal(chance['auc'])}" if chance else ""
+    against = f"; with permuted training labels it is {decimals(chance['auc'])}" if chance else ""
     yield (
-        f"The mean test AUC of {_within(named[lead])} is {_decimal(score['auc'])} {_ends(score['interval'])}, with one "
-        f"unit for each task, picked by validation{against}."
+        f"The mean test AUC of {_within(named[lead])} is {estimate(score['auc'], score['interval'], decimals)}, with "
+        f"one unit for each task, picked by validation{against}."
     )
     for other, row in _against_references(result):
         yield (
-            f"The paired difference from {_within(named[other])} is {_signed(row['difference'])} "
-            f"{_ends(row['interval'], signed=True)}: {_said(row)}."
+            f"The paired difference from {_within(named[other])} is "
+            f"{estimate(row['difference'], row['interval'], signed)}: {_said(row)}."
         )
 
 
@@ -98,22 +97,22 @@ def headlines(result: Json) -> Iterator[Headline]:
     named, found, tasks = labels(result), scores(result), counted(len(result["tasks"]), "task")
     if score := found.get((lead, "screened")):
         chance = found.get((lead, "chance"))
-        note = f"{named[lead]}, {tasks}, 95% interval {_ends(score['interval'])}"
-        note += f"; chance {_decimal(chance['auc'])}" if chance else ""
-        yield Headline("Mean test AUC", _decimal(score["auc"]), "", note)
+        note = f"{named[lead]}, {tasks}, 95% interval {interval(score['interval'], decimals)}"
+        note += f"; chance {decimals(chance['auc'])}" if chance else ""
+        yield Headline("Mean test AUC", decimals(score["auc"]), "", note)
     for other, row in _against_references(result):
-        note = f"difference of AUC, 95% interval {_ends(row['interval'], signed=True)}: {_said(row)}"
-        shown = f"{row['difference']:+.3f}".replace("-", "−")  # four decimals have no room on a phone
+        note = f"difference of AUC, 95% interval {interval(row['interval'], signed)}: {_said(row)}"
+        shown = decimals(row["difference"], plus=True)  # four decimals have no room on a phone
         yield Headline(f"Against {_within(named[other])}", shown, "", note)
     if score := found.get((lead, "all")):
-        note = f"mean test AUC, picked among all units, 95% interval {_ends(score['interval'])}"
-        yield Headline("Without screening", _decimal(score["auc"]), "", note)
+        note = f"mean test AUC, picked among all units, 95% interval {interval(score['interval'], decimals)}"
+        yield Headline("Without screening", decimals(score["auc"]), "", note)
 
 
 # Parts of the section
 
 
-def _prose(result: Json) -> str:
+def _explained(result: Json) -> str:
     protocol = result["protocol"]
     candidates = f"{protocol['candidates']:,}"
     parts = [
@@ -133,7 +132,7 @@ def _prose(result: Json) -> str:
     return " ".join(parts)
 
 
-def _dots(result: Json, looks: Mapping[str, Look]) -> str:
+def _dots(result: Json, looks: Mapping[str, Look]) -> Markup:
     named, found = labels(result), scores(result)
     kinds = {source["name"]: source["kind"] for source in result["sources"]}
     rows = [
@@ -142,10 +141,10 @@ def _dots(result: Json, looks: Mapping[str, Look]) -> str:
     ]
     rows = sorted((row for row in rows if row.scores), key=_height, reverse=True)
     if not rows:
-        return ""
+        return NOTHING
     note = "From high to low. Lines are 95% intervals over tasks."
     note += " Controls are grey." if "control" in kinds.values() else ""
-    return figure(auc_dots(rows), "Mean test AUC of the best unit", note)
+    return figure("Mean test AUC of the best unit", note, auc_dots(rows))
 
 
 def _height(source: Source) -> float:
@@ -154,7 +153,7 @@ def _height(source: Source) -> float:
     return next((auc for auc in aucs if auc is not None), 0.0)
 
 
-def _sources(result: Json) -> str:
+def _sources(result: Json) -> Markup:
     named, found = labels(result), scores(result)
     header = ["Source", "Units", "Screened", "95% interval", "Validation", "All units", "95% interval", "Validation"]
     header += ["Chance"]
@@ -163,11 +162,9 @@ def _sources(result: Json) -> str:
         screened, every, chance = (found.get((source["name"], name), {}) for name in ("screened", "all", "chance"))
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
         measured = [
-            *(_decimal(screened.get("auc")), _ends(screened.get("interval")), _decimal(screened.get("validation"))),
-            *(_decimal(every.get("auc")), _ends(every.get("interval")), _decimal(every.get("validation"))),
-            _decimal(chance.get("auc")),
+            cell for score in (screened, every) for cell in (*_measured(score), decimals(score.get("validation")))
         ]
-        cells.append([named[source["name"]], units, *measured])
+        cells.append([named[source["name"]], units, *measured, decimals(chance.get("auc"))])
     note = (
         "Mean AUC over tasks, of test texts unless it says validation. How far validation lies above test is the bias "
         "of picking the best of many units: it grows with their number."
@@ -175,7 +172,7 @@ def _sources(result: Json) -> str:
     return table("All sources", note, header, cells)
 
 
-def _paired(result: Json) -> Iterator[str]:
+def _paired(result: Json) -> Iterator[Markup]:
     """A table for each source that others are subtracted from, the leading one's open."""
     named, rows = labels(result), result["summary"].get("paired") or []
     header = ["Minus", "Units", "Difference", "95% interval", "Verdict", "Won", "Tied", "Lost", "Tasks"]
@@ -185,8 +182,8 @@ def _paired(result: Json) -> Iterator[str]:
             [
                 named.get(row["b"], row["b"]),
                 row["selection"],
-                _signed(row["difference"]),
-                _ends(row["interval"], signed=True),
+                signed(row["difference"]),
+                interval(row["interval"], signed),
                 verdict(row),
                 *(str(n) for n in (row["wins"], row["ties"], row["tasks"] - row["wins"] - row["ties"], row["tasks"])),
             ]
@@ -196,14 +193,14 @@ def _paired(result: Json) -> Iterator[str]:
         title = f"Paired differences, {_within(str(named.get(a, a)))} minus the others"
         note = "Of test AUC, task by task; the interval is of the mean over tasks."
         shown = table(title, note, header, cells)
-        yield shown if a in (lead, rows[0]["a"]) else details(title, shown)
+        yield shown if a in (lead, rows[0]["a"]) else fold(title, shown)
 
 
-def _sparse(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
+def _sparse(result: Json, looks: Mapping[str, Look]) -> Iterator[Markup]:
     if series := [(label, looks[name], by_k) for name, label, by_k in _by_k(result)]:
         note = "Logistic probes on k units, with regularisation chosen by cross-validation; lines are 95% intervals."
         note += " Points of one k are set apart for legibility."
-        yield figure(auc_by_sparsity(series), "Probes of several units", note)
+        yield figure("Probes of several units", note, auc_by_sparsity(series))
 
 
 def _by_k(result: Json) -> list[tuple[str, str, dict[int | None, Json]]]:
@@ -215,22 +212,22 @@ def _by_k(result: Json) -> list[tuple[str, str, dict[int | None, Json]]]:
     return [(name, label, found[name]) for name, label in labels(result).items() if name in found]
 
 
-def _grid(summary: Json) -> Iterator[str]:
+def _grid(summary: Json) -> Iterator[Markup]:
     grid = summary.get("grid")
     if grid and any(value is not None for row in grid["auc"] for value in row):
         note = "Stronger colour is higher, the highest is bold; every cell picks its unit by itself. "
         note += f"Prior: {grid['prior']}."
-        yield figure(auc_grid(grid), "Meta-neurons by block and noise level", note)
+        yield figure("Meta-neurons by block and noise level", note, auc_grid(grid))
 
 
-def _blocks(summary: Json) -> Iterator[str]:
+def _blocks(summary: Json) -> Iterator[Markup]:
     blocks = summary.get("mlp_blocks") or []
     if any(entry["auc"] is not None for entry in blocks):
         note = "Every block picks its unit by itself."
-        yield figure(auc_by_block(blocks), "MLP neurons by block", note)
+        yield figure("MLP neurons by block", note, auc_by_block(blocks))
 
 
-def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
+def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[Markup]:
     if not (rows := _priors(result)):
         return
     named, found = labels(result), scores(result)
@@ -242,7 +239,7 @@ def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[str]:
     references = [(named[other], looks[other], auc) for other, auc in aucs.items() if auc is not None]
     note = "A point for each prior, better priors to the right; lines are 95% intervals over tasks."
     note += " A name that has no room is in the table of exact figures." if len(rows) > 1 else ""
-    yield figure(auc_by_loss(priors, references), "AUC by held-out loss of the prior", note)
+    yield figure("AUC by held-out loss of the prior", note, auc_by_loss(priors, references))
 
 
 def _priors(result: Json) -> list[Json]:
@@ -252,7 +249,7 @@ def _priors(result: Json) -> list[Json]:
     return sorted(known, key=lambda row: -row["heldout_loss"])
 
 
-def _exact(result: Json) -> Iterator[str]:
+def _exact(result: Json) -> Iterator[Markup]:
     """What is drawn, as tables."""
     summary = result["summary"]
     if series := _by_k(result):
@@ -264,10 +261,10 @@ def _exact(result: Json) -> Iterator[str]:
         grid = summary["grid"]
         header = ["Block", *(f"t{EQUALS}{t:g}" for t in grid["times"])]
         rows = zip(grid["blocks"], grid["auc"], strict=True)
-        cells = [[str(block), *map(_decimal, row)] for block, row in rows]
+        cells = [[str(block), *map(decimals, row)] for block, row in rows]
         yield table("Meta-neurons by block and noise level, test AUC", "", header, cells)
     if blocks := summary.get("mlp_blocks"):
-        cells = [[str(entry["block"]), _decimal(entry["auc"])] for entry in blocks]
+        cells = [[str(entry["block"]), decimals(entry["auc"])] for entry in blocks]
         yield table("MLP neurons by block of the language model", "", ["Block", "Test AUC"], cells)
     if priors := _priors(result):
         header = ["Prior", "Source", "Activations", "Held-out loss", "Test AUC", "95% interval"]
@@ -285,30 +282,30 @@ def _exact(result: Json) -> Iterator[str]:
         yield table("Priors", "", header, cells)
 
 
-def _families(result: Json) -> str:
+def _families(result: Json) -> Markup:
     if not (families := result["summary"].get("families")):
-        return ""
+        return NOTHING
     ordered = sorted(families, key=lambda family: -family["tasks"])
     first = [[family["family"], str(family["tasks"])] for family in ordered]
     note = "Of screened units, from many tasks to few; the best of a row is bold. Few tasks tell little."
     return _by_source(result, "Test AUC by task family", note, ["Family", "Tasks"], first, ordered)
 
 
-def _tasks(result: Json) -> str:
+def _tasks(result: Json) -> Markup:
     if not (rows := result.get("rows")):
-        return ""
+        return NOTHING
     first = [[row["task"], row["family"]] for row in rows]
     content = _by_source(result, "Test AUC by task", "The best of a row is bold.", ["Task", "Family"], first, rows)
-    return details(f"All {len(rows)} tasks", content)
+    return fold(f"All {len(rows)} tasks", content)
 
 
 def _by_source(
     result: Json, title: str, note: str, header: list[str], first: Sequence[list[str]], rows: Sequence[Json]
-) -> str:
+) -> Markup:
     """A table of the "scores" of `rows` with a column for each source, the best ones bold."""
     named = {name: label for name, label in labels(result).items() if any(name in row["scores"] for row in rows)}
     cells = [
-        [*start, *(_decimal(row["scores"].get(name)) for name in named)] for start, row in zip(first, rows, strict=True)
+        [*start, *(decimals(row["scores"].get(name)) for name in named)] for start, row in zip(first, rows, strict=True)
     ]
     names = list(named)
     bold = {
@@ -317,15 +314,6 @@ def _by_source(
         for name in best_of({name: row["scores"].get(name) for name in names})
     }
     return table(title, note, [*header, *named.values()], cells, bold=bold)
-
-
-def _skipped(result: Json) -> str:
-    skipped = result.get("skipped") or []
-    rows = "".join(
-        f'<tr><th scope="row">{text(entry["task"])}</th><td>{text(entry["reason"])}</td></tr>' for entry in skipped
-    )
-    content = rows and f'<table class="facts"><tbody>{rows}</tbody></table>'
-    return details(counted(len(skipped), "skipped task"), content)
 
 
 def _against_references(result: Json) -> Iterator[tuple[str, Json]]:
@@ -349,19 +337,4 @@ def _within(label: str) -> str:
 
 
 def _measured(row: Json) -> tuple[str, str]:
-    return _decimal(row.get("auc")), _ends(row.get("interval"))
-
-
-def _decimal(value: Number | None) -> str:
-    """Three decimals."""
-    return MISSING if value is None else f"{value:.3f}".replace("-", "−")
-
-
-def _signed(value: Number | None) -> str:
-    """A difference: small ones still differ from zero."""
-    return MISSING if value is None else f"{value:+.4f}".replace("-", "−")
-
-
-def _ends(ends: Sequence[Number] | None, *, signed: bool = False) -> str:
-    shown = _signed if signed else _decimal
-    return interval(None) if ends is None else f"[{shown(ends[0])}, {shown(ends[1])}]"
+    return decimals(row.get("auc")), interval(row.get("interval"), decimals)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
 from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, legend, log_x, svg
-from latentprior.report.findings import Headline
-from latentprior.report.markup import MISSING, figure, interval, number, power, table, text
+from latentprior.utils.formatting import MISSING, estimate, interval, number, power
 
 Json = Mapping[str, Any]
 
@@ -26,14 +27,14 @@ MEASURES = {
 }
 
 
-def section(sweep: Json) -> str:
-    """Figures and tables of a sweep; "" without one."""
+def section(sweep: Json) -> Markup:
+    """Figures and tables of a sweep; nothing without one."""
     if not (runs := sweep.get("runs")):
-        return ""
+        return NOTHING
     law, correlations = leading_law(sweep), sweep["correlations"]
     note = "One line for each size, d the width and × the blocks; each point is a run of its own. "
     note += f"The law is of {_fitted_to(law)}, with its 95% band." if law else "No law could be fitted."
-    losses = figure(loss_by_compute(runs, law), "Held-out loss against training compute", note)
+    losses = figure("Held-out loss against training compute", note, loss_by_compute(runs, law))
     drawn = []
     for measure in ("frechet", "delta_lm"):
         if measure in correlations:
@@ -42,10 +43,9 @@ def section(sweep: Json) -> str:
             name = MEASURES[measure]
             note = f"A point for each run; {lines}{_correlated(correlations[measure])}"
             bound = sweep["bound"][measure] if measure == "frechet" else None
-            drawn.append(figure(measure_by_loss(runs, measure, bound), f"{name[0].upper()}{name[1:]} by loss", note))
+            drawn.append(figure(f"{name[0].upper()}{name[1:]} by loss", note, measure_by_loss(runs, measure, bound)))
     tables = [_runs(runs), _laws(sweep["laws"]), _correlations(correlations)]
-    pairs = [f"<p>{text(_prose(sweep))}</p>{losses}", "".join(drawn)]
-    return "\n".join([*(f'<div class="pair">{pair}</div>' for pair in pairs), *tables])
+    return stack(pair(prose(_explained(sweep)), losses), pair(*drawn), *tables)
 
 
 def sentences(sweep: Json) -> Iterator[str]:
@@ -62,13 +62,12 @@ def sentences(sweep: Json) -> Iterator[str]:
     if law := leading_law(sweep):
         yield (
             f"The held-out loss of {_fitted_to(law)} follows L(C) = E + A C^−α with "
-            f"α = {number(law['alpha'])} {interval(law['alpha_interval'])} and "
-            f"E = {number(law['E'])} {interval(law['E_interval'])}"
+            f"α = {estimate(law['alpha'], law['alpha_interval'])} and E = {estimate(law['E'], law['E_interval'])}"
             + ("." if law["E_pinned"] else ", which these runs do not determine.")
         )
     for measure, found in sweep["correlations"].items():
         if measure != "frechet_raw" and "spearman" in found:
-            rank = f"{number(found['spearman'])} {interval(found['spearman_interval'])}"
+            rank = estimate(found["spearman"], found["spearman_interval"])
             yield f"The rank correlation of the loss and the {MEASURES[measure]} is {rank}."
 
 
@@ -99,7 +98,7 @@ def leading_law(sweep: Json) -> Json | None:
     return min(laws, key=lambda law: list(RUNS).index(law["runs"]), default=None)
 
 
-def loss_by_compute(runs: Sequence[Json], law: Json | None) -> str:
+def loss_by_compute(runs: Sequence[Json], law: Json | None) -> Markup:
     """Held-out loss over training FLOPs on log axes: a line for each size, the envelope, the law and its band."""
 
     def draw(axes: Axes) -> None:
@@ -129,7 +128,7 @@ def loss_by_compute(runs: Sequence[Json], law: Json | None) -> str:
     return svg("scaling", draw, "Held-out loss over training compute, by size")
 
 
-def measure_by_loss(runs: Sequence[Json], measure: str, bound: float | None) -> str:
+def measure_by_loss(runs: Sequence[Json], measure: str, bound: float | None) -> Markup:
     """Another measure of the same runs over their loss, logarithmic where it is positive, and its lower bound."""
     values = [run[measure] for run in runs]
 
@@ -190,7 +189,7 @@ def _correlated(found: Json) -> str:
     return f"Spearman {number(found['spearman'])}, 95% interval {interval(found['spearman_interval'])}."
 
 
-def _prose(sweep: Json) -> str:
+def _explained(sweep: Json) -> str:
     law, optimal = leading_law(sweep), [run for run in sweep["runs"] if run["optimal"]]
     parts = [
         "Every budget is a training run of its own, because the learning rate's schedule ends with it. A run is "
@@ -214,7 +213,7 @@ def _prose(sweep: Json) -> str:
     return " ".join(parts)
 
 
-def _runs(runs: Sequence[Json]) -> str:
+def _runs(runs: Sequence[Json]) -> Markup:
     columns = {
         "Run": _size,
         "Parameters": lambda run: number(run["parameters"]),
@@ -236,7 +235,7 @@ def _runs(runs: Sequence[Json]) -> str:
     return table("All runs", note, list(columns), cells)
 
 
-def _laws(laws: Sequence[Json]) -> str:
+def _laws(laws: Sequence[Json]) -> Markup:
     header = ["Fitted to", "FLOPs", "Runs", "E", "95% interval", "A", "95% interval", "α", "95% interval", "Residual"]
     cells = []
     for law in laws:
@@ -250,7 +249,7 @@ def _laws(laws: Sequence[Json]) -> str:
     return table("Laws L(C) = E + A C^−α", note, header, cells)
 
 
-def _correlations(correlations: Json) -> str:
+def _correlations(correlations: Json) -> Markup:
     header = ["Loss and", "Runs", "Pearson", "95% interval", "Spearman", "95% interval"]
     cells = [
         [
@@ -264,4 +263,4 @@ def _correlations(correlations: Json) -> str:
         for measure, found in correlations.items()
         if "failed" not in found
     ]
-    return table("Correlations over runs", "Intervals are from a bootstrap over runs.", header, cells) if cells else ""
+    return table("Correlations over runs", "Intervals are from a bootstrap over runs.", header, cells)

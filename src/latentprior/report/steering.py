@@ -11,8 +11,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latentprior.report.figures import STAND_INS
-from latentprior.report.findings import Headline
+from markupsafe import Markup
+
+from latentprior.report.blocks import (
+    NOTHING,
+    Headline,
+    JudgedText,
+    figure,
+    fold,
+    heading,
+    pair,
+    prose,
+    stack,
+    table,
+    texts_by_prompt,
+)
+from latentprior.report.figures import COLOUR_NAMES
 from latentprior.report.frontiers import (
     STYLES,
     Look,
@@ -23,41 +37,42 @@ from latentprior.report.frontiers import (
     method_looks,
     right_edge,
 )
-from latentprior.report.markup import MISSING, counted, details, figure, interval, number, table, text
+from latentprior.utils.formatting import MISSING, counted, estimate, interval, number
 
 Json = Mapping[str, Any]
 
 MOST_CURVES = 6  # in one drawing
 
 
-def section(result: Json) -> str:
-    """Curves, repair and comparisons of every direction; "" without a summary."""
+def section(result: Json) -> Markup:
+    """Curves, repair and comparisons of every direction; nothing without a summary."""
     if not (summary := result.get("summary")):
-        return ""
+        return NOTHING
     looks, prior = method_looks(summary), leading_prior(result)
-    parts = [f"<p>{text(_prose(result))}</p>", details("How each method repairs", _repairs(result))]
+    parts = [prose(_explained(result)), fold("How each method repairs", _repairs(result))]
     for i, direction in enumerate(summary["directions"]):
         name, shown = direction["direction"], _shown(direction, prior)
         drawn = [*_curves(i, direction, shown, looks, leading_method(result)), *_repair(i, name, shown, looks)]
         if losses := _losses(result, direction):
             drawn.append(_by_loss(i, direction, losses, summary["baseline"], looks))
         parts += [
-            f"<h3>{text(name)}</h3>\n<p>{text(_facts(result, direction))}</p>",
-            f'<div class="pair">{"".join(drawn)}</div>',
+            heading(name),
+            prose(_described(result, direction)),
+            pair(*drawn),
             _areas(direction, shown, summary["baseline"], losses),
-            details("Areas with every prior", _areas(direction, direction["methods"], summary["baseline"], losses))
+            fold("Areas with every prior", _areas(direction, direction["methods"], summary["baseline"], losses))
             if len(shown) < len(direction["methods"])
-            else "",
-            details("At matched fluency and at matched concept", _matched(shown, summary["baseline"])),
-            details("All points", _points(direction, shown)),
+            else NOTHING,
+            fold("At matched fluency and at matched concept", _matched(shown, summary["baseline"])),
+            fold("All points", _points(direction, shown)),
         ]
-    return "\n".join(parts)
+    return stack(*parts)
 
 
-def texts(result: Json) -> str:
+def texts(result: Json) -> Markup:
     """The texts of all methods side by side: a fold for each direction and strength, the first one's middle open."""
     if not (summary := result.get("summary")):
-        return ""
+        return NOTHING
     rows, looks, prior = result.get("texts", []), method_looks(summary), leading_prior(result)
     parts = []
     for direction in dict.fromkeys(row["direction"] for row in rows):
@@ -67,13 +82,15 @@ def texts(result: Json) -> str:
         strengths = [r for r in strengths if r > 0] + [r for r in reversed(strengths) if r < 0]
         positive = [r for r in strengths if r > 0] or strengths
         first = positive[len(positive) // 2] if positive and not parts else None
-        parts.append(f"<h3>{text(direction)}</h3>")
+        parts.append(heading(direction))
         for strength in strengths:
             chosen = unsteered + [row for row in mine if row["strength"] == strength]
             parts.append(
-                details(f"Strength {_signed(strength)}", _side_by_side(chosen, looks), opened=strength == first)
+                fold(
+                    f"Strength {strength:+g}".replace("-", "−"), _side_by_side(chosen, looks), opened=strength == first
+                )
             )
-    return "\n".join(parts)
+    return stack(*parts)
 
 
 def sentences(result: Json) -> Iterator[str]:
@@ -97,7 +114,7 @@ def sentences(result: Json) -> Iterator[str]:
             difference = entry["area_difference"]
             yield (
                 f"Along {direction['direction']}, the gain of {method} over {summary['baseline']} steering at the same "
-                f"fluency is {number(difference['value'])} {interval(difference['interval'])} on average: "
+                f"fluency is {estimate(difference['value'], difference['interval'])} on average: "
                 f"{_verdict(difference)}."
             )
 
@@ -157,7 +174,7 @@ def helps_from(entries: Sequence[tuple[float, Json]]) -> float | None:
 
 def _curves(
     i: int, direction: Json, shown: Sequence[Json], looks: Mapping[str, Look], leading: str | None
-) -> Iterator[str]:
+) -> Iterator[Markup]:
     """The curves, in two drawings where there are more methods than one can hold."""
     baseline = shown[0]["method"]
     kept = [e for e in shown if e["method"] in (baseline, leading, *STYLES) or is_control(e["method"])]
@@ -176,10 +193,10 @@ def _curves(
         note = "Drawn in the same way." if part else note
         if beyond:
             note += f" {counted(beyond, 'point')} beyond the right edge: see the table of all points."
-        yield figure(frontier_curves(f"{i}-{part}", title, direction, entries, looks), title, note)
+        yield figure(title, note, frontier_curves(f"{i}-{part}", title, direction, entries, looks))
 
 
-def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, Look]) -> Iterator[str]:
+def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, Look]) -> Iterator[Markup]:
     """How much of the edit is kept and how far off the manifold it leads, where that was measured."""
 
     def measured(name: str) -> list[Json]:
@@ -188,14 +205,14 @@ def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, L
     if kept := measured("retention"):
         title = f"Edit kept along {direction}"
         drawn = by_strength(f"retention-{i}", title, kept, looks, "retention", None, "edit kept")
-        yield figure(drawn, "Edit kept", "Share of the edit's component along the direction that is left after repair.")
+        yield figure("Edit kept", "Share of the edit's component along the direction that is left after repair.", drawn)
     if off := measured("off_after"):
         title, names = f"Off-manifold score along {direction}", ("off_after", "off_before")
         drawn = by_strength(f"off-{i}", title, off, looks, *names, "off-manifold score")
-        yield figure(drawn, "Off-manifold score", "Of the activation as it is used (lines) and before repair (dotted).")
+        yield figure("Off-manifold score", "Of the activation as it is used (lines) and before repair (dotted).", drawn)
 
 
-def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mapping[str, Look]) -> str:
+def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mapping[str, Look]) -> Markup:
     series = _by_method(direction, losses)
     title = f"Area difference by held-out loss along {direction['direction']}"
     from_loss = {method: helps_from(entries) for method, entries in series.items()}
@@ -204,10 +221,10 @@ def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mappin
     note = f"A point for each prior, with its 95% interval. Clear above {baseline}: {', '.join(helpful) or 'none'}."
     note += f" With none of these priors: {', '.join(never)}." if helpful and never else ""
     drawn = area_by_loss(f"by-loss-{i}", title, series, looks, f"area gained over {baseline}")
-    return figure(drawn, "Which prior is good enough", note)
+    return figure("Which prior is good enough", note, drawn)
 
 
-def _areas(direction: Json, entries: Sequence[Json], baseline: str, losses: Json) -> str:
+def _areas(direction: Json, entries: Sequence[Json], baseline: str, losses: Json) -> Markup:
     named = len({entry["prior"] for entry in direction["methods"]} - {None}) > 1
     header = ["Method", *["Prior", "Held-out loss"] * named, "Area", "95% interval", f"Over {baseline}", "95% interval"]
     header += ["Clear of zero", "Failed ratings"]
@@ -225,10 +242,10 @@ def _areas(direction: Json, entries: Sequence[Json], baseline: str, losses: Json
     return table("Areas under the frontiers", note, header, cells)
 
 
-def _matched(entries: Sequence[Json], baseline: str) -> str:
+def _matched(entries: Sequence[Json], baseline: str) -> Markup:
     compared = [entry for entry in entries if "area_difference" in entry]
     if not compared:
-        return ""
+        return NOTHING
     fluent, concept = (compared[0][name] for name in ("gain_at_matched_fluency", "nll_at_matched_concept"))
     header = ["Method"]
     header += [h for x in fluent for h in (f"Gain at +{x['increase']:.3g} nats", "95% interval")]
@@ -243,7 +260,7 @@ def _matched(entries: Sequence[Json], baseline: str) -> str:
     return table("Differences at matched fluency and at matched concept", note, header, cells)
 
 
-def _points(direction: Json, entries: Sequence[Json]) -> str:
+def _points(direction: Json, entries: Sequence[Json]) -> Markup:
     columns = {
         "retention": "Edit kept",
         "off_before": "Off-manifold before",
@@ -279,36 +296,31 @@ def _points(direction: Json, entries: Sequence[Json]) -> str:
     return table("All strengths", note, [*header, *columns.values()], [first, *cells])
 
 
-def _repairs(result: Json) -> str:
+def _repairs(result: Json) -> Markup:
     """The options of each method that repairs."""
     repairs = result.get("repairs", {})
     names = list(dict.fromkeys(name for repair in repairs.values() for name in repair))
     cells = [[method, *(_option(repair.get(name)) for name in names)] for method, repair in repairs.items()]
     note = "An edited activation is noised to the level t start and integrated back by the prior. NFE: its evaluations."
     header = ["Method", *("NFE" if name == "nfe" else name.capitalize().replace("_", " ") for name in names)]
-    return table("Repairs", note, header, cells) if cells else ""
+    return table("Repairs", note, header, cells)
 
 
-def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> str:
-    by_prompt: dict[str, list[str]] = {}
+def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> Markup:
+    by_prompt: dict[str, list[JudgedText]] = {}
     for row in rows:
-        names = {stand_in: name for name, stand_in in STAND_INS.items()}
         look = looks.get(row["method"])
-        colour = f' style="--series: var(--{names[look.colour]})"' if look else ""
-        judged = f"concept {number(row['concept'])}, NLL {number(row['nll'])}"
-        name = "unsteered" if row["method"] == "none" else row["method"]
-        by_prompt.setdefault(row["prompt_text"], []).append(
-            f"<div{colour}><dt>{text(name)}</dt><dd><bdi>{text(row['text'].strip())}</bdi></dd>"
-            f'<dd class="judged">{text(judged)}</dd></div>'
+        written = JudgedText(
+            name="unsteered" if row["method"] == "none" else row["method"],
+            text=row["text"].strip(),
+            judged=f"concept {number(row['concept'])}, NLL {number(row['nll'])}",
+            colour=COLOUR_NAMES[look.colour] if look else None,
         )
-    items = "".join(
-        f"<li><p><q><bdi>{text(prompt)}</bdi> \N{HORIZONTAL ELLIPSIS}</q></p><dl>{''.join(written)}</dl></li>"
-        for prompt, written in by_prompt.items()
-    )
-    return f'<ul class="examples">{items}</ul>'
+        by_prompt.setdefault(row["prompt_text"], []).append(written)
+    return texts_by_prompt(by_prompt)
 
 
-def _prose(result: Json) -> str:
+def _explained(result: Json) -> str:
     summary, prior = result["summary"], leading_prior(result)
     parts = [
         "The concept gained is how much more probable the concept is than in the unsteered text of the same prompt, or "
@@ -327,9 +339,9 @@ def _prose(result: Json) -> str:
     return " ".join(parts)
 
 
-def _facts(result: Json, direction: Json) -> str:
+def _described(result: Json, direction: Json) -> str:
     unsteered = direction["unsteered"]
-    concept, nll = (f"{number(x['value'])} {interval(x['interval'])}" for x in (unsteered["concept"], unsteered["nll"]))
+    concept, nll = (estimate(x["value"], x["interval"]) for x in (unsteered["concept"], unsteered["nll"]))
     said = f"{direction['prompts']:,} prompts. Unsteered, the concept's mean probability is {concept}, the NLL {nll}."
     if judge := result.get("judges", {}).get(direction["direction"]):
         said += f" The concept is judged by {judge['name']}"
@@ -382,7 +394,3 @@ def _option(value: object) -> str:
     if value is None or isinstance(value, bool):
         return "yes" if value else MISSING
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _signed(strength: float) -> str:
-    return f"{strength:+g}".replace("-", "−")

@@ -18,11 +18,10 @@ from latentprior.config.base import size_of
 from latentprior.lm.hooks import check_in_range
 from latentprior.prior.cost import (
     flops_per_activation,
-    muon_flops_per_step,
     paper_flops_per_activation,
     parameters,
     training_bytes,
-    training_flops_per_activation,
+    training_flops,
 )
 from latentprior.scaling.cost import (
     LLM_SHAPES,
@@ -31,11 +30,12 @@ from latentprior.scaling.cost import (
     llm_forward_bytes,
     store_bytes_per_activation,
 )
-from latentprior.training.parallel import SHARD_FROM
+from latentprior.training.parallel import CPU_MICRO_BATCH, SHARD_FROM
 from latentprior.training.times import most_distinct
 from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.formatting import BYTES, COUNTS, FLOPS, duration, scaled
 from latentprior.utils.hub import cache_only
 from latentprior.utils.provenance import stamp
 
@@ -85,7 +85,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     shape = llm_shape(config.llm)
     layers = _layers(config, shape)
     chip = chip_of(config)
-    denoiser = config.training().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
+    denoiser = config.prior().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
     llm = _llm(config, shape, layers)
     prior = _prior(config, denoiser, chip, layers)
     llm_seconds = llm["flops"] / (config.chips * chip.llm_peak * config.llm_mfu)
@@ -136,13 +136,13 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
     recipe = config.resolved_recipe()
     rows, micro_batch = _rows(config, chip)
     passes = math.ceil(rows / micro_batch)
+    times = distinct_times(recipe, rows, micro_batch)
     distinct = {
-        "distinct_times": passes * distinct_times(recipe, rows, micro_batch) / rows,
+        "distinct_times": passes * times / rows,
         "distinct_layers": passes * len(layers) / rows if len(layers) > 1 else 0.0,
     }
-    # Every process makes the whole update.
-    update = muon_flops_per_step(denoiser) / rows if recipe.optimizer == "muon" else 0.0
-    per_activation = training_flops_per_activation(denoiser, **distinct) * recipe.draws
+    cost = training_flops(denoiser, recipe, rows, layers=len(layers), times=times, passes=passes)
+    update = cost.update / rows  # every process makes the whole one
     return {
         "shape": to_dict(denoiser),
         "parameters": parameters(denoiser),
@@ -150,10 +150,10 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
         "micro_batch": micro_batch,
         "parallel": _parallel(config, denoiser),
         "forward_flops_per_activation": flops_per_activation(denoiser, **distinct),
-        "flops_per_activation": per_activation,
+        "flops_per_activation": cost.activation,
         "paper_flops_per_activation": paper_flops_per_activation(denoiser),
         "update_flops_per_activation": update,
-        "flops": (per_activation + update) * config.activations,
+        "flops": (cost.activation + update) * config.activations,
     }
 
 
@@ -206,20 +206,20 @@ def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
     """A process's share of the mixing buffer, which holds whole batches of activations of `row` bytes."""
     batch = config.resolved_recipe().batch_size
     size, in_bytes = size_of("buffer", config.buffer)
-    turns = (size // row if in_bytes else size) // batch
-    if not turns:
+    batches = (size // row if in_bytes else size) // batch
+    if not batches:
         raise InputError(f"a buffer of {config.buffer} does not hold a batch of {batch} activations: raise buffer")
-    return turns * (batch // config.chips) * (row + (LAYER_NUMBER if several else 0))
+    return batches * (batch // config.chips) * (row + (LAYER_NUMBER if several else 0))
 
 
 def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
     """One line: whether a process fits, and what is too big if not."""
     if total <= chip.memory:
-        return f"fits: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}"
+        return f"fits: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
     largest = max(parts, key=lambda part: parts[part])
     return (
-        f"does not fit: a process needs {_bytes(total)}, {chip.name} has {_bytes(chip.memory)}; "
-        f"the largest part is the {largest}, {_bytes(parts[largest])}"
+        f"does not fit: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}; "
+        f"the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
     )
 
 
@@ -245,8 +245,6 @@ def chip_of(config: PlanConfig) -> PlannedChip:
 
 def _measured(config: LLMConfig, name: str) -> PlannedChip:
     """The device called `name`, in the precisions that model and prior would have on it."""
-    from latentprior.training.fit import CPU_MICRO_BATCH  # brings in transformers, which data sheets do without
-
     device = resolve_device(name)
     prior = fast_dtype(device)
     llm = prior if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -341,49 +339,25 @@ def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:
     processes = "the one process" if chip["count"] == 1 else f"each of {chip['count']} processes"
     layers = ", ".join(map(str, llm["layers"]))
     return {
-        f"{_scaled(config['activations'], COUNTS)} activations": {
-            "language model": f"{llm['model']}, {_scaled(llm['parameters'], COUNTS)} parameters, layer {layers}",
-            "LLM, for each activation": _scaled(llm["flops_per_activation"], FLOPS),
-            "prior": f"{_scaled(prior['parameters'], COUNTS)} parameters: "
+        f"{scaled(config['activations'], COUNTS)} activations": {
+            "language model": f"{llm['model']}, {scaled(llm['parameters'], COUNTS)} parameters, layer {layers}",
+            "LLM, for each activation": scaled(llm["flops_per_activation"], FLOPS),
+            "prior": f"{scaled(prior['parameters'], COUNTS)} parameters: "
             f"{shape['n_layers']} blocks, d_model {shape['d_model']}, d_mlp {shape['d_mlp']}",
-            "training, for each activation": _scaled(prior["flops_per_activation"], FLOPS),
-            "the same by the paper's 6 N": _scaled(prior["paper_flops_per_activation"], FLOPS),
-            "LLM in all": _scaled(llm["flops"], FLOPS),
-            "training in all": _scaled(prior["flops"], FLOPS),
-            "disk, if stored instead": _bytes(result["disk_bytes"]),
+            "training, for each activation": scaled(prior["flops_per_activation"], FLOPS),
+            "the same by the paper's 6 N": scaled(prior["paper_flops_per_activation"], FLOPS),
+            "LLM in all": scaled(llm["flops"], FLOPS),
+            "training in all": scaled(prior["flops"], FLOPS),
+            "disk, if stored instead": scaled(result["disk_bytes"], BYTES),
         },
         f"Memory of {processes} ({prior['parallel']}, batch {prior['batch_size']})": {
-            **{name: _bytes(size) for name, size in memory["bytes"].items() if size},
-            "total": _bytes(memory["total"]),
+            **{name: scaled(size, BYTES) for name, size in memory["bytes"].items() if size},
+            "total": scaled(memory["total"], BYTES),
         },
         f"Time on {chip['count']} x {chip['name']}": {
-            f"language model (assumed MFU {config['llm_mfu']})": _duration(times["llm_seconds"]),
-            f"prior (assumed MFU {config['prior_mfu']})": _duration(times["prior_seconds"]),
-            "together": _duration(times["seconds"]),
+            f"language model (assumed MFU {config['llm_mfu']})": duration(times["llm_seconds"]),
+            f"prior (assumed MFU {config['prior_mfu']})": duration(times["prior_seconds"]),
+            "together": duration(times["seconds"]),
             "activations a second": f"{times['activations_per_second']:,.0f}",
         },
     }
-
-
-COUNTS = ("", " K", " M", " B", " T")
-BYTES = (" B", " KB", " MB", " GB", " TB", " PB")
-FLOPS = (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP")
-
-
-def _scaled(value: int | float, units: tuple[str, ...]) -> str:
-    """Three digits with the unit, of steps of 1000, that suits."""
-    step = 0
-    while value >= 999.5 and step < len(units) - 1:
-        value, step = value / 1000, step + 1
-    return f"{value:.3g}{units[step]}"
-
-
-def _bytes(value: int | float) -> str:
-    return _scaled(value, BYTES)
-
-
-def _duration(seconds: int | float) -> str:
-    for unit, length in (("days", DAY), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"

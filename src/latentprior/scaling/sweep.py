@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprior.config import Recipe, SweepConfig, TrainConfig, to_dict
+from latentprior.config import SweepConfig, TrainConfig, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.text_files import text_settings
@@ -24,8 +24,7 @@ from latentprior.evaluation.evaluate import document_halves
 from latentprior.evaluation.lm_loss import delta, lm_losses
 from latentprior.lm.hooks import at_layer, same_places
 from latentprior.lm.loading import load_llm
-from latentprior.prior.cost import paper_flops_per_activation, parameters, training_flops_per_activation
-from latentprior.prior.flow import TRAIN_GRID
+from latentprior.prior.cost import paper_flops_per_activation, parameters, training_flops
 from latentprior.prior.glp import GLP
 from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.repair import hookpoints_on
@@ -125,22 +124,16 @@ class _Run:
 
     @classmethod
     def of(cls, config: TrainConfig, store: ActivationStore) -> _Run:
-        several = len(store.layers) > 1
-        shape = config.denoiser(store.width, store.manifest["source"].get("blocks") if several else None)
-        recipe = config.resolved_recipe()
-        rows = recipe.batch_size
-        each = training_flops_per_activation(
-            shape,
-            distinct_times=_distinct_times(recipe) / rows,
-            distinct_layers=len(store.layers) / rows if several else 0.0,
-        )
-        count = config.activations
-        each, paper = each * recipe.draws, paper_flops_per_activation(shape) * recipe.draws
-        return cls(config, parameters(shape), shape.d_mlp, each * count, paper * count)
+        layers, recipe = len(store.layers), config.resolved_recipe()
+        shape = config.prior.denoiser(store.width, store.manifest["source"].get("blocks") if layers > 1 else None)
+        cost, count = training_flops(shape, recipe, recipe.batch_size, layers=layers), config.run.activations
+        flops = cost.activation * count + cost.update * math.ceil(count / recipe.batch_size)
+        paper = paper_flops_per_activation(shape) * recipe.noise_samples
+        return cls(config, parameters(shape), shape.d_mlp, flops, paper * count)
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.output)
+        return Path(self.config.run.output)
 
     @property
     def name(self) -> str:
@@ -151,10 +144,10 @@ class _Run:
         trained = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
         return {
             "name": self.name,
-            "d_model": self.config.d_model,
+            "d_model": self.config.prior.d_model,
             "d_mlp": self.d_mlp,
-            "blocks": self.config.blocks,
-            "seed": self.config.seed,
+            "blocks": self.config.prior.blocks,
+            "seed": self.config.run.seed,
             "parameters": self.parameters,
             "activations": trained["summary"]["activations"],
             "distinct": trained["summary"]["distinct"],
@@ -263,17 +256,10 @@ def _part(report: Report, run: _Run, before: float, total: float) -> Report:
     """The report of one run as a part of all training."""
 
     def part(done: int, of: int | None, figures: Mapping[str, Any]) -> None:
-        flops = before + run.flops * done / (of or run.config.activations)
+        flops = before + run.flops * done / (of or run.config.run.activations)
         report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.name, **figures})
 
     return part
-
-
-def _distinct_times(recipe: Recipe) -> float:
-    """Distinct noise levels in a batch, for which the time path runs; of draws from a grid, their expectation."""
-    if recipe.times == "grid":
-        return TRAIN_GRID * (1 - (1 - 1 / TRAIN_GRID) ** recipe.batch_size)
-    return float(recipe.batch_size if recipe.times == "uniform" else min(recipe.distinct_times, recipe.batch_size))
 
 
 def _layer(store: ActivationStore, config: SweepConfig) -> int | None:

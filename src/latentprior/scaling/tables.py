@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+from latentprior.utils.formatting import COUNTS, Table, decimals, estimate, number, scaled
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
@@ -15,39 +15,37 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     runs = [
         [
             f"{run['d_model']}x{run['blocks']}",
-            f"{run['parameters'] / 1e6:.3g}M",
+            scaled(run["parameters"], COUNTS),
             f"{run['activations']:,}",
-            f"{run['flops']:.2e}",
-            f"{run['heldout_loss']:.4f}",
-            f"{run['frechet']:.3g}",
-            *([f"{run['delta_lm']:.3g}"] if measured else []),
+            number(run["flops"]),
+            decimals(run["heldout_loss"], 4),
+            number(run["frechet"]),
+            *([number(run["delta_lm"])] if measured else []),
             "*" if run["optimal"] else "",
         ]
         for run in result["runs"]
     ]
-    yield "Runs, from cheap to dear (*: compute-optimal)", header, runs
+    yield Table("Runs, from cheap to dear (*: compute-optimal)", header, runs)
     laws, correlations = result["laws"], result["correlations"]
     fitted = [
-        [f"{law['runs']}, {law['compute']}", *(spread(law, name) for name in ("E", "A", "alpha"))]
+        [f"{law['runs']}, {law['compute']}", *(_estimated(law, name) for name in ("E", "A", "alpha"))]
         for law in laws
         if "failed" not in law
     ]
     if fitted:
-        yield "L(C) = E + A C^-alpha, 95% intervals", ("runs, FLOPs", "E", "A", "alpha"), fitted
+        yield Table("L(C) = E + A C^-alpha, 95% intervals", ("runs, FLOPs", "E", "A", "alpha"), fitted)
     related = [
-        [measure, spread(found, "pearson"), spread(found, "spearman")]
+        [measure, _estimated(found, "pearson"), _estimated(found, "spearman")]
         for measure, found in correlations.items()
         if "failed" not in found
     ]
     if related:
-        yield "Correlation with the loss, 95% intervals", ("measure", "Pearson", "Spearman"), related
+        yield Table("Correlation with the loss, 95% intervals", ("measure", "Pearson", "Spearman"), related)
     missing = [[f"law, {law['runs']}, {law['compute']}", law["failed"]] for law in laws if "failed" in law]
     missing += [[f"loss and {name}", found["failed"]] for name, found in correlations.items() if "failed" in found]
     if missing:
-        yield "Not to be had", ("what", "why"), missing
+        yield Table("Could not be computed", ("what", "why"), missing)
 
 
-def spread(values: Mapping[str, Any], name: str) -> str:
-    """A figure with its interval."""
-    low, high = values[f"{name}_interval"]
-    return f"{values[name]:.3g} ({low:.3g} to {high:.3g})"
+def _estimated(values: Mapping[str, Any], name: str) -> str:
+    return estimate(values[name], values[f"{name}_interval"])

@@ -1,30 +1,28 @@
-"""One visible training loop over any iterator of activations, on one process or many."""
+"""The training loop: optimizer steps over any iterator of batches, on one process or many."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from latentprior.config import Recipe
-from latentprior.data.partition import Batch, Deal
-from latentprior.prior import flow
+from latentprior.data.partition import Batch, BatchPartition
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.training.noise import Draws
+from latentprior.training.loss import backward
+from latentprior.training.noise import NoiseSamples
 from latentprior.training.optim import AveragedWeights, learning_rate, optimizers, rate_share, set_rates
-from latentprior.training.parallel import gradients_stay, reshard
-from latentprior.utils.devices import to_device
-from latentprior.utils.distributed import World
+from latentprior.training.parallel import reshard
 from latentprior.utils.errors import InputError, Stopped
 
-BINS = 10  # of the held-out loss by noise level
+Rows = Batch | tuple[Tensor, Tensor | None]
 
 
 class Diverged(InputError):
@@ -44,7 +42,7 @@ class State:
     average: AveragedWeights | None
     step: int = 0
     model: nn.Module = field(default=None)  # pyright: ignore[reportAssignmentType]
-    """What is called in training: the denoiser, or what reduces its gradients over processes (`placement.placed`)."""
+    """What is called in training: the denoiser, or what reduces its gradients over processes (`parallelize`)."""
 
     def __post_init__(self) -> None:
         if self.model is None:
@@ -52,7 +50,7 @@ class State:
 
     @classmethod
     def start(cls, denoiser: Denoiser, recipe: Recipe, model: nn.Module | None = None) -> State:
-        """A new run; `denoiser` is placed on its device already, and `model` is what `placement.placed` gave."""
+        """A new run; `denoiser` is on its device already, and `model` is what `parallelize` gave."""
         average = AveragedWeights(denoiser, recipe.ema) if recipe.ema else None
         return cls(denoiser, optimizers(denoiser, recipe), average, model=model or denoiser)
 
@@ -64,151 +62,110 @@ class State:
             reshard(self.denoiser)
 
 
-def train(
-    state: State,
-    normalizer: Normalizer,
-    batches: Iterable[Batch | tuple[Tensor, Tensor | None]],
-    recipe: Recipe,
-    *,
-    steps: int,
-    precision: torch.dtype = torch.float32,
-    micro_batch: int | None = None,
-    seed: int = 0,
-    deal: Deal | None = None,
-    after_step: Callable[[State, dict[str, Any]], Any] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> State:
-    """Train until `steps` optimizer steps are done.
+class Figures(NamedTuple):
+    """What one step came to; on a GPU loss and gradient norm are tensors that nobody has waited for."""
 
-    Args:
-        state: where to start; `State.start` for a new run. Changed in place.
-        normalizer: statistics of the training data.
-        batches: this process's rows of each batch, from the batch of step `state.step` on.
-        recipe: batch size, rates, averaging, time sampling.
-        steps: the run's length; the schedule ends there.
-        precision: of the matrix work; weights and optimizer stay float32.
-        micro_batch: rows of one forward and backward pass.
-        seed: of noise and times. Step k draws the same numbers whether or not the run was interrupted.
-        deal: how batches are dealt over lanes and processes; one lane and process by default.
-        after_step: called with the state and the step's figures: loss and gradient norm (on a GPU tensors that are
-            not waited for), learning rate, rows.
-        stop: asked at every step; if it says so in one process, all of them stop after that step.
+    loss: Tensor
+    gradient_norm: Tensor
+    learning_rate: float
+    rows: int
+    """Of all processes."""
 
-    Raises:
-        Diverged: a loss or gradient is not finite. The update is not made; a GPU tells one step later.
-        Exhausted: `batches` ended early in all processes. Those that end before the others take part without rows.
-        Stopped: `stop` said so, or `batches` did, before the step that they were for.
-    """
-    deal = deal or Deal(recipe.batch_size)
-    device = normalizer.mean.device
-    source = iter(batches)
-    check = _FiniteCheck()
-    while state.step < steps:
+
+@dataclass
+class TrainingLoop:
+    """Optimizer steps of one run: `over` is the loop, `step` what it does with a batch."""
+
+    state: State
+    """Where to start; changed in place."""
+    normalizer: Normalizer
+    """Statistics of the training data."""
+    recipe: Recipe
+    steps: int
+    """The run's length; the schedule ends there."""
+    precision: torch.dtype = torch.float32
+    """Of the matrix work; weights and optimizer stay float32."""
+    micro_batch: int | None = None
+    """Rows of one forward and backward pass; all by default."""
+    seed: int = 0
+    """Of noise and times. Step k draws the same numbers whether or not the run was interrupted."""
+    partition: BatchPartition = field(default=None)  # pyright: ignore[reportAssignmentType]
+    """How a batch is divided over document shards and processes; one of each by default."""
+
+    def __post_init__(self) -> None:
+        self.partition = self.partition or BatchPartition(self.recipe.batch_size)
+        self._check = _FiniteCheck()
+
+    def over(
+        self, batches: Iterable[Batch | tuple[Tensor, Tensor | None]], *, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Figures]:
+        """Make a step with each batch until `steps` are done; gives each step's figures once it is made.
+
+        Args:
+            batches: this process's rows of each batch, from the batch of step ``state.step`` on.
+            stop: asked at every step; if it says so in one process, all of them stop after that step.
+
+        Raises:
+            Diverged: a loss or gradient is not finite. The update is not made; a GPU tells one step later.
+            Exhausted: `batches` ended early in all processes. Those that end before the others take part without rows.
+            Stopped: `stop` said so, or `batches` did, before the step that they were for.
+        """
+        world, source, nothing = self.partition.world, iter(batches), _no_rows(self.normalizer)
         try:
-            x, layer, *places = next(source, _no_rows(normalizer))
+            while self.state.step < self.steps:
+                batch = Batch(*next(source, nothing))  # pyright: ignore[reportArgumentType]
+                rows, stopping = world.sum(torch.tensor([len(batch.x), int(stop())])).tolist()
+                if not rows:
+                    raise Exhausted(f"the activations ended after {self.state.step} of {self.steps} steps")
+                yield self.step(batch, rows)
+                if stopping and self.state.step < self.steps:  # not before the step: its rows were drawn already
+                    raise Stopped(f"stopped after {self.state.step} of {self.steps} steps")
         except Stopped:
-            check.finish()
+            self._check.finish()
             raise
-        batch = Batch(x, layer, *places)
-        rows, stopping = deal.world.sum(torch.tensor([len(batch.x), int(stop())])).tolist()
-        if not rows:
-            raise Exhausted(f"the activations ended after {state.step} of {steps} steps")
-        draws = [
-            _of_rows(Draws.of(seed, number, deal, normalizer.width, recipe, device), batch, deal)
-            for number in range(state.step * recipe.draws, (state.step + 1) * recipe.draws)
-        ]
+        self._check.finish()
+
+    def step(self, batch: Batch, rows: int) -> Figures:
+        """One optimizer step with this process's `batch` of `rows` in all processes."""
+        state, recipe = self.state, self.recipe
         loss = backward(
-            state.model, normalizer, batch, draws, rows, deal=deal, precision=precision, micro_batch=micro_batch
+            state.model,
+            self.normalizer,
+            batch,
+            self.noise_samples(batch),
+            rows,
+            partition=self.partition,
+            precision=self.precision,
+            micro_batch=self.micro_batch,
         )
         norm = gradient_norm(state.denoiser)
-        check.step(state, loss, norm)
+        self._check.step(state, loss, norm)
         clip_gradients(state.denoiser, norm, recipe.clip)
-        set_rates(state.optimizers, rate_share(state.step, steps, recipe))
+        set_rates(state.optimizers, rate_share(state.step, self.steps, recipe))
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()  # to none: the next gradients are then taken over, not added to zeros
         if state.average is not None:
             state.average.update(state.denoiser, state.step)
-        rate = learning_rate(state.step, steps, recipe)
+        figures = Figures(loss, norm, learning_rate(state.step, self.steps, recipe), rows)
         state.step += 1
-        if after_step is not None:
-            after_step(state, {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "rows": rows})
-        if stopping and state.step < steps:  # not before the step: its activations were drawn already
-            check.finish()
-            raise Stopped(f"stopped after {state.step} of {steps} steps")
-    check.finish()
-    return state
+        return figures
+
+    def noise_samples(self, batch: Batch) -> list[NoiseSamples]:
+        """The noise and times of the next step, one for each of the recipe's samples of an activation."""
+        count, device = self.recipe.noise_samples, self.normalizer.mean.device
+        numbers = range(self.state.step * count, (self.state.step + 1) * count)
+        drawn = (
+            NoiseSamples.draw(self.seed, number, self.partition, self.normalizer.width, self.recipe, device)
+            for number in numbers
+        )
+        return [samples.for_rows(batch) for samples in drawn]
 
 
 def _no_rows(normalizer: Normalizer) -> Batch:
     """What a process without activations brings to a step of the others."""
     several = len(normalizer.layers) > 1
     return Batch(torch.empty(0, normalizer.width), torch.empty(0, dtype=torch.int64) if several else None)
-
-
-def _of_rows(draws: Draws, batch: Batch, deal: Deal) -> Draws:
-    if batch.places is not None:
-        return draws.select(batch.places)
-    if len(batch.x) == deal.rows:
-        return draws
-    if len(batch.x):
-        raise InputError(f"a batch has {len(batch.x)} rows, not {deal.rows}")
-    return draws.select(slice(0))
-
-
-def backward(
-    model: nn.Module,
-    normalizer: Normalizer,
-    batch: Batch,
-    draws: Sequence[Draws],
-    rows: int,
-    *,
-    deal: Deal,
-    precision: torch.dtype,
-    micro_batch: int | None,
-) -> Tensor:
-    """Add the gradient of the batch's mean loss to the parameters, one micro-batch at a time; returns the loss.
-
-    `rows` are those of all processes: each one's gradient counts by its true share. All run the same number of
-    micro-batches, the last ones empty where there are fewer rows. With several `draws` the loss is their mean.
-
-    On a CPU a micro-batch whose hidden units fit the cache saves more memory traffic than its smaller matrices cost.
-    """
-    device = normalizer.mean.device
-    size = micro_batch or deal.most_rows
-    count = -(-deal.most_rows // size)
-    total = torch.zeros((), device=device)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        # One autocast region for all micro-batches: weights are cast once, not once for each.
-        for i in range(count * len(draws)):
-            with gradients_stay(model, i < count * len(draws) - 1):
-                part, drawn = slice(i % count * size, (i % count + 1) * size), draws[i // count]
-                errors = squared_errors(model, normalizer, batch, drawn, part)
-                if drawn.weight is not None:
-                    errors = errors * to_device(drawn.weight[part], device)
-                loss = errors.sum() / (rows * len(draws))
-                # Processes' gradients are averaged, while the loss is a sum of their shares.
-                (loss * deal.world.size).backward()
-            total += loss.detach()
-    if deal.world.size > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
-def squared_errors(
-    model: nn.Module, normalizer: Normalizer, batch: Batch, draws: Draws, part: slice = slice(None)
-) -> Tensor:
-    """Mean squared error [n] of the velocity of some rows, on the normalizer's device."""
-    device = normalizer.mean.device
-    row = None if batch.layer is None else normalizer.known_rows(batch.layer[part])
-    z_0 = normalizer.standardised(to_device(batch.x[part], device), 0 if row is None else row)
-    some = draws.select(part)
-    distinct, index = some.times()
-    z_t = flow.interpolate(z_0, some.noise, distinct[index])
-    # All layers that the prior serves, and which of them each row has: nothing is looked for in the data.
-    several = {} if row is None else {"layer": normalizer.layers, "layer_index": to_device(row, device)}
-    predicted = model(z_t, distinct, time_index=index, **several)
-    return (predicted.float() - flow.target(z_0, some.noise)).square().mean(dim=1)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -263,56 +220,3 @@ def _check_finite(step: int, figures: Tensor) -> None:
     loss, norm = figures.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; the last saved state is kept")
-
-
-@torch.no_grad()
-def heldout_errors(
-    denoiser: nn.Module,
-    normalizer: Normalizer,
-    x: Tensor,
-    layer: Tensor | None = None,
-    *,
-    precision: torch.dtype = torch.float32,
-    seed: int = 0,
-    chunk: int = 1024,
-    world: World | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Each row's loss at fixed noise and time: squared error [N] float32, and its bin of the noise level [N].
-
-    Times are spread evenly over [0, 1]; the same rows get the same noise and times at every call, so that two calls
-    compare. Bin i of `BINS` covers times from i / BINS to (i + 1) / BINS. With several processes each gets the errors
-    of every size-th row only.
-    """
-    world = world or World()
-    device = normalizer.mean.device
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    strata = min(200, len(x))
-    t = ((torch.arange(len(x)) * strata // len(x)) + 0.5) / strata
-    own = slice(world.rank, None, world.size)
-    batch = Batch(x[own], None if layer is None else layer[own])
-    draws = Draws(noise[own].to(device), t[own])
-    errors = []
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        # As many chunks in every process, the last ones empty: a sharded denoiser needs all of them at each.
-        for begin in range(0, -(-len(x) // world.size), chunk):
-            errors.append(squared_errors(denoiser, normalizer, batch, draws, slice(begin, begin + chunk)).cpu())
-    return torch.cat(errors), (t[own] * BINS).long().clamp_(max=BINS - 1)
-
-
-def heldout_loss(
-    denoiser: nn.Module,
-    normalizer: Normalizer,
-    x: Tensor,
-    layer: Tensor | None = None,
-    *,
-    precision: torch.dtype = torch.float32,
-    world: World | None = None,
-) -> tuple[float, list[float]]:
-    """Held-out loss, overall and in each bin of the noise level; every process of `world` takes its share of rows."""
-    world = world or World()
-    error, bins = heldout_errors(denoiser, normalizer, x, layer, precision=precision, world=world)
-    sums = torch.zeros(2, BINS, dtype=torch.float64)
-    sums[0].index_add_(0, bins, error.double())
-    sums[1] = torch.bincount(bins, minlength=BINS)
-    loss, count = world.sum(sums)
-    return float(loss.sum() / count.sum()), (loss / count.clamp(min=1)).tolist()

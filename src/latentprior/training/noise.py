@@ -1,4 +1,4 @@
-"""The random numbers of a training step: noise and noise levels, a function of seed, step and lane alone."""
+"""The random numbers of a training step: noise and noise levels, a function of seed, step and document shard alone."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latentprior.config import Recipe
-from latentprior.data.partition import Deal
+from latentprior.data.partition import Batch, BatchPartition
 from latentprior.training.times import draw_times, loss_weights, most_distinct
 from latentprior.utils.devices import to_device
+from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator
 
 
 @dataclass(frozen=True)
-class Draws:
+class NoiseSamples:
     """Noise [n, d] on the trainer's device, and times [n] and loss weights [n] (None: equal) on the CPU."""
 
     noise: Float[Tensor, "n d"]
@@ -27,33 +28,50 @@ class Draws:
     """How many distinct times there can be; the time path is padded to it on a GPU, where shapes must not change."""
 
     @classmethod
-    def of(cls, seed: int, step: int, deal: Deal, width: int, recipe: Recipe, device: torch.device) -> Draws:
-        """The draws of one process for a full batch, its lanes one after another.
+    def draw(
+        cls, seed: int, number: int, partition: BatchPartition, width: int, recipe: Recipe, device: torch.device
+    ) -> NoiseSamples:
+        """The samples of one process for a full batch, its document shards one after another.
 
-        The lanes take the batch's ascending times in an order of their own in every step: no lane sees one noise
+        The shards take the batch's ascending times in an order of their own in every step: no shard sees one noise
         level more often than another.
+
+        Args:
+            number: of these samples: the step, or with several samples for each activation the step times their count
+                plus which of them it is.
         """
-        order = np.random.default_rng((seed % 2**64, step)).permutation(deal.lanes)
-        quotas = np.array([deal.quota(int(lane)) for lane in order])
-        starts = np.empty(deal.lanes, np.int64)
+        shards, quota = partition.shards, partition.quota
+        order = np.random.default_rng((seed % 2**64, number)).permutation(shards)
+        quotas = np.array([quota(int(shard)) for shard in order])
+        starts = np.empty(shards, np.int64)
         starts[order] = quotas.cumsum() - quotas
-        own = torch.cat([torch.arange(starts[lane], starts[lane] + deal.quota(lane)) for lane in deal.owned])
-        t = draw_times(seed, step, deal.batch, recipe)
+        own = torch.cat([torch.arange(starts[shard], starts[shard] + quota(shard)) for shard in partition.owned])
+        t = draw_times(seed, number, partition.batch, recipe)
         weight = loss_weights(t, recipe)
-        noise = torch.empty(deal.rows, width, device=device)
+        noise = torch.empty(partition.rows, width, device=device)
         begin = 0
-        for lane in deal.owned:
-            end = begin + deal.quota(lane)
-            noise[begin:end].normal_(generator=keyed_generator(seed, step, lane, device=device))
+        for shard in partition.owned:
+            end = begin + quota(shard)
+            noise[begin:end].normal_(generator=keyed_generator(seed, number, shard, device=device))
             begin = end
-        most = None if recipe.times == "uniform" else most_distinct(recipe, deal.rows)
+        most = None if recipe.times == "uniform" else most_distinct(recipe, partition.rows)
         return cls(noise, t[own], None if weight is None else weight[own], most)
 
-    def select(self, places: Int[Tensor, " m"] | slice) -> Draws:
-        """The draws of some rows."""
-        weight = None if self.weight is None else self.weight[places]
-        on_device = to_device(places, self.noise.device) if isinstance(places, Tensor) else places
-        return Draws(self.noise[on_device], self.t[places], weight, self.most_distinct)
+    def for_rows(self, batch: Batch) -> NoiseSamples:
+        """The samples of the rows that `batch` has of a full one."""
+        if batch.row_index is not None:
+            return self.select(batch.row_index)
+        if len(batch.x) == len(self.t):
+            return self
+        if len(batch.x):
+            raise InputError(f"a batch has {len(batch.x)} rows, not {len(self.t)}")
+        return self.select(slice(0))
+
+    def select(self, rows: Int[Tensor, " m"] | slice) -> NoiseSamples:
+        """The samples of some rows."""
+        weight = None if self.weight is None else self.weight[rows]
+        on_device = to_device(rows, self.noise.device) if isinstance(rows, Tensor) else rows
+        return NoiseSamples(self.noise[on_device], self.t[rows], weight, self.most_distinct)
 
     def times(self) -> tuple[Float[Tensor, " u"], Int[Tensor, " n"]]:
         """The distinct times, and which of them each row has, on the noise's device."""

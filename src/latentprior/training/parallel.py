@@ -17,10 +17,11 @@ from latentprior.prior.denoiser import Denoiser
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
+CPU_MICRO_BATCH = 1024  # rows of a pass by default: their hidden units fit the cache
 SHARD_FROM = 1_000_000_000  # parameters; their float32 weights, gradients and AdamW moments take 16 GB
 
 
-def placed(
+def parallelize(
     denoiser: Denoiser,
     world: World,
     *,

@@ -1,4 +1,4 @@
-"""What a training run draws from: a finished store, a store that is still being recorded, or a language model."""
+"""Sources of activations to train on: a finished store, one that is still being recorded, or a language model."""
 
 from __future__ import annotations
 
@@ -12,42 +12,38 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from latentprior.config import Recipe, TrainConfig, to_dict
+from latentprior.config import Recipe, TrainConfig, settings_of
 from latentprior.config.base import bytes_of
 from latentprior.data import text
 from latentprior.data.moments import Covariance, Moments
-from latentprior.data.partition import Batch, Deal
+from latentprior.data.partition import Batch, BatchPartition
 from latentprior.data.store.follow import Follower, wait_for_rows
 from latentprior.data.store.manifest import LEFT_OUT, write_file
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.writer import StoreWriter
-from latentprior.data.stream.buffer import Source, Stream, buffer_turns, check_memory
+from latentprior.data.stream.buffer import MixingBuffer, buffered_batches, check_memory
+from latentprior.data.stream.live import LiveActivations
 from latentprior.data.text_files import text_settings
-from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after
+from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
 from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
-STREAM_ONLY = (
-    *("llm", "text", "layers", "side", "max_length", "long_documents", "batch_tokens", "buffer", "statistics", "sinks"),
-)
-"""Options that decide the rows of a stream, and mean nothing for a store."""
-
-
 LEAST_TOKENS = 256  # of a forward pass, however small the buffer is
 
 
-class Feed(ABC):
-    """Activations for training."""
+class ActivationSource(ABC):
+    """Activations to train on."""
 
     hookpoints: tuple[Hookpoint, ...]
     source: dict[str, Any]
     """Where they come from, as JSON values."""
     identity: dict[str, Any]
     """What decides the rows and their order, as JSON values."""
-    save: Callable[[], object] = staticmethod(lambda: None)
-    """Set by the run: saves the training state, for a feed that others wait for."""
+
+    def __init__(self, config: TrainConfig, partition: BatchPartition) -> None:
+        self.config, self.partition = config, partition
 
     @property
     def blocks(self) -> int | None:
@@ -59,8 +55,13 @@ class Feed(ABC):
         """Statistics of the activations; called before the first batch."""
 
     @abstractmethod
-    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
-        """This process's rows of the batches from number `step` on; `position` is that after the ones before."""
+    def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
+        """This process's rows of the batches from number `step` on.
+
+        Args:
+            position: what `position` gave after the ones before.
+            save: saves the training state between two batches, for a source that others wait for.
+        """
 
     def position(self) -> dict[str, Any] | None:
         """What `batches` needs besides the step to continue here, as JSON values; called by every process."""
@@ -69,8 +70,8 @@ class Feed(ABC):
     def saved(self) -> None:  # noqa: B027
         """The last position is saved: what came before it is not needed any more."""
 
-    def heldout(self, rows: int) -> Batch | None:
-        """Activations of held-out documents, if the feed has some of its own; the same in every process."""
+    def heldout(self) -> Batch | None:
+        """Rows of documents that the source itself holds out, the same in every process; called after `normalizer`."""
         return None
 
     def distinct(self, rows: int) -> int:
@@ -82,27 +83,28 @@ class Feed(ABC):
         return {}
 
     def seconds(self) -> dict[str, float]:
-        """Where this feed's time went."""
+        """Where this source's time went."""
         return {}
 
     def close(self) -> None:  # noqa: B027
         """The run is complete."""
 
 
-class StoreFeed(Feed):
+class StoreSource(ActivationSource):
     """A finished store, or some of its layers, gone through in random order as often as needed."""
 
-    def __init__(self, store: ActivationStore, deal: Deal, seed: int, layers: Sequence[int] = ()) -> None:
-        self.store, self.source = store, store.manifest["source"]
-        self.layers = _chosen(store, layers)
+    def __init__(self, config: TrainConfig, partition: BatchPartition) -> None:
+        super().__init__(config, partition)
+        self.store = store = ActivationStore(_path(config))
+        self.source: dict[str, Any] = store.manifest["source"]
+        self.layers = _chosen(store, config.layers)
         self.hookpoints = tuple(h for h in store.hookpoints if h.layer in self.layers)
         self._rows = len(store.rows_at(self.layers))
         # By its rows: the folder may move.
         self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": self._rows}
         if len(self.layers) < len(store.layers):
             self.identity["layers"] = self.layers
-        self._deal, self._seed = deal, seed
-        store.batches(deal.batch, layers=self.layers)  # refuses fewer rows than a batch
+        store.batches(partition.batch, layers=self.layers)  # refuses fewer rows than a batch
 
     def normalizer(self, recipe: Recipe) -> Normalizer:
         moments = self.store.moments().at(self.layers)
@@ -110,52 +112,48 @@ class StoreFeed(Feed):
             return Normalizer.whitened(moments, _covariance(self.store, self.layers))
         return Normalizer.from_moments(moments)
 
-    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
-        own = self._deal.positions()
-        of = self.store.batches(self._deal.batch, seed=self._seed, start=step, own=own, layers=self.layers)
-        for x, layer in of:
+    def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
+        own, seed = self.partition.positions(), self.config.run.seed
+        for x, layer in self.store.batches(self.partition.batch, seed=seed, start=step, own=own, layers=self.layers):
             yield Batch(x, layer)
 
     def distinct(self, rows: int) -> int:
         return min(rows, self._rows)
 
 
-class FollowFeed(Feed):
+class FollowedStoreSource(ActivationSource):
     """A store that another process is recording: every row once, in the order of the shards."""
 
-    def __init__(self, config: TrainConfig, deal: Deal, stop: Callable[[], bool]) -> None:
-        if deal.world.size > 1:
+    def __init__(self, config: TrainConfig, partition: BatchPartition, stop: Callable[[], bool]) -> None:
+        super().__init__(config, partition)
+        if partition.world.size > 1:
             raise InputError("a store that is being recorded is followed by one process: train with --from llm instead")
-        self.config, self.deal, self._stop = config, deal, stop
-        self.store = wait_for_rows(config.store, config.statistics, config.wait_seconds, stop=stop)
+        self._stop = stop
+        self.store = wait_for_rows(_path(config), config.stream.statistics, config.store.wait_seconds, stop=stop)
         if len(_chosen(self.store, config.layers)) < len(self.store.layers):
             raise InputError(f"a store that is followed gives all its layers, {list(self.store.layers)}: omit --layers")
         self.hookpoints = tuple(self.store.hookpoints)
         self.source: dict[str, Any] = self.store.manifest["source"]
-        self.identity = {"source_of_rows": self.source, "statistics": config.statistics}
+        self.identity = {"source_of_rows": self.source, "statistics": config.stream.statistics}
         self._follower: Follower | None = None
         self._saved: dict[str, Any] | None = None
 
     def normalizer(self, recipe: Recipe) -> Normalizer:
-        if recipe.normalizer != "standard":
-            raise InputError(
-                f"recipe.normalizer {recipe.normalizer!r} needs a finished store, not one that is followed"
-            )
-        path = Path(self.config.output) / "statistics.safetensors"
-        return Normalizer.from_moments(kept_moments(path, self.store.moments))
+        _refuse_whitened(recipe)
+        return Normalizer.from_moments(kept_moments(self.config, self.store.moments))
 
-    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
+    def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         self._follower = Follower(
-            self.config.store,
-            self.deal.batch,
-            seed=self.config.seed,
+            _path(self.config),
+            self.partition.batch,
+            seed=self.config.run.seed,
             state=position,
-            wait_seconds=self.config.wait_seconds,
+            wait_seconds=self.config.store.wait_seconds,
             stop=self._stop,
-            on_wait=lambda: self.save(),  # the recorder waits for a release, which follows a save
+            on_wait=save,  # the recorder waits for a release, which follows a save
         )
         for x, layer in self._follower:
-            yield Batch(x, layer, None if len(x) == self.deal.batch else torch.arange(len(x)))
+            yield Batch(x, layer, None if len(x) == self.partition.batch else torch.arange(len(x)))
 
     def position(self) -> dict[str, Any] | None:
         self._saved = self._follower.state() if self._follower else None
@@ -166,100 +164,85 @@ class FollowFeed(Feed):
             self._follower.release(self._saved)
 
 
-class LiveFeed(Feed):
+class LanguageModelSource(ActivationSource):
     """What a language model computes meanwhile, through a mixing buffer; nothing is stored unless asked for."""
 
-    def __init__(self, config: TrainConfig, deal: Deal, device: torch.device) -> None:
-        text.documents(config.text)  # an unknown file, data set or column shows before the model is loaded
-        model, tokenizer = load_llm(config.llm, device)
-        self.config, self.deal = config, deal
-        self._source = Source(model, tokenizer, config, deal)
-        self.hookpoints = tuple(self._source.hookpoints)
-        n_blocks = drop_blocks_after(model, max(config.layers))  # their memory is the trainer's
-        parameter = next(model.parameters())
-        turns = buffer_turns(config, deal, self.hookpoints, parameter.element_size())
-        # What a lane has computed and not yet given waits for the next filling: at most half a share of the buffer.
-        share = turns * deal.batch // deal.lanes // len(self.hookpoints)
-        self._source.batch_tokens = min(config.batch_tokens, max(share // 2, LEAST_TOKENS))
-        place = torch.device("cpu") if config.buffer_device == "cpu" else device
-        check_memory(turns * deal.most_rows * self._source.width * parameter.element_size(), place)
-        self._source.open()  # wrong files and columns show before anything is computed
-        self.source = stream_source(config) | {"blocks": n_blocks}
-        self.identity = {"source_of_rows": self.source, "turns": turns, "lanes": deal.lanes}
-        self._turns, self._place = turns, place
-        self._stream: Stream | None = None
+    def __init__(self, config: TrainConfig, partition: BatchPartition, device: torch.device) -> None:
+        super().__init__(config, partition)
+        options = config.stream
+        text.documents(options.text)  # an unknown file, data set or column shows before the model is loaded
+        model, tokenizer = load_llm(options.llm, device)
+        self._live = live = LiveActivations(model, tokenizer, options, config.layers, partition)
+        self.hookpoints = tuple(live.hookpoints)
+        blocks = drop_blocks_after(model, max(config.layers))  # their memory is the trainer's
+        itemsize = next(model.parameters()).element_size()
+        self._buffered_batches = count = buffered_batches(options.buffer, partition, self.hookpoints, itemsize)
+        # What a shard has computed and not yet given waits for the next filling: at most half a share of the buffer.
+        share = count * partition.batch // partition.shards // len(self.hookpoints)
+        live.batch_tokens = min(options.batch_tokens, max(share // 2, LEAST_TOKENS))
+        self._buffer_device = torch.device("cpu") if options.buffer_device == "cpu" else device
+        check_memory(count * partition.most_rows * live.width * itemsize, self._buffer_device)
+        live.open()  # wrong files and columns show before anything is computed
+        self.source = stream_source(config) | {"blocks": blocks}
+        self.identity = {"source_of_rows": self.source, "turns": count, "lanes": partition.shards}
+        self._buffer: MixingBuffer | None = None
         self._keep: StoreWriter | None = None
         self._left_out: dict[str, int] = {}
 
     def normalizer(self, recipe: Recipe) -> Normalizer:
-        path = Path(self.config.output) / "statistics.safetensors"
-        if recipe.normalizer == "whitened":
-            raise InputError("recipe.normalizer 'whitened' needs a finished store")
-        moments = kept_moments(path, self._source.statistics, self.deal.world)
-        self._source.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
+        _refuse_whitened(recipe)
+        moments = kept_moments(self.config, self._live.statistics, self.partition.world)
+        self._live.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
         return Normalizer.from_moments(moments)
 
-    def batches(self, step: int, position: dict[str, Any] | None) -> Iterator[Batch]:
-        if self.config.record_to:
-            self._keep = self._writer(Path(self.config.record_to))
-        steps = -(-self.config.activations // self.deal.batch)
-        self._stream = Stream(
-            self._source, self._turns, self._place, seed=self.config.seed, steps=steps, keep=self._keep
+    def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
+        run = self.config.run
+        if self.config.stream.record_to:
+            self._keep = self._writer(Path(self.config.stream.record_to))
+        steps = -(-run.activations // self.partition.batch)
+        self._buffer = MixingBuffer(
+            self._live, self._buffered_batches, self._buffer_device, seed=run.seed, steps=steps, keep=self._keep
         )
-        yield from self._stream.batches(step, position)
+        yield from self._buffer.batches(step, position)
 
     def _writer(self, folder: Path) -> StoreWriter:
-        world = self.deal.world
+        world = self.partition.world
         if world.size > 1:
             folder = folder / f"{world.rank + 1}-of-{world.size}"
-        writer = StoreWriter(
-            folder,
-            self.hookpoints,
-            source=self.source,
-            resume=True,
-            budget=bytes_of("disk_budget", self.config.disk_budget),
-        )
-        writer.sink_thresholds = self._source.sink_thresholds()
-        writer.moments.median_norm[:] = torch.tensor(list(self._source.medians.values()))
+        budget = bytes_of("disk_budget", self.config.stream.disk_budget)
+        writer = StoreWriter(folder, self.hookpoints, source=self.source, resume=True, budget=budget)
+        writer.sink_thresholds = self._live.sink_thresholds()
+        writer.moments.median_norm[:] = torch.tensor(list(self._live.medians.values()))
         return writer
 
     def position(self) -> dict[str, Any]:
-        assert self._stream is not None
+        assert self._buffer is not None
         if self._keep is not None:
             self._keep.flush()  # what lies before the position will not be streamed again
-        position = self._stream.position()
-        self._left_out = {reason: sum(lane[reason] for lane in position["lanes"]) for reason in LEFT_OUT}
+        position = self._buffer.position()
+        self._left_out = {reason: sum(shard[reason] for shard in position["lanes"]) for reason in LEFT_OUT}
         return position
 
     def left_out(self) -> dict[str, int]:
         return self._left_out
 
-    def heldout(self, rows: int) -> Batch | None:
-        """The first rows of the documents that the text's split keeps from training."""
-        text = self.config.text
+    def heldout(self) -> Batch | None:
+        text = self.config.stream.text
         if text.part != "train" or not text.heldout:
             return None
-        return self._source.rows_of(replace(text, part="heldout", limit=None), rows)
+        return self._live.rows_of(replace(text, part="heldout", limit=None), self.config.run.heldout_activations)
 
     def seconds(self) -> dict[str, float]:
-        return {"llm": self._source.seconds, "buffer": self._stream.seconds if self._stream else 0.0}
+        return {"llm": self._live.seconds, "buffer": self._buffer.seconds if self._buffer else 0.0}
 
     def close(self) -> None:
         if self._keep is not None:
             self._keep.close()
 
 
-def stream_source(config: TrainConfig) -> dict[str, Any]:
-    """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
-    values = to_dict(config) | {"text": text_settings(config.text), "long_documents": "chunk"}
-    source = {key: values[key] for key in STREAM_ONLY}
-    if not config.chunks:  # as before there were chunks, so that older runs continue
-        del source["long_documents"]
-    source["llm"] = {key: value for key, value in values["llm"].items() if key != "device_map"}
-    return source
-
-
-def open_feed(config: TrainConfig, deal: Deal, device: torch.device, stop: Callable[[], bool] = lambda: False) -> Feed:
+def open_source(
+    config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool] = lambda: False
+) -> ActivationSource:
     """What `config` says to train on, checked before anything is computed.
 
     Args:
@@ -270,15 +253,42 @@ def open_feed(config: TrainConfig, deal: Deal, device: torch.device, stop: Calla
         Stopped: `stop` said so.
     """
     if config.source == "llm":
-        return LiveFeed(config, deal, device)
-    if config.follow:
-        return FollowFeed(config, deal, stop)
-    return StoreFeed(ActivationStore(config.store), deal, config.seed, config.layers)
+        return LanguageModelSource(config, partition, device)
+    if config.store.follow:
+        return FollowedStoreSource(config, partition, stop)
+    return StoreSource(config, partition)
 
 
-def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None = None) -> Moments:
-    """The moments in the file `path`, computed and saved there if it is missing: a resumed run has the same ones."""
+def stored_heldout(config: TrainConfig, hookpoints: Sequence[Hookpoint]) -> Batch | None:
+    """Rows of the held-out store that `config` names, the same at every call.
+
+    Raises:
+        InputError: it is not of these hookpoints.
+    """
+    if config.store.heldout is None:
+        return None
+    store = ActivationStore(config.store.heldout)
+    layers = [h.layer for h in hookpoints] if config.layers else store.layers
+    if not same_places([h for h in store.hookpoints if h.layer in layers], hookpoints):
+        raise InputError(f"{store.folder} was recorded at other hookpoints than the activations to train on")
+    size = min(config.run.heldout_activations, len(store.rows_at(layers)))
+    return Batch(*next(store.batches(size, seed=0, layers=layers)))
+
+
+def stream_source(config: TrainConfig) -> dict[str, Any]:
+    """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
+    source = settings_of(config.stream) | {"layers": config.layers, "text": text_settings(config.stream.text)}
+    if config.stream.chunks:
+        source["long_documents"] = "chunk"
+    else:
+        del source["long_documents"]  # as before there were chunks, so that older runs continue
+    return source
+
+
+def kept_moments(config: TrainConfig, compute: Callable[[], Moments], world: World | None = None) -> Moments:
+    """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
     world = world or World()
+    path = Path(config.run.output) / "statistics.safetensors"
     there = world.first(path.is_file())
     if not there:
         moments = compute()
@@ -289,12 +299,18 @@ def kept_moments(path: Path, compute: Callable[[], Moments], world: World | None
     return Moments.from_state_dict(load_file(path))
 
 
-def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
-    """The store's layers that are named, in its order; all of them if none is.
+def _path(config: TrainConfig) -> str:
+    assert config.store.path is not None  # `TrainConfig` refuses a source "store" without one
+    return config.store.path
 
-    Raises:
-        InputError: a layer that the store does not have.
-    """
+
+def _refuse_whitened(recipe: Recipe) -> None:
+    if recipe.normalizer == "whitened":
+        raise InputError("recipe.normalizer 'whitened' needs a finished store")
+
+
+def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
+    """The store's layers that are named, in its order; all of them if none is."""
     check_recorded(layers, store.layers)
     return [layer for layer in store.layers if not layers or layer in layers]
 

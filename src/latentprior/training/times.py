@@ -25,7 +25,7 @@ def draw_times(seed: int, step: int, count: int, recipe: Recipe) -> Float[Tensor
     """The times of one step, ascending, float32 on the CPU: a function of `recipe`, `count` and (seed, step) alone.
 
     "grid" and "uniform" are independent draws. "stratified" and "logit_normal" cut [0, 1] into ``distinct_times``
-    equally likely strata, draw one time in each, and deal the rows to the strata as evenly as possible; every time
+    equally likely strata, draw one time in each, and spread the rows over the strata as evenly as possible; every time
     has its law at any count, as the rows left over go to strata chosen at random.
 
     Args:

@@ -14,9 +14,6 @@ def resolve_device(name: torch.device | str) -> torch.device:
     """The device called `name`; "auto" is this process's CUDA device if there is one, else the CPU.
 
     A CUDA device without a number is this process's, so that devices compare equal that are.
-
-    Raises:
-        InputError: no such device on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

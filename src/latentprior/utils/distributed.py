@@ -68,9 +68,6 @@ def joined(device: str = "auto") -> Iterator[World]:
 
     On GPUs each process of a machine takes its own. When the block ends well the processes part; when one fails, it
     does not wait for the others, and torchrun ends them.
-
-    Raises:
-        InputError: more processes on a machine than it has GPUs.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
@@ -83,7 +80,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
     world = World(dist.get_rank(), dist.get_world_size())
-    world.wait()  # all are there: one that fails at once does not break the others' meeting
+    world.wait()  # until all are connected: one that failed before would leave the others waiting for it
     yield world
     world.wait()
     dist.destroy_process_group()

@@ -16,13 +16,9 @@ class Stopped(Exception):
 
 
 def unknown(kind: str, name: object, valid: Iterable[object], *, most: int = 12) -> InputError:
-    """An `InputError` for a name that does not exist, with its nearest valid ones.
+    """An `InputError` for a `name` of some `kind`, such as "column", that does not exist, with the nearest valid ones.
 
-    Args:
-        kind: what the name names, such as "column".
-        name: what was given.
-        valid: everything that would have been accepted.
-        most: how many valid names the message lists at most.
+    At most `most` of the valid names are listed.
     """
     options = [str(option) for option in valid]
     near = nearest(str(name), options)

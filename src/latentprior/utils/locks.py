@@ -24,10 +24,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
     """Hold `folder`, made if it is not there, against other processes and other holders in this one; gives its path.
 
     The lock is the operating system's: it ends with its process, however that ends. Folders made here that are still
-    empty at the end are removed again. A file system without locks is a warning.
-
-    Raises:
-        InputError: somebody else holds the folder, a file lies in its place, or it cannot be written.
+    empty at the end are removed again. A folder that is held is an `InputError`, a file system without locks a warning.
     """
     folder = Path(folder)
     check_folder(folder)

@@ -22,14 +22,9 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
 
 
 def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:
-    """Refuse to mix what `folder` holds with what other settings would give.
+    """Raise `InputError` unless `what` lies in `folder` was made with the settings `given` now, JSON-ready.
 
-    Args:
-        what: is in the folder.
-        stored, given: the settings of then and of now, JSON-ready.
-
-    Raises:
-        InputError: they differ; the first difference is named.
+    The first difference is named.
     """
     if difference := next(differences(stored, json.loads(json.dumps(given))), None):
         raise InputError(f"{folder} holds {what} with other settings: {difference}; choose another --output")

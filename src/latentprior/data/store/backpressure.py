@@ -70,9 +70,8 @@ def is_waiting(folder: Path) -> bool:
     return (folder / WAITING).exists()
 
 
-def looks(seconds: float, poll: float) -> Iterator[None]:
-    """Moments at which to look whether something has come: now, after pauses that double from `poll` to a second, and
-    last when `seconds` are over."""
+def polling(seconds: float, poll: float) -> Iterator[None]:
+    """Times to look again: now, after pauses that double from `poll` to a second, and last when `seconds` are over."""
     deadline = time.monotonic() + seconds
     yield
     while (left := deadline - time.monotonic()) > 0:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprior.data.store import backpressure as handover
+from latentprior.data.store import backpressure
 from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore, Shard
 from latentprior.utils.errors import InputError, Stopped
@@ -41,7 +41,7 @@ def wait_for_rows(
         rows: how many are enough, of all layers together. Fewer are if the store is complete, or if its recorder waits
             for a trainer: more would never come.
         wait_seconds: give up if nothing new comes for this long.
-        poll: seconds before the second look.
+        poll: seconds before the second look at the store.
         stop: asked at every look, at least once a second.
 
     Returns:
@@ -53,12 +53,12 @@ def wait_for_rows(
     """
     folder, recorded = Path(folder), -1
     while True:
-        for _ in handover.looks(wait_seconds, poll):
+        for _ in backpressure.polling(wait_seconds, poll):
             _check_stop(stop, folder)
             if (folder / files.MANIFEST).exists():
                 manifest = files.read_manifest(folder)
                 before, recorded = recorded, manifest["evicted"] + manifest["rows"]
-                if recorded >= rows or manifest["complete"] or handover.is_waiting(folder):
+                if recorded >= rows or manifest["complete"] or backpressure.is_waiting(folder):
                     return _open_live(folder)
                 if recorded > before:
                     break  # there is progress: wait anew
@@ -131,7 +131,7 @@ class Follower(Iterator[Batch]):
             InputError: the store's folder cannot be written.
         """
         if not self._manifest["complete"]:  # else nobody waits
-            handover.write_consumed(self.folder, state["shard"])
+            backpressure.write_consumed(self.folder, state["shard"])
 
     def __next__(self) -> Batch:
         if not self._is_ready():
@@ -163,10 +163,10 @@ class Follower(Iterator[Batch]):
         return self._manifest["complete"] or sum(shard["rows"] for shard in ahead) - self._row >= self._batch_size
 
     def _wait(self, on_wait: Callable[[], object] | None) -> None:
-        for _ in handover.looks(self._wait_seconds, self._poll):
+        for _ in backpressure.polling(self._wait_seconds, self._poll):
             _check_stop(self._stop, self.folder)
             # In this order: a recorder that waits for room has written all that it can.
-            stuck = handover.is_waiting(self.folder)
+            stuck = backpressure.is_waiting(self.folder)
             self._look()
             if self._is_ready():
                 return

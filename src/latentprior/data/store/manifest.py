@@ -52,11 +52,7 @@ _FILE_NAME = re.compile(r"(shard-\d{5,}\.(safetensors|parquet)|statistics(-\d{5,
 
 
 def settings(hookpoints: Sequence[Hookpoint], dtype: str, shard_rows: int, source: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a manifest that is fixed before the first row, checked, as JSON gives it back.
-
-    Raises:
-        InputError: hookpoints of several widths, a layer twice or none, float16, or a source that JSON cannot hold.
-    """
+    """The part of a manifest that is fixed before the first row, checked, as JSON gives it back."""
     if dtype == "float16":
         raise InputError("float16 is refused: activations go beyond its largest value, 65504; take bfloat16 or float32")
     if dtype not in DTYPES:
@@ -100,11 +96,7 @@ def empty_manifest(fixed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of the store in `folder`, its structure and every file name checked.
-
-    Raises:
-        InputError: there is none, or it is damaged, newer than this version, or names a file it must not.
-    """
+    """The manifest of the store in `folder`, its structure and every file name checked."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -121,7 +113,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key in ("evicted", "first_shard"):  # older stores lack them
         manifest.setdefault(key, 0)
     _require(path, "the manifest", manifest, _MANIFEST_FIELDS)
-    for key in ("cut_documents", "cut_tokens"):  # so here
+    for key in ("cut_documents", "cut_tokens"):
         manifest["left_out"].setdefault(key, 0)
     _require(path, "left_out", manifest["left_out"], dict.fromkeys(LEFT_OUT, int))
     thresholds = manifest["sink_thresholds"]
@@ -141,11 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_hookpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Hookpoint]:
-    """The hookpoints that a manifest lists.
-
-    Raises:
-        InputError: one lacks a field, has another width than the store, or names a layer again.
-    """
+    """The hookpoints that a manifest lists: distinct layers, one width."""
     for values in manifest["hookpoints"]:
         _require(folder / MANIFEST, "a hookpoint", values, {"model": str, "layer": int, "width": int, "side": str})
     try:
@@ -173,19 +161,12 @@ def shard_bytes(shard: Mapping[str, Any]) -> int:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest. Raises as `write_file`."""
+    """Replace the manifest."""
     write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file that is there whole or not at all, whenever the process dies.
-
-    Returns:
-        its entry for a manifest: file, bytes, sha256.
-
-    Raises:
-        InputError: it cannot be written, as on a full disk; nothing is left behind.
-    """
+    """Write a file whole or not at all; gives its entry for a manifest: file, bytes, sha256."""
     digest, size = hashlib.sha256(), 0
     try:
         with replaced(path) as partial, open(partial, "wb") as file:
@@ -199,11 +180,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 
 
 def check_file(folder: Path, entry: Mapping[str, Any], *, checksum: bool) -> Path:
-    """The path of a file that a manifest lists.
-
-    Raises:
-        InputError: it is missing, has another size or, if `checksum`, another SHA-256.
-    """
+    """The path of a file that a manifest lists, its size and, if asked for, its SHA-256 checked."""
     path = folder / entry["file"]
     if not path.is_file():
         raise InputError(f"{path} is missing")

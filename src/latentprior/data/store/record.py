@@ -168,7 +168,6 @@ def source(config: RecordConfig) -> dict[str, Any]:
     del values["long_documents"]
     if config.chunks:
         values["long_documents"] = "chunk"
-    del values["llm"]["device_map"]
     return values
 
 
@@ -191,7 +190,7 @@ def _recorded(
 
 
 def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[Numbered]:
-    """`recorded`, once its first rows have set each layer's median norm (unless a resumed store knows it)."""
+    """`recorded`, once its first rows have set each layer's median norm, unless a resumed store knows it."""
     medians = writer.moments.median_norm
     if writer.sink_thresholds:
         yield from recorded

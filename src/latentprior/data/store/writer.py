@@ -22,7 +22,7 @@ from safetensors.torch import save
 
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.moments import Moments
-from latentprior.data.store import backpressure as handover
+from latentprior.data.store import backpressure
 from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore
 from latentprior.lm.hooks import Hookpoint
@@ -36,8 +36,9 @@ POLL = 0.2  # seconds before the second look for a release
 class StoreWriter:
     """Writes a store, or continues one.
 
-    As a context manager it closes the store when the block ends well; an exception leaves it incomplete, to be
-    resumed. Rows not yet in a shard are lost then, and recorded again from `next_batch` on.
+    As a context manager it closes the store when the block ends well; an exception leaves it incomplete, to be resumed
+    from `next_batch` on: rows not yet in a shard are lost then. Nothing can be written on a full disk or beyond the
+    budget, which is an `InputError`; the shards before are good.
 
     Attributes:
         moments: of all rows appended; its `median_norm` may be set, and is stored.
@@ -76,9 +77,8 @@ class StoreWriter:
             batch_rows: most rows of one `append`, by which a shard can exceed `shard_rows`.
 
         Raises:
-            InputError: the budget does not hold two shards, the folder holds a store and `resume` is off, or that
-                store was recorded with other settings (the first difference is named, nothing is touched), or is
-                damaged.
+            InputError: the budget does not hold two shards; or the folder holds a store and `resume` is off, or that
+                store is damaged or was recorded with other settings: it is not touched.
         """
         self._settings = files.settings(hookpoints, dtype, shard_rows, source)
         self._budget, self._wait_seconds = budget, wait_seconds
@@ -137,10 +137,6 @@ class StoreWriter:
             next_batch: index of the token batch that comes next.
             left_out: how many of its rows were left out, "sinks" and "nonfinite", and how many of its documents were
                 cut by how many tokens, "cut_documents" and "cut_tokens".
-
-        Raises:
-            InputError: rows of another width or layer, a value that is not finite, a token batch that is stored
-                already, a closed store, a file that cannot be written (a full disk), or no room within the budget.
         """
         if self._closed:
             raise InputError(f"{self.folder} is closed: nothing can be appended")
@@ -160,20 +156,12 @@ class StoreWriter:
             self._commit(f"statistics-{self._next_shard:05d}.safetensors")
 
     def flush(self) -> None:
-        """Store the rows that are not in a shard yet, in one of their own. A kill after this loses none of them.
-
-        Raises:
-            InputError: a file that cannot be written (a full disk), or no room within the budget.
-        """
+        """Store the rows that are not in a shard yet, in one of their own. A kill after this loses none of them."""
         if self._pending and not self._closed:
             self._commit(f"statistics-{self._next_shard:05d}.safetensors")
 
     def close(self) -> None:
-        """Store the remaining rows and mark the store complete. Does nothing on a closed one.
-
-        Raises:
-            InputError: a file that cannot be written (a full disk), or no room within the budget.
-        """
+        """Store the remaining rows and mark the store complete. Does nothing on a closed one."""
         if not self._closed:
             self._commit(files.STATISTICS)
             self._closed = True
@@ -254,17 +242,13 @@ class StoreWriter:
             self._evict(count)
 
     def _wait_for_release(self, needed: int, seconds: float) -> None:
-        """Wait until a trainer has released all shards before number `needed`.
-
-        Raises:
-            InputError: it released none for `seconds`.
-        """
-        released = handover.read_consumed(self.folder)
+        """Wait until a trainer has released all shards before number `needed`, each within `seconds`."""
+        released = backpressure.read_consumed(self.folder)
         while released < needed:
             before = released
-            with handover.waiting(self.folder):
-                for _ in handover.looks(seconds, POLL):
-                    if (released := handover.read_consumed(self.folder)) != before:
+            with backpressure.waiting(self.folder):
+                for _ in backpressure.polling(seconds, POLL):
+                    if (released := backpressure.read_consumed(self.folder)) != before:
                         break
                 else:
                     raise InputError(
@@ -293,7 +277,7 @@ def remove_leftovers(folder: Path, manifest: Mapping[str, Any]) -> None:
     for ending in (PARTIAL, ".tmp"):  # older versions wrote under the latter
         patterns += [f"shard-*{ending}", f"statistics*{ending}", f"{files.MANIFEST}{ending}"]
     if manifest["statistics"]:  # else the folder has no manifest yet, and its shards are somebody else's
-        patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, handover.WAITING]
+        patterns += ["shard-*.safetensors", "shard-*.parquet", files.STATISTICS, backpressure.WAITING]
     listed = files.listed_files(manifest)
     for path in itertools.chain.from_iterable(folder.glob(pattern) for pattern in patterns):
         if path.name not in listed:

@@ -1,7 +1,7 @@
-"""Lanes: independent streams of documents whose activations come in a fixed order, from any position on.
+"""Document shards: independent streams of documents whose activations come in a fixed order, from any position on.
 
-Of every `lanes` documents in a row each lane gets one, in a random order: text with a period, such as questions with
-their answers, would else give some lanes the short documents and others the long ones. A lane tokenises its documents
+Of every `shards` documents in a row each shard gets one, in a random order: text with a period, such as questions with
+their answers, would else give some shards the short documents and others the long ones. A shard tokenises its documents
 a window at a time and runs the language model on them, so its rows depend on nothing but the text and the options,
 whoever else computes what.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,18 +22,18 @@ from latentprior.data.activations import ActivationBatch
 from latentprior.data.text import Document, Reader
 from latentprior.data.tokens import TokenBatch
 
-WINDOW = 1024  # documents of a lane that are tokenised and sorted by length together: less would leave more padding
+WINDOW = 1024  # documents of a shard that are tokenised and sorted by length together: less would leave more padding
 SNAPSHOT = 4096  # documents between two remembered positions of the reader
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A lane's position: the next row is number `row` of token batch number `skip` of the window."""
+    """A shard's position: the next row is number `row` of token batch number `skip` of the window."""
 
     documents: int = 0
-    """Documents of the lane before the window."""
+    """Documents of the shard before the window."""
     batches: int = 0
-    """Token batches of the lane before the window."""
+    """Token batches of the shard before the window."""
     skip: int = 0
     row: int = 0
     sinks: int = 0
@@ -46,70 +46,70 @@ class Cursor:
     """Tokens that they were cut by."""
 
 
-class Dealer:
-    """Reads the text once and deals it over lanes, keeping what the lanes of this process have not yet taken."""
+class DocumentSharder:
+    """Reads the text once and spreads it over shards, keeping what the shards of this process have not yet taken."""
 
     def __init__(
-        self, text: TextConfig, lanes: int, cursors: dict[int, Cursor], snapshot: dict[str, Any] | None = None
+        self, text: TextConfig, shards: int, cursors: dict[int, Cursor], snapshot: dict[str, Any] | None = None
     ) -> None:
-        """Start where the lanes are.
+        """Start where the shards are.
 
         Args:
             text: which documents.
-            lanes: over how many lanes of all processes they are dealt.
-            cursors: this process's lanes and their positions.
+            shards: over how many shards of all processes they are spread.
+            cursors: this process's shards and their positions.
             snapshot: a position of the reader at or before all of them, as `snapshot` gave it.
 
         Raises:
             InputError: as `text.Reader`.
         """
-        self._lanes = lanes
-        self._waiting: dict[int, deque[Document]] = {lane: deque() for lane in cursors}
-        self._first = {lane: cursor.documents for lane, cursor in cursors.items()}
+        self._shards = shards
+        self._waiting: dict[int, deque[Document]] = {shard: deque() for shard in cursors}
+        self._first = {shard: cursor.documents for shard, cursor in cursors.items()}
         self._reader = Reader(text, state=snapshot["reader"] if snapshot else None)
         self._next = snapshot["document"] if snapshot else 0
-        self._turn: tuple[int, list[int]] = (-1, [])
+        self._round: tuple[int, list[int]] = (-1, [])
         self._snapshots: list[tuple[int, dict[str, Any]]] = [(self._next, self._reader.state())]
 
-    def take(self, lane: int, count: int, characters: int | None = None) -> list[Document]:
-        """The lane's next `count` documents, fewer once they hold `characters` characters or where the text ends."""
+    def take(self, shard: int, count: int, characters: int | None = None) -> list[Document]:
+        """The shard's next `count` documents, fewer once they hold `characters` characters or where the text ends."""
         taken, size = [], 0
         while len(taken) < count and (characters is None or size < characters):
-            if (document := self._next_of(lane)) is None:
+            if (document := self._next_of(shard)) is None:
                 break
             taken.append(document)
             size += len(document.text)
         return taken
 
-    def _next_of(self, lane: int) -> Document | None:
-        waiting = self._waiting[lane]
+    def _next_of(self, shard: int) -> Document | None:
+        waiting = self._waiting[shard]
         while not waiting and (document := next(self._reader, None)) is not None:
-            turn, place = divmod(self._next, self._lanes)
-            owner = self._order(turn)[place]
-            if owner in self._waiting and turn >= self._first[owner]:
+            round_, at = divmod(self._next, self._shards)
+            owner = self._order(round_)[at]
+            if owner in self._waiting and round_ >= self._first[owner]:
                 self._waiting[owner].append(document)
             self._next += 1
             if self._next % SNAPSHOT == 0:
                 self._snapshots.append((self._next, self._reader.state()))
         return waiting.popleft() if waiting else None
 
-    def _order(self, turn: int) -> list[int]:
-        """Which lanes the documents of a turn go to."""
-        if turn != self._turn[0]:
-            self._turn = turn, np.random.default_rng(turn).permutation(self._lanes).tolist()
-        return self._turn[1]
+    def _order(self, round_: int) -> list[int]:
+        """Which shards the documents of a round go to."""
+        if round_ != self._round[0]:
+            self._round = round_, np.random.default_rng(round_).permutation(self._shards).tolist()
+        return self._round[1]
 
     def snapshot(self, cursors: Sequence[Cursor]) -> dict[str, Any]:
-        """The last remembered position of the reader that is not after any lane's; those before it are forgotten."""
-        needed = min(cursor.documents for cursor in cursors) * self._lanes
-        place = bisect_right([document for document, _ in self._snapshots], needed) - 1
-        del self._snapshots[:place]
+        """The last remembered position of the reader that is not after any shard's; those before it are forgotten."""
+        needed = min(cursor.documents for cursor in cursors) * self._shards
+        at = bisect_right([document for document, _ in self._snapshots], needed) - 1
+        del self._snapshots[:at]
         document, reader = self._snapshots[0]
         return {"document": document, "reader": reader}
 
 
-class Lane:
-    """One lane's rows in their order.
+class DocumentShard:
+    """One shard's rows in their order.
 
     Args:
         take: gives the next documents; from those of the cursor's window on.
@@ -166,8 +166,3 @@ class Lane:
                 batches=self.cursor.batches + len(batches),
                 skip=0,
             )
-
-
-def to_json(cursor: Cursor) -> dict[str, int]:
-    """A cursor as JSON values."""
-    return asdict(cursor)

@@ -22,10 +22,8 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
 
     They are the `ModuleList` below the model's decoder that has as many members, mostly of one class, as the text
     config has layers; the one with most parameters if there are several. Without a transformers config they are the
-    largest list of members of one class. Wrappers (PEFT, DDP, `torch.compile`) are looked through.
-
-    Raises:
-        InputError: an encoder-decoder model, or no list that fits.
+    largest list of members of one class. Wrappers (PEFT, DDP, `torch.compile`) are looked through. An encoder-decoder
+    model is an `InputError`.
     """
     return find_blocks_at(model)[1]
 
@@ -89,10 +87,9 @@ def width_of(model: nn.Module, block: nn.Module, side: Side) -> int:
 
 
 def down_projection(model: nn.Module, block: nn.Module) -> nn.Module:
-    """The linear layer of a block through which the hidden units of its MLP write to the residual stream.
+    """The linear layer through which the hidden units of a block's MLP write to the residual stream.
 
-    Raises:
-        InputError: there is none, as in blocks whose MLP is a mixture of experts.
+    A mixture of experts has none, which is an `InputError`.
     """
     width = _stream_width(model, block)
     fitting = [

@@ -57,11 +57,7 @@ class Hookpoint:
 
     @classmethod
     def of(cls, model: nn.Module, layer: int, side: Side = "output") -> Hookpoint:
-        """The hookpoint of a loaded model.
-
-        Raises:
-            InputError: a layer that the model does not have, an unknown side, or no blocks found.
-        """
+        """The hookpoint of a loaded model."""
         block = select_blocks(model, [layer])[layer]
         source = getattr(language_model(model), "config", None)
         return cls(
@@ -80,8 +76,7 @@ class Hookpoint:
     def same_place(self, other: Hookpoint, *, check_model: bool = True) -> bool:
         """Whether two hookpoints are the same side of the same block of the same model; see `Hookpoint`.
 
-        Args:
-            check_model: False leaves the model out.
+        ``check_model=False`` leaves the model out.
         """
         if check_model and not self._same_model(other):
             return False
@@ -144,11 +139,7 @@ def check_recorded(layers: Iterable[int], recorded: Iterable[int]) -> None:
 
 
 def at_layers(hookpoints: Sequence[Hookpoint], layers: Iterable[int] | None = None) -> list[Hookpoint]:
-    """The hookpoints of `layers`, in that order; all of them by default.
-
-    Raises:
-        InputError: a layer that has none.
-    """
+    """The hookpoints of `layers`, in that order; all of them by default."""
     by_layer = {hookpoint.layer: hookpoint for hookpoint in hookpoints}
     layers = list(by_layer if layers is None else layers)
     check_recorded(layers, by_layer)
@@ -156,11 +147,7 @@ def at_layers(hookpoints: Sequence[Hookpoint], layers: Iterable[int] | None = No
 
 
 def at_layer(hookpoints: Sequence[Hookpoint], layer: int | None, owner: object) -> Hookpoint:
-    """The hookpoint of `layer`, which may be None where there is one only; `owner` has them, for the message.
-
-    Raises:
-        InputError: a layer that has none, or None where there are several.
-    """
+    """The hookpoint of `layer`, which may be None where `owner`, named in the error, has only one."""
     chosen = at_layers(hookpoints, None if layer is None else [layer])
     if len(chosen) != 1:
         raise InputError(f"{owner} has layers {[h.layer for h in chosen]}: choose one with --layer")

@@ -21,10 +21,7 @@ def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -
     """A dict that every forward pass fills with the hidden states [B, T, d] of `layers`.
 
     The tensors are the model's own, not copies, and part of the autograd graph if there is one. Edits that were
-    entered before are seen, later ones are not.
-
-    Raises:
-        InputError: a layer out of range, a compiled model, an unknown side.
+    entered before are seen, later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
     """
     hidden_states: dict[int, Tensor] = {}
     with _visiting(model, {layer: _keeper(hidden_states, layer) for layer in layers}, side):
@@ -42,9 +39,6 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
 
     Returns:
         hidden states [B, T, d] for each layer, in the order of `layers`.
-
-    Raises:
-        InputError: no layer, a layer out of range, a compiled model, an unknown side; blocks that run past their hooks.
     """
     layers = list(dict.fromkeys(layers))
     if not layers:
@@ -77,10 +71,6 @@ def edit(model: nn.Module, edits: Mapping[int, Callable[[Tensor], Tensor]], *, s
 
     Each function gets a copy of the hidden state [B, T, d] and returns its replacement, which is cast back to the
     model's dtype and device. Edits of nested contexts apply in the order in which they were entered.
-
-    Raises:
-        InputError: a layer out of range, a compiled model, an unknown side; in the forward pass, a function that
-            returns no tensor or one of another shape.
     """
     with _visiting(model, {layer: _editor(layer, function) for layer, function in edits.items()}, side):
         yield
@@ -207,12 +197,7 @@ def cache_argument(model: nn.Module) -> str:
 
 @contextmanager
 def forward_inputs(model: nn.Module) -> Iterator[ForwardInputs]:
-    """The inputs of the latest forward pass of `model`, for functions that edit its hidden states.
-
-    Raises:
-        InputError: in the forward pass, a cache of a kind that does not tell its length, in a call that gives no
-            positions and no mask of all columns either.
-    """
+    """The inputs of the latest forward pass of `model`, for functions that edit its hidden states."""
     latest = ForwardInputs()
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

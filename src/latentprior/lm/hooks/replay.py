@@ -17,11 +17,7 @@ Outputs = dict[int, Any]
 
 
 def blocks_before(model: nn.Module, layer: int, side: Side) -> range:
-    """The layers of the blocks that run before an edit at one side of `layer` is made.
-
-    Raises:
-        InputError: a layer out of range, a compiled model, an unknown side.
-    """
+    """The layers of the blocks that run before an edit at one side of `layer` is made."""
     check_side(side)
     select_blocks(model, [layer])
     return range(layer + 1 if side == "output" else layer)
@@ -29,11 +25,7 @@ def blocks_before(model: nn.Module, layer: int, side: Side) -> range:
 
 @contextmanager
 def keeping(model: nn.Module, layers: range) -> Iterator[Outputs]:
-    """A dict that every forward pass fills with copies of what the blocks of `layers` return, whatever that is.
-
-    Raises:
-        InputError: a layer out of range, or a compiled model.
-    """
+    """A dict that every forward pass fills with copies of what the blocks of `layers` return, whatever that is."""
     kept: Outputs = {}
     with ExitStack() as stack:
         for layer, block in select_blocks(model, layers).items():
@@ -52,9 +44,6 @@ def replaying(model: nn.Module, outputs: Outputs) -> Iterator[None]:
     The result is that of a whole forward pass only if the inputs are the same ones and if blocks pass on what they
     found by what they return alone: one that leaves keys and values in a cache for later blocks does not. Compare an
     unedited pass with a whole one.
-
-    Raises:
-        InputError: a compiled model.
     """
     with ExitStack() as stack:
         for layer, block in select_blocks(model, outputs).items():

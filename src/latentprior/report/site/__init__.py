@@ -1,5 +1,5 @@
 """A neuron store -> a static site that is searched from disk: no server, no network."""
 
-from latentprior.report.site.site import write_site
+from latentprior.report.site.write import write_site
 
 __all__ = ["write_site"]

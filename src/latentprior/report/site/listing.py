@@ -1,15 +1,17 @@
-"""The table of all units: what the index searches (units.js), and the lists by block that need no script."""
+"""The table of all units: the index, what it searches (units.js), and the lists by block that need no script."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from latentprior.neurons.store import Unit
-from latentprior.report.markup import Number, number, printable, text
-from latentprior.report.site.shell import described, link, list_path, page, share, source_words, unit_path
+from latentprior.report.site.words import list_path, share, source_words
+from latentprior.report.templating import printable, render
+from latentprior.utils.formatting import Number, number
 
 STATISTICS = {  # key of the column, its heading, the words of the sort menu
     "kurtosis": ("Kurtosis", "excess kurtosis"),
@@ -89,46 +91,45 @@ class Listing:
             packed = packed.replace(character, f"\\u{ord(character):04x}")
         return f"window.UNITS={packed};\n"
 
-    def pages(self) -> dict[str, str]:
+    def index_page(self) -> str:
+        """The first page: the search and the lists by block."""
+        won = Counter(task for tasks in self.columns["won"] for task in tasks)
+        return render(
+            "index.html.jinja",
+            root="",
+            title=f"Meta-neurons of {self.info.get('prior') or 'a prior'}",
+            info=self.info,
+            source=source_words(self.info),
+            corpus=(self.info.get("corpus") or {}).get("dataset"),
+            units=len(self),
+            blocks=self.blocks(),
+            tasks=[(task, won[number]) for task, number in sorted(self.tasks.items())],
+            statistics=self.statistics(),
+        )
+
+    def block_pages(self) -> dict[str, str]:
         """Path and text of every page of the lists by block."""
+        pages = {}
+        for block, positions in self.blocks().items():
+            statistics, parts = self.statistics(), -(-len(positions) // ROWS)
+            for part in range(parts):
+                pages[list_path(block, part)] = render(
+                    "list.html.jinja",
+                    title=f"Block {block} · {source_words(self.info)}",
+                    block=block,
+                    part=part,
+                    parts=parts,
+                    statistics=statistics,
+                    rows=[self._row(i, statistics) for i in positions[part * ROWS : (part + 1) * ROWS]],
+                )
+        return pages
+
+    def _row(self, i: int, statistics: Iterable[str]) -> dict[str, Any]:
         return {
-            list_path(block, part): self._page(block, part, -(-len(positions) // ROWS), positions)
-            for block, positions in self.blocks().items()
-            for part in range(-(-len(positions) // ROWS))
+            "index": self.columns["unit"][i] % self.d_mlp,
+            "description": self.columns["description"][i],
+            "cells": [_cell(key, self.columns[key][i]) for key in statistics],
         }
-
-    def _page(self, block: int, part: int, parts: int, positions: Sequence[int]) -> str:
-        statistics = self.statistics()
-        head = "".join(
-            f'<th scope="col" class="stat{" on" if key == "kurtosis" else ""}">{text(heading)}</th>'
-            for key, (heading, _) in statistics.items()
-        )
-        rows = "\n".join(self._row(i, statistics) for i in positions[part * ROWS : (part + 1) * ROWS])
-        trail = [link("../", "index.html", "All units")]
-        if part:
-            trail.append(link("../", list_path(block, part - 1), "← Previous", ' rel="prev"'))
-        if part + 1 < parts:
-            trail.append(link("../", list_path(block, part + 1), "Next →", ' rel="next"'))
-        of = f", part {part + 1} of {parts}" if parts > 1 else ""
-        body = (
-            f'<nav class="trail" aria-label="Site">{"".join(trail)}</nav>\n<main>\n'
-            f'<h1>Units of block {block}{of}</h1>\n<table class="units">'
-            f'<caption class="vh">Units of block {block}{of}</caption><thead><tr>'
-            f'<th scope="col">Unit</th><th scope="col" class="what">Description</th>{head}</tr></thead>\n'
-            f"<tbody>\n{rows}\n</tbody></table>\n</main>"
-        )
-        return page(f"Block {block}{of} · {source_words(self.info)}", body, root="../")
-
-    def _row(self, i: int, statistics: Mapping[str, Any]) -> str:
-        block, index = divmod(self.columns["unit"][i], self.d_mlp)
-        cells = "".join(
-            f'<td class="stat{" on" if key == "kurtosis" else ""}">{_cell(key, self.columns[key][i])}</td>'
-            for key in statistics
-        )
-        return (
-            f'<tr><th scope="row">{link("../", unit_path(block, index), f"b{block} n{index}")}</th>'
-            f'<td class="what">{described(self.columns["description"][i])}</td>{cells}</tr>'
-        )
 
 
 def _cell(key: str, value: Number | None) -> str:
@@ -139,7 +140,7 @@ def _cell(key: str, value: Number | None) -> str:
 
 def top_tokens(unit: Unit) -> list[str]:
     """Different tokens at the peaks of the top documents, highest first."""
-    peaks = [example.pieces[example.peak] for example in unit.top()]
+    peaks = [example.token_strings[example.peak] for example in unit.top()]
     return list(dict.fromkeys(peaks))[:TOP_TOKENS]
 
 

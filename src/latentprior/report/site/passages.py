@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from markupsafe import Markup
 
 from latentprior.neurons.store import Example
-from latentprior.report.markup import number, printable, text
+from latentprior.report.templating import macros
 
 LEVELS = (0.2, 0.4, 0.6, 0.8)  # shares of the unit's largest |activation| from which on a background is stronger
 CONTEXT = 64  # tokens shown on either side of the peak, so that long documents do not make long pages
 VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
-def passage(example: Example, scale: float) -> str:
+class Run(NamedTuple):
+    """Tokens of equal level as one element."""
+
+    text: str
+    level: int = 0
+    peak: float | None = None
+    """The activation, where this is the token at the peak."""
+
+
+def passage(example: Example, scale: float) -> Markup:
     """An example's text: runs of tokens of equal level are one element, the peak a ``<mark>`` that says its value.
 
     Args:
         scale: |activation| that the levels are shares of; 0 gives no backgrounds.
     """
-    peak = example.peak
-    start, stop = max(0, peak - CONTEXT), min(len(example.pieces), peak + 1 + CONTEXT)
+    peak, strings = example.peak, example.token_strings
+    start, stop = max(0, peak - CONTEXT), min(len(strings), peak + 1 + CONTEXT)
     levels = activation_levels(example.values[start:stop], scale)
     cuts = (start + 1 + np.flatnonzero(np.diff(levels))).tolist()
-    runs = []
+    runs = [Run("…")] if start else []
     for a, b in pairwise(sorted({start, *cuts, peak, peak + 1, stop})):
         level = int(levels[a - start])
-        if a == peak:
-            value = f"<span class=vh> (peak, {number(example.value)})</span>"
-            runs.append(f"<mark{_class(level)}>{shown(example.pieces[a])}{value}</mark>")
-        elif level:
-            runs.append(f"<span{_class(level)}>{''.join(map(shown, example.pieces[a:b]))}</span>")
-        else:
-            runs.append(text(printable("".join(example.pieces[a:b]))))
-    ends = ("…" if start else "", "…" if stop < len(example.pieces) else "")
-    return f"<bdi class=doc>{ends[0]}{''.join(runs)}{ends[1]}</bdi>"
+        marked = level or a == peak
+        text = "".join(map(shown, strings[a:b]) if marked else strings[a:b])
+        runs.append(Run(text, level, example.value if a == peak else None))
+    runs += [Run("…")] if stop < len(strings) else []
+    return macros("site_blocks.html.jinja").passage(runs)
 
 
 def activation_levels(values: Float[np.ndarray, " n"], scale: float) -> Int[np.ndarray, " n"]:
@@ -47,35 +54,22 @@ def activation_levels(values: Float[np.ndarray, " n"], scale: float) -> Int[np.n
     return np.sign(share).astype(np.int64) * np.searchsorted(LEVELS, np.abs(share), side="right")
 
 
-def shown(piece: str) -> str:
-    """A token as HTML; one that would be invisible alone is shown by symbols."""
-    if any(not c.isspace() and c.isprintable() for c in piece):
-        return text(printable(piece))
-    symbols = "".join(VISIBLE.get(c) or f"U+{ord(c):04X}" for c in piece) or "(empty)"
-    return symbols + "\n" * piece.count("\n")
+def shown(string: str) -> str:
+    """A token as it is, or symbols for one that would be invisible alone."""
+    if any(not c.isspace() and c.isprintable() for c in string):
+        return string
+    symbols = "".join(VISIBLE.get(c) or f"U+{ord(c):04X}" for c in string) or "(empty)"
+    return symbols + "\n" * string.count("\n")
 
 
-def token(piece: str) -> str:
-    """A token by itself as HTML, white space at its ends visible."""
-    core = piece.strip(" ")
-    if not core:
-        return f"<bdi class=token>{shown(piece)}</bdi>"
-    before = piece.index(core)
-    after = len(piece) - before - len(core)
-    inner = shown(core).replace("\n", "⏎")
-    return f"<bdi class=token>{'␣' * before}{inner}{'␣' * after}</bdi>"
+def token(string: str) -> Markup:
+    """A token by itself, white space at its ends visible."""
+    core = string.strip(" ")
+    before, _, after = string.partition(core) if core else ("", "", "")
+    text = "␣" * len(before) + shown(core).replace("\n", "⏎") + "␣" * len(after) if core else shown(string)
+    return macros("site_blocks.html.jinja").token(text)
 
 
-def legend(scale: float) -> str:
+def legend(scale: float) -> Markup:
     """What the backgrounds mean."""
-    steps = [f"{share:.0%}" for share in LEVELS]
-    below = "".join(f"<span{_class(-i)}>−{steps[i - 1]}</span>" for i in (4, 3, 2, 1))
-    above = "".join(f"<span{_class(i)}>{steps[i - 1]}</span>" for i in (1, 2, 3, 4))
-    return (
-        f'<p class="legend">Background: share of the largest activation, {number(scale)}, from '
-        f'<span class="steps">{below}{above}</span> on. The peak is bold and underlined.</p>'
-    )
-
-
-def _class(level: int) -> str:
-    return f" class={'p' if level > 0 else 'n'}{abs(level)}" if level else ""
+    return macros("site_blocks.html.jinja").legend(scale, [f"{share:.0%}" for share in LEVELS])

@@ -1,16 +1,18 @@
-"""What a result says: its leading figures, in sentences and in large type, and the rules by which they are chosen."""
+"""What a page says of a prior: its training, the distribution of its samples, and the loss of the language model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from latentprior.report.markup import Number, duration, interval, number
+from markupsafe import Markup
+
+from latentprior.report import figures
+from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
+from latentprior.utils.formatting import MISSING, Number, duration, interval, number
 
 Json = Mapping[str, Any]
 
-PARTS = ("record", "train", "evaluate", "steer")
-SUBJECTS = {"sweep": "Scaling of latent priors", "probe": "1-D probing", "frontier": "Steering"}
 SOLVERS = {"euler": "Euler", "midpoint": "midpoint", "heun": "Heun", "ab2": "AB2"}
 SOURCES = {
     "real": "Real activations (lower bound)",
@@ -18,24 +20,107 @@ SOURCES = {
     "gaussian-diagonal": "Gaussian, diagonal covariance",
     "sae": "SAE reconstructions",
 }
+REPLACEMENTS = {
+    "prior": "Prior",
+    "gaussian": "Gaussian posterior mean",
+    "noise": "Noise alone",
+    "mean": "Mean activation",
+    "sae": "SAE reconstruction",
+}
 
 
-class Headline(NamedTuple):
-    """One figure in large type."""
+def training(train: Json, heldout: Json | None) -> Markup:
+    """Loss over training and by noise level; nothing without both.
 
-    label: str
-    value: str
-    unit: str
-    note: str
+    Args:
+        heldout: the held-out loss of an evaluation, which is preferred to that of training.
+    """
+    log, summary = train.get("log", []), train.get("summary", {})
+    drawn = []
+    if any(row["activations"] > 0 for row in log):
+        note = "Mean squared error of the velocity on standardised activations; an untrained prior is near 2."
+        drawn.append(figure("Loss over training", note, figures.training_curve(log)))
+    if by_t := heldout["by_t"] if heldout else _bins(summary.get("heldout_loss_by_t", [])):
+        band = " Band: 95% interval over activations." if "interval" in by_t[0] else ""
+        drawn.append(
+            figure("Held-out loss by noise level", f"Mean in {len(by_t)} bins of t.{band}", figures.loss_by_t(by_t))
+        )
+    said = [f"Trained at {speed}."] if (speed := rate(train)) else []
+    if heldout:
+        said.append(f"Held-out loss {number(heldout['mean'])}, 95% interval {interval(heldout['interval'])}.")
+    return stack(prose(" ".join(said)) if said else NOTHING, pair(*drawn))
 
 
-def title(parts: Json) -> str:
-    """Of which model and layer, where the result says so."""
-    trained_on = parts.get("train", {}).get("settings", {}).get("hookpoints", [])
-    found = [*(part.get("hookpoint") for part in parts.values()), *trained_on[:1]]
-    hookpoint = next(filter(None, found), None)
-    subject = next((subject for part, subject in SUBJECTS.items() if part in parts), "A latent prior")
-    return f"{subject} of {hookpoint['model']}, layer {hookpoint['layer']}" if hookpoint else subject
+def _bins(losses: Sequence[Number]) -> list[Json]:
+    """Losses by noise level as ``evaluate.json`` has them, without intervals."""
+    n = len(losses)
+    return [{"t": [i / n, (i + 1) / n], "loss": loss} for i, loss in enumerate(losses)]
+
+
+def distribution(evaluate: Json) -> Markup:
+    """Distances from real activations, and principal components."""
+    content = []
+    if rows := evaluate.get("distribution"):
+        text = (
+            "How far activations lie from held-out real ones. A full Gaussian reaches the lower bound of the "
+            "Fréchet distance by construction, because that distance sees two moments only, mean and covariance. "
+            "That is why the other two distances are there: the sliced Wasserstein distance compares whole "
+            "distributions along random directions, and the two-sample AUC is how well a classifier tells an "
+            "activation from a real one (0.5: not at all; 1: always)."
+        )
+        content += [prose(text), _distances(rows, lower_bound(evaluate))]
+    if pca := evaluate.get("pca"):
+        note = "Standardised, on the two leading principal components of the real ones, on equal axes."
+        content.append(figure("Real and generated activations", note, *figures.pca_scatter(pca)))
+    return stack(*content)
+
+
+def _distances(rows: Sequence[Json], bound: Number | None) -> Markup:
+    header = ("Source", "Fréchet", "Mean part", "Covariance part", "Times lower bound", "Fréchet, raw")
+    header += ("Sliced Wasserstein", "Two-sample AUC", "95% interval")
+    cells = [
+        [
+            source_name(row),
+            *(number(row["frechet"][part]) for part in ("total", "mean", "covariance")),
+            number(row["frechet"]["total"] / bound) if bound else MISSING,
+            number(row["frechet_raw"]["total"]),
+            number(row["sliced_wasserstein"]),
+            number(row["two_sample_auc"]),
+            interval(row.get("two_sample_interval")),
+        ]
+        for row in rows
+    ]
+    note = "Standardised activations unless it says raw. NFE: denoiser evaluations."
+    return table("Distance from held-out real activations", note, header, cells)
+
+
+def language_model_loss(evaluate: Json) -> Markup:
+    """Delta LM loss of the prior and of other replacements; nothing without them."""
+    if not (delta := evaluate.get("delta_lm")):
+        return NOTHING
+    rows = delta["rows"]
+    names = [_replacement_name(row) for row in rows]
+    text = (
+        "Every activation but the first of a document is replaced; attention sinks are let through. Shown is by how "
+        "much that raises the next-token loss of the language model, which is "
+        f"{number(delta['clean_loss'])} nats without replacement. The prior noises each activation to t and integrates "
+        f"back with {solver_name(delta)} and {delta['nfe']} denoiser evaluations. Measured on "
+        f"{delta['documents']:,} held-out documents with {delta['tokens']:,} predicted tokens."
+    )
+    bars = figures.delta_bars(rows, names, [number(row["delta"]) for row in rows])
+    note = f"Mean over {delta['weighted_by']}s; lines are 95% intervals over documents. Lower is better."
+    header = ("Replacement", "Per token", "95% interval", "Per document", "95% interval")
+    cells = []
+    for name, row in zip(names, rows, strict=True):
+        means = [row[weighting] for weighting in ("per_token", "per_document")]
+        cells.append([name, *(cell for x in means for cell in (number(x["delta"]), interval(x.get("interval"))))])
+    exact = table("Added loss, nats", "The official definition is the mean per document.", header, cells)
+    return stack(pair(prose(text), figure("Added next-token loss", note, bars)), exact)
+
+
+def _replacement_name(row: Json) -> str:
+    name = str(REPLACEMENTS.get(row["method"], row["method"]))
+    return name if row["t_start"] is None else f"{name}, t = {row['t_start']:g}"
 
 
 def sentences(parts: Json) -> Iterator[str]:

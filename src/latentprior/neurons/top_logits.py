@@ -21,8 +21,8 @@ _CELLS = 2**25  # effects (units times tokens) that are held together
 
 
 @dataclass(frozen=True, repr=False)
-class Effects(ShortRepr):
-    """Tokens that m units promote and suppress most."""
+class TopLogits(ShortRepr):
+    """Tokens whose logits m units raise (promote) and lower (suppress) most."""
 
     promoted: Int64[Tensor, "m k"]
     """Token ids, the most promoted first."""
@@ -33,7 +33,7 @@ class Effects(ShortRepr):
     suppressed_values: Float[Tensor, "m k"]
 
 
-def direct_effects(
+def top_logits(
     glp: GLP,
     model: nn.Module,
     hookpoint: Hookpoint,
@@ -41,7 +41,7 @@ def direct_effects(
     *,
     layer: int | None = None,
     vocabulary: int | None = None,
-) -> Effects:
+) -> TopLogits:
     """The tokens whose logits each unit raises and lowers most when it grows.
 
     A unit's column of ``W_down`` goes through the denoiser's final LayerNorm (its centring and weight; not its
@@ -59,9 +59,6 @@ def direct_effects(
 
     Returns:
         one row a unit, block by block, on the CPU.
-
-    Raises:
-        InputError: a model whose output embedding does not read the residual stream.
     """
     embedding = output_embedding(model)[:vocabulary]
     gain, centred = final_norm(model, embedding.shape[1])
@@ -82,7 +79,7 @@ def direct_effects(
         effects /= torch.where(deviation > 0, deviation, 1.0)
         up, down = effects.topk(count, dim=1), effects.topk(count, dim=1, largest=False)
         parts.append((up.indices, up.values, down.indices, down.values))
-    return Effects(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    return TopLogits(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 
 def written(glp: GLP, model: nn.Module, hookpoint: Hookpoint, layer: int | None) -> Float[Tensor, "units width"]:
@@ -105,11 +102,7 @@ def written(glp: GLP, model: nn.Module, hookpoint: Hookpoint, layer: int | None)
 
 
 def output_embedding(model: nn.Module) -> Float[Tensor, "vocabulary width"]:
-    """The matrix that makes logits of the final norm's output, float32.
-
-    Raises:
-        InputError: the model has none.
-    """
+    """The matrix that makes logits of the final norm's output, float32."""
     wrapped = language_model(model)
     head = None if wrapped is None else wrapped.get_output_embeddings()
     if head is None:

@@ -11,8 +11,8 @@ from latentprior import hooks
 from latentprior.data.moments import Covariance, Moments
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.hooks.blocks import find_blocks_at
-from latentprior.neurons import effects as module
-from latentprior.neurons.effects import direct_effects, final_norm, output_embedding, written
+from latentprior.neurons import top_logits as module
+from latentprior.neurons.top_logits import final_norm, output_embedding, top_logits, written
 from latentprior.prior.glp import GLP
 from latentprior.prior.normalizer import Normalizer
 from latentprior.utils.errors import InputError
@@ -71,7 +71,7 @@ def test_effects_equal_finite_differences_through_denoiser_and_model(family, whi
         for part in (moments, covariance):
             part.update(rows, torch.full((200,), 2))
         glp = GLP(glp.denoiser, Normalizer.whitened(moments, covariance.covariance()).double(), glp.hookpoints)
-    found = direct_effects(glp, model, glp.hookpoints[0], VOCAB)
+    found = top_logits(glp, model, glp.hookpoints[0], VOCAB)
     head, norm, denoiser = model.get_output_embeddings(), norm_of(model), glp.denoiser
     generator = torch.Generator().manual_seed(0)
     for unit in (0, 100, 200):
@@ -106,14 +106,14 @@ def orthogonal(x: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
 
 def test_chunks_do_not_matter_and_the_vocabulary_is_cut(monkeypatch, tiny_llm, tiny_glp):
     model, glp = tiny_llm("llama"), tiny_glp(32, (2,))
-    whole = direct_effects(glp, model, glp.hookpoints[0], 5)
+    whole = top_logits(glp, model, glp.hookpoints[0], 5)
     monkeypatch.setattr(module, "_CELLS", 3 * VOCAB)
     for a, b in zip(
-        dataclasses.astuple(whole), dataclasses.astuple(direct_effects(glp, model, glp.hookpoints[0], 5)), strict=True
+        dataclasses.astuple(whole), dataclasses.astuple(top_logits(glp, model, glp.hookpoints[0], 5)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert whole.promoted.shape == (256, 5)
-    cut = direct_effects(glp, model, glp.hookpoints[0], 400, vocabulary=50)
+    cut = top_logits(glp, model, glp.hookpoints[0], 400, vocabulary=50)
     assert cut.promoted.shape == (256, 50) and int(cut.promoted.max()) == 49
     assert cut.promoted_values.square().mean(dim=1).sqrt() == pytest.approx(1, abs=1e-4)
 
@@ -121,7 +121,7 @@ def test_chunks_do_not_matter_and_the_vocabulary_is_cut(monkeypatch, tiny_llm, t
 def test_a_unit_that_writes_nothing_promotes_nothing(tiny_llm, tiny_glp):
     model, glp = tiny_llm("llama"), tiny_glp(32, (2,))
     glp.denoiser.layers[1].down_proj.weight.data[:, 3] = 0
-    found = direct_effects(glp, model, glp.hookpoints[0], 5)
+    found = top_logits(glp, model, glp.hookpoints[0], 5)
     assert not found.promoted_values[131].any() and found.promoted_values.isfinite().all()
 
 
@@ -135,7 +135,7 @@ def test_hidden_units_of_an_mlp_go_through_its_down_projection(family, tiny_llm,
     block = hooks.find_blocks(model)[2]
     matrix = block.mlp.down_proj.weight.T if family == "llama" else block.mlp.c_proj.weight
     torch.testing.assert_close(found, plain @ matrix, rtol=1e-4, atol=1e-6)
-    assert direct_effects(glp, model, point, 3).promoted.shape == (2 * 4 * point.width, 3)
+    assert top_logits(glp, model, point, 3).promoted.shape == (2 * 4 * point.width, 3)
 
 
 def test_models_without_a_head_are_refused(tiny_llm, tiny_glp):
@@ -143,4 +143,4 @@ def test_models_without_a_head_are_refused(tiny_llm, tiny_glp):
         output_embedding(tiny_llm("llama").model)
     glp = tiny_glp(16, (2,))
     with pytest.raises(InputError, match="width 16"):
-        direct_effects(glp, tiny_llm("llama"), Hookpoint("", 2, 16), 3)
+        top_logits(glp, tiny_llm("llama"), Hookpoint("", 2, 16), 3)

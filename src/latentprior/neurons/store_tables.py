@@ -3,66 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latentprior.neurons.effects import Effects
+from latentprior.neurons.document_batches import DocumentBatch, DocumentTokens
 from latentprior.neurons.reservoir import at_quantiles
 from latentprior.neurons.statistics import UnitStatistics
 from latentprior.neurons.store import EXAMPLES_SCHEMA, UNITS_SCHEMA
-from latentprior.neurons.stream import DocumentBatch, UnitReader
-from latentprior.neurons.token_strings import TokenTexts
+from latentprior.neurons.token_strings import TokenStrings
 from latentprior.neurons.top_documents import TopDocuments
-from latentprior.neurons.top_probing_units import Win
+from latentprior.neurons.top_logits import TopLogits
+from latentprior.neurons.top_probing_units import ProbedTask
+from latentprior.neurons.unit_reader import UnitReader
 
 _UNITS = 128  # units whose examples are assembled together
 
 
-class Documents:
-    """Token ids of all documents that came by: 4 bytes a token and 16 a document."""
-
-    def __init__(self) -> None:
-        self._doc: list[np.ndarray] = []
-        self._length: list[np.ndarray] = []
-        self._ids: list[np.ndarray] = []
-
-    def update(self, batch: DocumentBatch) -> None:
-        """Take note of further documents."""
-        if batch.ids:
-            self._doc.append(batch.doc.numpy())
-            self._length.append(np.array([len(ids) for ids in batch.ids]))
-            self._ids.append(np.concatenate(batch.ids))
-
-    def __len__(self) -> int:
-        return sum(map(len, self._doc))
-
-    def of(self, wanted: np.ndarray) -> list[np.ndarray]:
-        """Token ids of documents by their numbers."""
-        doc, length, ids = map(np.concatenate, (self._doc, self._length, self._ids))
-        end = length.cumsum()
-        order = doc.argsort()
-        place = order[doc[order].searchsorted(wanted)]
-        return [ids[end[i] - length[i] : end[i]] for i in place.tolist()]
-
-
 def unit_table(
     statistics: Sequence[UnitStatistics],
-    effects: Effects | None,
+    logits: TopLogits | None,
     neighbours: tuple[Tensor, Tensor],
-    wins: Mapping[int, Sequence[Win]],
-    texts: TokenTexts,
+    tasks: Mapping[int, Sequence[ProbedTask]],
+    strings: TokenStrings,
 ) -> pa.Table:
     """units.parquet: one row a unit, block by block.
 
     Args:
         statistics: of each block's units.
-        effects: of all units; None leaves their columns empty.
+        logits: of all units; None leaves their columns empty.
         neighbours: numbers [units, k] and correlations [units, k]; those of correlation 0 are left out.
-        wins: the tasks of each unit that has any.
-        texts: names the tokens.
+        tasks: those that each unit is among the best at.
+        strings: names the tokens.
     """
     d_mlp = len(statistics[0].centre)
     total = len(statistics) * d_mlp
@@ -81,38 +56,37 @@ def unit_table(
         "histogram_high": [high for _, high in bounds],
     }
     columns |= {name: _column(torch.cat(parts).cpu().numpy()) for name, parts in joined.items()}
-    columns |= _effect_columns(effects, total, texts)
+    columns |= _logit_columns(logits, total, strings)
     number, correlation = (part.numpy() for part in neighbours)
     correlated = correlation != 0
     columns["neighbours"] = _ragged(pa.array(number[correlated]), correlated.sum(axis=1))
     columns["neighbour_correlations"] = _ragged(pa.array(correlation[correlated]), correlated.sum(axis=1))
-    columns |= _win_columns(wins, total)
+    columns |= _task_columns(tasks, total)
     return pa.table({name: _as(columns[name], UNITS_SCHEMA.field(name).type) for name in UNITS_SCHEMA.names})
 
 
-def with_wins(units: pa.Table, wins: Mapping[int, Sequence[Win]]) -> pa.Table:
-    """`units` with other tasks that they win."""
-    for name, column in _win_columns(wins, len(units)).items():
+def with_tasks(units: pa.Table, tasks: Mapping[int, Sequence[ProbedTask]]) -> pa.Table:
+    """`units` with other tasks that they are among the best at."""
+    for name, column in _task_columns(tasks, len(units)).items():
         units = units.set_column(units.schema.get_field_index(name), UNITS_SCHEMA.field(name), column)
     return units
 
 
-def _win_columns(wins: Mapping[int, Sequence[Win]], total: int) -> dict[str, pa.Array]:
-    won = [wins.get(i, ()) for i in range(total)]
+def _task_columns(tasks: Mapping[int, Sequence[ProbedTask]], total: int) -> dict[str, pa.Array]:
+    of_units = [tasks.get(i, ()) for i in range(total)]
     return {
-        "tasks": pa.array([[win.task for win in found] for found in won], pa.list_(pa.string())),
-        "task_aucs": pa.array([[win.auc for win in found] for found in won], pa.list_(pa.float32())),
-        "task_signs": pa.array([[win.sign for win in found] for found in won], pa.list_(pa.int8())),
+        name: pa.array([[getattr(task, part) for task in found] for found in of_units], UNITS_SCHEMA.field(name).type)
+        for name, part in (("tasks", "task"), ("task_aucs", "auc"), ("task_signs", "sign"))
     }
 
 
-def _effect_columns(effects: Effects | None, total: int, texts: TokenTexts) -> dict[str, pa.Array]:
+def _logit_columns(logits: TopLogits | None, total: int, strings: TokenStrings) -> dict[str, pa.Array]:
     columns: dict[str, pa.Array] = {}
     for side in ("promoted", "suppressed"):
-        ids = torch.zeros(total, 0, dtype=torch.long) if effects is None else getattr(effects, side)
-        values = torch.zeros(total, 0) if effects is None else getattr(effects, f"{side}_values")
+        ids = torch.zeros(total, 0, dtype=torch.long) if logits is None else getattr(logits, side)
+        values = torch.zeros(total, 0) if logits is None else getattr(logits, f"{side}_values")
         distinct, which = np.unique(ids.numpy(), return_inverse=True)
-        names = pa.array(texts(distinct.tolist()), pa.string()).take(pa.array(which.ravel()))
+        names = pa.array(strings(distinct.tolist()), pa.string()).take(pa.array(which.ravel()))
         columns[side] = _ragged(names, np.full(total, ids.shape[1]))
         columns[f"{side}_values"] = _column(values.numpy())
     return columns
@@ -124,8 +98,8 @@ def example_tables(
     reader: UnitReader,
     sample: DocumentBatch,
     quantiles: Sequence[float],
-    documents: Documents,
-    texts: TokenTexts,
+    documents: DocumentTokens,
+    strings: TokenStrings,
 ) -> Iterator[pa.Table]:
     """examples.parquet, some units at a time.
 
@@ -135,10 +109,10 @@ def example_tables(
         sample: the random documents.
         quantiles: of the random documents' peaks.
         documents: token ids of all documents.
-        texts: decodes them.
+        strings: decodes them.
     """
     starts = range(0, reader.d_mlp, _UNITS)
-    shown = _Shown(_distinct([*top, *bottom], sample, starts), documents, texts)
+    shown = _Shown(_distinct([*top, *bottom], sample, starts), documents, strings)
     for block, units in enumerate(reader(sample.x)):
         for start in starts:
             stop = min(start + _UNITS, reader.d_mlp)
@@ -160,30 +134,30 @@ def _distinct(kept: Iterable[TopDocuments], sample: DocumentBatch, starts: Itera
 
 
 class _Shown:
-    """The pieces of the documents that are examples, end to end."""
+    """The token strings of the documents that are examples, end to end."""
 
-    def __init__(self, doc: np.ndarray, documents: Documents, texts: TokenTexts) -> None:
+    def __init__(self, doc: np.ndarray, documents: DocumentTokens, strings: TokenStrings) -> None:
         ids = documents.of(doc)
         self._doc = doc
         self._length = np.array([len(row) for row in ids])
         self._start = np.concatenate([[0], self._length.cumsum()[:-1]])
         chunks = [
-            pa.array([piece for pieces in texts.pieces(ids[i : i + 1024]) for piece in pieces], pa.string())
+            pa.array(list(chain(*strings.of_documents(ids[i : i + 1024]))), pa.string())
             for i in range(0, len(ids), 1024)
         ]
-        self._pieces = pa.chunked_array(chunks, pa.string()).combine_chunks()
+        self._strings = pa.chunked_array(chunks, pa.string()).combine_chunks()
 
     def lengths(self, doc: np.ndarray) -> np.ndarray:
         """Tokens of documents [n]."""
         return self._length[self._doc.searchsorted(doc)]
 
-    def pieces(self, doc: np.ndarray) -> pa.Array:
-        """The pieces of documents [n], a list for each."""
+    def token_strings(self, doc: np.ndarray) -> pa.Array:
+        """The token strings of documents [n], a list for each."""
         place = self._doc.searchsorted(doc)
         length = self._length[place]
         before = length.cumsum() - length
         token = np.arange(length.sum()) + np.repeat(self._start[place] - before, length)
-        return _ragged(self._pieces.take(pa.array(token)), length)
+        return _ragged(self._strings.take(pa.array(token)), length)
 
 
 def _example_table(
@@ -214,7 +188,7 @@ def _example_table(
         "value": value,
         "doc": doc,
         "peak": 1 + (values[:, 1:] == value[:, None]).argmax(axis=1),  # never the first position, which holds a 0
-        "pieces": shown.pieces(doc),
+        "pieces": shown.token_strings(doc),
         "values": _ragged(pa.array(values[inside]), length),
     }
     return pa.table({name: _as(columns[name], EXAMPLES_SCHEMA.field(name).type) for name in EXAMPLES_SCHEMA.names})

@@ -1,12 +1,10 @@
-"""Documents through language model and prior: the tokens that count, and each block's meta-neurons at them."""
+"""Documents through a language model: which of their tokens count, their activations and their token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +15,7 @@ from latentprior.data.activations import activations
 from latentprior.data.sinks import sink_threshold
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm.hooks import Hookpoint
-from latentprior.prior import flow
-from latentprior.prior.denoiser import Block
 from latentprior.prior.glp import GLP
-from latentprior.utils.random import keyed_generator, normal
-
-_NOISE = 1  # stream of random numbers
 
 
 @dataclass(frozen=True)
@@ -89,9 +82,6 @@ def document_batches(
     """The documents of each batch that have a token that counts, with its activations, on the prior's device.
 
     Sinks are told by the prior's median norm; where it has none, by the first batch's.
-
-    Raises:
-        InputError: see `activations.activations`.
     """
     median = float(glp.normalizer.median_norm[glp.normalizer.rows(layer)])
     limit = sink_threshold(median) if np.isfinite(median) else None
@@ -115,35 +105,28 @@ def _document_batch(batch: TokenBatch, x: Tensor, counts: Tensor) -> DocumentBat
     return DocumentBatch(batch.doc[some], documents, x[counts], row[some].to(x.device))
 
 
-class UnitReader:
-    """The meta-neurons of a prior at one noise level, block by block, so that one block's are held at a time.
+class DocumentTokens:
+    """Token ids of all documents that came by: 4 bytes a token and 16 a document."""
 
-    The noises are the same for every token: a unit's value depends on the activation alone (paper, 1-D probing).
+    def __init__(self) -> None:
+        self._doc: list[np.ndarray] = []
+        self._length: list[np.ndarray] = []
+        self._ids: list[np.ndarray] = []
 
-    Args:
-        glp: the prior.
-        t: noise level.
-        noises: how many noises to average over.
-        layer: which layer of a multi-layer prior.
-        seed: of the noises.
-    """
+    def update(self, batch: DocumentBatch) -> None:
+        """Take note of further documents."""
+        if batch.ids:
+            self._doc.append(batch.doc.numpy())
+            self._length.append(np.array([len(ids) for ids in batch.ids]))
+            self._ids.append(np.concatenate(batch.ids))
 
-    def __init__(self, glp: GLP, *, t: float, noises: int = 1, layer: int | None = None, seed: int = 0) -> None:
-        self._normalizer, self._denoiser, self._layer, self._t = glp.normalizer, glp.denoiser, layer, t
-        self.blocks = [block for block in glp.denoiser.layers if isinstance(block, Block)]
-        self.d_mlp = self.blocks[0].up_proj.out_features
-        self.noises = normal(noises, 1, glp.width, seed=keyed_generator(seed, _NOISE), device=glp.device)
-        layers: Any = None  # as the denoiser wants them: none for a prior of one layer
-        if glp.denoiser.layer_embed is not None:
-            layers = glp.normalizer.layers[glp.normalizer.rows(layer)]
-        with torch.no_grad():
-            self._factors = glp.denoiser.row_factors(torch.tensor(t, device=glp.device), layers)
+    def __len__(self) -> int:
+        return sum(map(len, self._doc))
 
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "n d"]) -> Iterator[Float[Tensor, "n d_mlp"]]:
-        """Each block's units at raw activations [N, d], the mean over the noises, in the denoiser's precision."""
-        z_0 = self._normalizer.normalize(x, self._layer)
-        noisy = (flow.interpolate(z_0, noise.expand_as(z_0), self._t) for noise in self.noises)
-        for units in zip(*(self._denoiser.units(z_t, self._factors) for z_t in noisy), strict=True):
-            total = reduce(torch.add, units)
-            yield total if len(units) == 1 else total / len(units)
+    def of(self, wanted: np.ndarray) -> list[np.ndarray]:
+        """Token ids of documents by their numbers."""
+        doc, length, ids = map(np.concatenate, (self._doc, self._length, self._ids))
+        end = length.cumsum()
+        order = doc.argsort()
+        place = order[doc[order].searchsorted(wanted)]
+        return [ids[end[i] - length[i] : end[i]] for i in place.tolist()]

@@ -8,18 +8,17 @@ from importlib import resources
 from pathlib import Path
 
 from latentprior.neurons.store import NeuronStore
-from latentprior.report.markup import printable
-from latentprior.report.site.index import render_index
 from latentprior.report.site.listing import Listing
-from latentprior.report.site.shell import GENERATOR, unit_path
 from latentprior.report.site.unit import render_unit
+from latentprior.report.site.words import unit_path
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.progress import Report, silent
 
 # The site's style sheet first: it marks a folder whose index is not there yet as ours.
-ASSETS = ("site/site.css", "base.css", "site/site.js")
 STYLE = "site.css"
+ASSETS = (STYLE, "base.css", "site.js")
+GENERATOR = '<meta name="generator" content="latentprior neurons">'
 MARK = "/* latentprior neurons"
 PAGES = re.compile(r"(units/b\d+/n\d+|blocks/\d+(-\d+)?)\.html(\.partial)?")
 REPORTED = 50  # units between reports
@@ -45,17 +44,18 @@ def write_site(store: NeuronStore, folder: str | Path, *, report: Report = silen
     folder = Path(folder)
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in ASSETS:
-        replace_text(folder / Path(path).name, resources.files("latentprior.report").joinpath(path).read_text("utf-8"))
+    for name in ASSETS:
+        asset = resources.files("latentprior.report").joinpath("templates", name)
+        replace_text(folder / name, asset.read_text("utf-8"))
     listing, written = _write_units(store, folder, report)
     (folder / "blocks").mkdir(exist_ok=True)
-    for path, page in listing.pages().items():
+    for path, page in listing.block_pages().items():
         _write_page(folder / path, page)
         written.add(path)
     if hasattr(os, "sync"):  # once, because a flush for each of thousands of pages takes longer than making them
         os.sync()
     replace_text(folder / "units.js", listing.script())
-    replace_text(folder / "index.html", render_index(listing))
+    replace_text(folder / "index.html", listing.index_page())
     _remove_others(folder, written)
     return folder / "index.html"
 
@@ -81,7 +81,7 @@ def _start(path: Path) -> str:
 
 def _write_units(store: NeuronStore, folder: Path, report: Report) -> tuple[Listing, set[str]]:
     """Write the pages of all units; gives their list and the paths written."""
-    info, d_mlp, total = printable(store.info), store.info["d_mlp"], len(store)
+    info, d_mlp, total = store.info, store.info["d_mlp"], len(store)
     said: list[str | None] = store.units["description"].to_pylist()
     listing, written = Listing(info), set[str]()
     for block in range(info["blocks"]):

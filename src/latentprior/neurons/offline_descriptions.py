@@ -73,7 +73,7 @@ def _uncommon(examples: Sequence[Example]) -> str:
     if not examples:
         return "no texts"
     distinct = {_ending(example, 1): example for example in reversed(examples)}.values()
-    tokens = [_quoted(example.pieces[example.peak]) for example in reversed(distinct)]
+    tokens = [_quoted(example.token_strings[example.peak]) for example in reversed(distinct)]
     return f"no common token: peaks on {', '.join(tokens[:TOKENS])}{', ...' if len(tokens) > TOKENS else ''}"
 
 
@@ -91,13 +91,13 @@ def _tasks(unit: Unit) -> list[str]:
 
 def _ending(example: Example, length: int) -> tuple[str, ...]:
     """The pieces that end at the peak, without what makes no difference."""
-    pieces = example.pieces[max(0, example.peak - length + 1) : example.peak + 1]
+    pieces = example.token_strings[max(0, example.peak - length + 1) : example.peak + 1]
     return tuple(piece.strip().casefold() or piece for piece in pieces)
 
 
 def _commonest(examples: Sequence[Example], length: int) -> str:
     """The commonest spelling of the pieces that end at the peak."""
-    spelled = ("".join(e.pieces[max(0, e.peak - length + 1) : e.peak + 1]) for e in examples)
+    spelled = ("".join(e.token_strings[max(0, e.peak - length + 1) : e.peak + 1]) for e in examples)
     return _quoted(Counter(spelled).most_common(1)[0][0])
 
 
