@@ -159,8 +159,6 @@ def refusal(*priors: Any, **options: Any) -> str:
     with pytest.raises(InputError) as error:
         config = SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options})
         run.experiment(config, never)
-            SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options}), never
-        )
     return str(error.value)
 
 
