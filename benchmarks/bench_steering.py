@@ -1,6 +1,6 @@
 """What repair costs at every decoding step: tokens/s of generation plain, steered, and steered with repair.
 
-All ways generate the same number of tokens for the same prompts, in turn, in the same run. "repaired 20" is the paper's
+All methods generate as many tokens for the same prompts, in turn, in the same run. "repaired 20" is the paper's
 20 Euler steps; "repaired 4", "paired 4" and "paired-mean 4" (the default: four noises) are 4 evaluations. The prior is
 of random weights, which take as long.
 """
@@ -44,21 +44,27 @@ def measure(
     repeats: int = 3,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Tokens per second of each way, and milliseconds that a repair adds to a decoding step of all rows.
+    """Tokens per second of each method, and milliseconds that a repair adds to a decoding step of all rows.
 
     `ratio` is the speed of "paired 4" over that of "repaired 20".
     """
     model, tokenizer = load_llm(LLMConfig(model=llm), device)
-    place = model.device
+    model_device = model.device
     hookpoint = Hookpoint.of(model, layer)
     d_model = d_model or 2 * hookpoint.width
     torch.manual_seed(0)
-    with place:
+    with model_device:
         denoiser = Denoiser(DenoiserConfig(hookpoint.width, d_model, 2 * d_model, blocks))
     normalizer = Normalizer(torch.zeros(1, hookpoint.width), torch.ones(1, hookpoint.width), [layer])
-    glp = GLP(denoiser, normalizer, [hookpoint]).to(place).eval().requires_grad_(False).cast(fast_dtype(place))
+    glp = (
+        GLP(denoiser, normalizer, [hookpoint])
+        .to(model_device)
+        .eval()
+        .requires_grad_(False)
+        .cast(fast_dtype(model_device))
+    )
     direction = Direction.of(torch.randn(hookpoint.width), hookpoint, "random", "random")
-    ids = torch.randint(3, min(10_000, len(tokenizer)), (rows, PROMPT_TOKENS), device=place)
+    ids = torch.randint(3, min(10_000, len(tokenizer)), (rows, PROMPT_TOKENS), device=model_device)
     options = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
 
     def generate(context: AbstractContextManager[None]) -> None:
@@ -68,10 +74,10 @@ def measure(
     def steered(repair: PriorRepair | None) -> AbstractContextManager[None]:
         return steering(model, Edit(direction, STRENGTH), mean_norm=UNIT, positions="last", repair=repair)
 
-    ways = {"plain": lambda: generate(nullcontext()), "steered": lambda: generate(steered(None))}
+    methods = {"plain": lambda: generate(nullcontext()), "steered": lambda: generate(steered(None))}
     for name, config in REPAIRS.items():
-        ways[name] = lambda config=config: generate(steered(PriorRepair(glp, config)))
-    seconds = fastest(ways, repeats, synchronizer(place))
+        methods[name] = lambda config=config: generate(steered(PriorRepair(glp, config)))
+    seconds = fastest(methods, repeats, synchronizer(model_device))
     return {
         "benchmark": "steering",
         "llm": llm,
@@ -79,7 +85,7 @@ def measure(
         "new_tokens": new_tokens,
         "d_model": d_model,
         "blocks": blocks,
-        "device": str(place),
+        "device": str(model_device),
         "threads": torch.get_num_threads(),
         "tokens_per_second": {name: round(rows * new_tokens / spent, 1) for name, spent in seconds.items()},
         "added_ms_per_step": {

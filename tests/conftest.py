@@ -24,7 +24,10 @@ import socket  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 
+import gguf  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -193,6 +196,20 @@ def write_texts() -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+def write_repeng(path: Path, directions: dict[int, np.ndarray], architecture: str = "controlvector") -> Path:
+    """A control vector as repeng's `export_gguf` writes it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string(f"{architecture}.model_hint", "llama")
+    writer.add_uint32(f"{architecture}.layer_count", len(directions))
+    for layer, vector in directions.items():
+        writer.add_tensor(f"direction.{layer}", vector)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -392,7 +392,7 @@ def test_an_experiments_texts_are_rated_once_and_failures_are_not_scored(serve, 
     def phase(name: str):
         return lambda done, total, figures: shown.append((done, total, dict(figures)))
 
-    config, endpoint = SteerConfig(["p"], str(tmp_path), judge=judge), endpoint_of(judge, tmp_path / "ratings.jsonl")
+    config, endpoint = SteerConfig(["p"], "o", judge=judge), endpoint_of(judge, tmp_path / "ratings.jsonl")
     table, found = rate_texts(config, endpoint, pa.table(columns), [task], phase)
     assert table["concept"].to_pylist() == [0.5, 1.0, None, 0.5]
     assert table["fluency"].to_pylist() == [0.5, 1.0, None, 0.5]

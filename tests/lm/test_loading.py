@@ -150,7 +150,7 @@ def test_smollm2_is_made_without_a_word_and_read_back(tmp_path, monkeypatch, cap
     capfd.readouterr()
     made = load_llm(config, "cpu")[0].state_dict()
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setattr(assets, "_flush", None)  # building again would now fail
+    monkeypatch.setattr(assets, "sync_files", None)  # building again would now fail
     again = load_llm(config, "cpu")[0].state_dict()
     assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
     shutil.rmtree(tmp_path)

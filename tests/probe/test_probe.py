@@ -205,7 +205,7 @@ def test_what_does_not_belong_together_is_refused(bench, tmp_path):
     with pytest.raises(InputError, match="other is a prior of tiny layer 2 .*, .* of tiny layer 1 output"):
         benchmark(dataclasses.replace(config, priors=[config.priors[0], str(tmp_path / "other")]), llm)
     nowhere = [str(tmp_path / "none")]  # tasks come before priors, which come before the language model
-    with pytest.raises(InputError, match="cannot read the task 'none.csv': there is no such file"):
+    with pytest.raises(InputError, match="none.csv.*no such file"):
         benchmark(dataclasses.replace(config, tasks=[*config.tasks, "none.csv"], priors=nowhere), llm)
     with pytest.raises(InputError, match="unknown text column of colours.csv 'promt'; did you mean 'prompt'"):
         benchmark(dataclasses.replace(config, text_column="promt", priors=nowhere), llm)

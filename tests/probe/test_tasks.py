@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentprior.data import corpus
-from latentprior.probe.families import family
-from latentprior.probe.tasks import Unfit, find_task, read_csv
+from latentprior.probe.names import family
+from latentprior.probe.tasks import UnsuitableTask, find_task, labelled_texts
 from latentprior.utils.errors import InputError
 
 COLUMNS = {"text": "prompt", "label": "target"}
@@ -55,12 +59,27 @@ def test_columns_that_cannot_be_told_are_asked_for(tmp_path, header, message):
     rows = [["a", "b", "c"], ["d", "e", "f"]]
     with pytest.raises(InputError, match=message) as error:
         find_task(write(tmp_path / "mine.csv", rows, header))
-    assert not isinstance(error.value, Unfit) and "\n" not in str(error.value)
+    assert not isinstance(error.value, UnsuitableTask) and "\n" not in str(error.value)
 
 
 def test_targets_sort_as_numbers_where_they_are(tmp_path):
     path = write(tmp_path / "t.csv", [["a", "10"], ["b", "9"], ["", "9"], ["c", ""]])
-    assert read_csv(path) == (["a", "b"], pytest.approx([1, 0]))
+    assert labelled_texts(path) == (["a", "b"], pytest.approx([1, 0]))
+
+
+@pytest.mark.parametrize("ending", ["tsv", "parquet", "csv.gz", "CSV"])
+def test_tables_of_other_kinds_are_the_same_task(tmp_path, ending):
+    rows = two_classes(70, 60)
+    expected = find_task(write(tmp_path / "mine.csv", rows), **COLUMNS)
+    path = tmp_path / f"mine.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.table({"prompt": [row[0] for row in rows], "target": [row[1] for row in rows]}), path)
+    else:
+        content = (tmp_path / "mine.csv").read_bytes()
+        content = content.replace(b",", b"\t") if ending == "tsv" else content
+        path.write_bytes(gzip.compress(content) if ending == "csv.gz" else content)
+    task = find_task(str(path), **COLUMNS)
+    assert (task.name, task.texts, task.train.tolist()) == ("mine", expected.texts, expected.train.tolist())
 
 
 def test_rows_without_the_recorded_ones_keep_both_classes(tmp_path):
@@ -89,7 +108,7 @@ def test_what_is_no_task_is_refused_in_one_line(tmp_path, rows, header, message)
 
 
 def test_missing_files_and_tasks_are_named(tmp_path):
-    with pytest.raises(InputError, match="cannot read .*none.csv"):
+    with pytest.raises(InputError, match="none.csv"):
         find_task(str(tmp_path / "none.csv"), **COLUMNS)
     (tmp_path / "binary.csv").write_bytes(b"\x00\xff\xfe")
     with pytest.raises(InputError, match="binary.csv"):

@@ -16,7 +16,8 @@ import pytest
 from test_report import EVIL, check_page, headings, headlines_of
 
 from html_page import Page
-from latentprior.probe.tables import difference, leading, short_names, tables, verdict
+from latentprior.probe.names import short_names
+from latentprior.probe.tables import difference, leading, tables, verdict
 from latentprior.report import render
 from latentprior.report.probing import headlines, section, sentences
 from latentprior.utils.errors import InputError

@@ -17,7 +17,7 @@ from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import cost, flow
 from latentprior.prior.denoiser import Denoiser
 from latentprior.scaling import cost as llm_cost
-from latentprior.scaling.plan import shape_of
+from latentprior.scaling.cost import shape_of
 from latentprior.training.optim import AveragedWeights, optimizers
 from latentprior.utils import chips
 

@@ -12,7 +12,8 @@ import transformers
 from latentprior.cli.commands import main
 from latentprior.config import LLMConfig, PlanConfig
 from latentprior.scaling import cost as llm_cost
-from latentprior.scaling.plan import distinct_times, plan, shape_of, tables
+from latentprior.scaling.cost import shape_of
+from latentprior.scaling.plan import distinct_times, plan, tables
 from latentprior.utils.errors import InputError
 
 
@@ -150,7 +151,7 @@ def test_a_measured_chip(monkeypatch):
         ({"llm": LLMConfig(model="9B")}, "unknown model '9B'"),
         ({"llm": LLMConfig(model="SmolLM-135m")}, "did you mean 'smollm2-135m'"),
         ({"llm": LLMConfig(model="nobody/nothing")}, "cannot load the model 'nobody/nothing': there is no such folder"),
-        ({"llm": LLMConfig(model="8B", dtype="float32")}, "CHIPS holds bfloat16 peaks"),
+        ({"llm": LLMConfig(model="8B", dtype="float32")}, "H100 in bfloat16"),
         ({"layers": [3, 32]}, "layer 32 is out of range: 8B has layers 0 to 31"),
         ({"layers": [-1]}, "layer -1 is out of range"),
     ],

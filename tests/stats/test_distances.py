@@ -9,7 +9,8 @@ from scipy.stats import wasserstein_distance_nd
 from sklearn.metrics import roc_auc_score
 
 from latentprior.evaluation import classifier_two_sample, sliced_wasserstein
-from latentprior.stats.distances import _auc, _sorted_projections
+from latentprior.stats.auc import auc_by_group
+from latentprior.stats.distances import _sorted_projections
 from latentprior.utils.errors import InputError
 
 
@@ -34,7 +35,7 @@ def correlated(n: int, d: int, seed: int, heavy: bool = False) -> torch.Tensor:
 
 
 def auc_of(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    return _auc(positive, negative, np.arange(len(positive)), np.arange(len(negative)))
+    return auc_by_group(positive, negative, np.arange(len(positive)), np.arange(len(negative)))
 
 
 class TestSlicedWasserstein:
@@ -181,7 +182,7 @@ class TestClassifierTwoSample:
         def drawn(shift: float) -> np.ndarray:
             return rng.normal(shift, 1, 60)[groups] + rng.normal(0, 0.5, 240)
 
-        aucs, variances = np.array([_auc(drawn(0.5), drawn(0), groups, groups) for _ in range(600)]).T
+        aucs, variances = np.array([auc_by_group(drawn(0.5), drawn(0), groups, groups) for _ in range(600)]).T
         assert variances.mean() == pytest.approx(aucs.var(), rel=0.2)
 
     def test_documents_are_not_told_apart(self):

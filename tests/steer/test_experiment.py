@@ -140,7 +140,7 @@ def test_directions_that_are_not_there_are_found_before_the_model_is_loaded(glp,
     assert "belongs to" in refusal(prior, directions=[far], **files)
     assert "two directions have the same name" in refusal(prior, directions=[near, near], **files)
     assert "unknown trait 'quiet'" in refusal(prior, experiment="persona", directions=["quiet"], output=out)
-    assert "no-sae" in refusal(prior, experiment="sae", sae=str(tmp_path / "no-sae"), output=out)
+    assert "no-sae" in refusal(prior, experiment="sae", sae=str(tmp_path / "no-sae"), store="s", output=out)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,8 +157,8 @@ def test_what_is_written_is_what_is_returned_and_drawn(run_it, tmp_path):
 
 def refusal(*priors: Any, **options: Any) -> str:
     with pytest.raises(InputError) as error:
-        config = SteerConfig(priors=[str(prior) for prior in priors], **{"output": "runs/steer", **options})
-        run.experiment(config, never)
+        options = {"priors": [str(prior) for prior in priors], "output": "runs/steer"} | options
+        run.experiment(SteerConfig(**options), never)
     return str(error.value)
 
 

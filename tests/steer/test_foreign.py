@@ -9,15 +9,15 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from conftest import write_repeng
 from latentprior.lm.hooks import Hookpoint
 from latentprior.steer.direction import Direction, write_direction
-from latentprior.steer.foreign import read_foreign, write_gguf
+from latentprior.steer.foreign import read_foreign
 from latentprior.utils.errors import InputError
 
 WIDTH, LAYERS = 8, 4
@@ -45,20 +45,6 @@ def is_row(direction: Direction, rows: torch.Tensor, i: int) -> bool:
     return direction.kind == "file" and torch.allclose(raw, rows[i].float(), atol=1e-5)
 
 
-def write_repeng(path: Path, directions: dict[int, np.ndarray], architecture: str = "controlvector") -> Path:
-    """A control vector as repeng's `export_gguf` writes it."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_string(f"{architecture}.model_hint", "llama")
-    writer.add_uint32(f"{architecture}.layer_count", len(directions))
-    for layer, vector in directions.items():
-        writer.add_tensor(f"direction.{layer}", vector)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_repengs_layer_is_the_blocks_output(tmp_path, dtype):
     rows = table(LAYERS)
@@ -72,19 +58,6 @@ def test_repengs_layer_is_the_blocks_output(tmp_path, dtype):
         read_foreign(path, at(0))
     with pytest.raises(InputError, match="no block's output"):
         read_foreign(path, at(0, "input"))
-
-
-def test_gguf_round_trip_is_repengs_file(tmp_path):
-    direction = Direction.of(torch.arange(1.0, WIDTH + 1), at(3), "up", "pca")
-    path = write_gguf(direction, tmp_path / "new" / "up.gguf", "llama")
-    reader = gguf.GGUFReader(path)
-    assert reader.fields["general.architecture"].contents() == "controlvector"
-    assert reader.fields["controlvector.model_hint"].contents() == "llama"
-    assert [(t.name, t.data.dtype) for t in reader.tensors] == [("direction.3", np.float32)]
-    assert np.allclose(reader.tensors[0].data, np.arange(1, WIDTH + 1))
-    again = read_foreign(path, at(3))
-    assert torch.allclose(again.vector, direction.vector) and again.norm == pytest.approx(direction.norm)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["up.gguf"]
 
 
 def test_damaged_or_other_gguf_is_refused(tmp_path):

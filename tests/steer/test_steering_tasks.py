@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import write_repeng
 from latentprior.config import SteerConfig
 from latentprior.data.activations import record_activations
 from latentprior.data.store.reader import ActivationStore
@@ -14,7 +15,6 @@ from latentprior.lm.hooks import Hookpoint
 from latentprior.sae.sae import SAE
 from latentprior.steer import tasks
 from latentprior.steer.direction import Direction, write_direction
-from latentprior.steer.foreign import write_gguf
 from latentprior.steer.tasks import steering_tasks
 from latentprior.steer.traits import Trait
 from latentprior.utils.errors import InputError
@@ -58,7 +58,7 @@ def test_prompts_are_the_most_neutral_of_the_candidates(llm):
 
 
 def test_more_prompts_than_texts(llm):
-    with pytest.raises(InputError, match=r"only 0 news texts of 1000000 tokens"):
+    with pytest.raises(InputError, match="only 0 .* 1000000 tokens"):
         tasks.beginnings(SteerConfig(["p"], "o", prompts=2, prompt_tokens=1_000_000), llm[1])
 
 
@@ -105,7 +105,8 @@ def test_features(llm, sae_and_store):
 def test_files_of_any_kind(llm, tmp_path):
     _, _, hookpoint = llm
     direction = Direction.of(torch.arange(1.0, 1 + hookpoint.width), hookpoint, "ramp", "random")
-    ours, theirs = write_direction(direction, tmp_path / "a.safetensors"), write_gguf(direction, tmp_path / "b.gguf")
+    ours = write_direction(direction, tmp_path / "a.safetensors")
+    theirs = write_repeng(tmp_path / "b.gguf", {LAYER: direction.vector.numpy()})
     found = steering_tasks(config("files", directions=[str(ours), str(theirs)]), *llm)
     for task in found:
         torch.testing.assert_close(task.direction.vector, direction.vector)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from latentprior.config import DocumentKind, TextConfig, to_dict
 from latentprior.utils.errors import InputError, nearest_path, unknown
 
+TABLES = (".csv", ".tsv", ".parquet")
 DEFAULT_COLUMNS = ("text", "prompt", "content")
 CSV_BLOCK = 2**24  # bytes; no row may be longer
 ENDING = ".txt"
@@ -140,31 +141,37 @@ def _read_csv(path: Path, column: str | None, skip: int) -> Iterator[str]:
             yield from batch.column(0).to_pylist()
 
 
-def read_table(path: Path, types: Mapping[str, pa.DataType], *, nulls: bool = False) -> pa.Table:
-    """A whole CSV file, also a compressed one, with the types of some columns; the others' are guessed.
+def read_table(path: str | Path, types: Mapping[str, pa.DataType] | None = None, *, nulls: bool = False) -> pa.Table:
+    """A whole table of one of the kinds `TABLES`, also compressed.
 
     Args:
-        nulls: an empty cell of a text column, "NA" and the like are null, not text.
+        types: of columns whose type is not to be guessed.
+        nulls: whether a text in CSV or TSV such as "" or "NA" is a missing one.
 
     Raises:
-        InputError: no such file, or no CSV.
+        InputError: no such file, or none that can be read as its ending says.
     """
+    path = Path(path)
     try:
-        # Blocks of more than the largest file, so that no row is cut in two.
-        return pyarrow.csv.read_csv(
-            open_bytes(path), **_csv_options(2**28, column_types=types, strings_can_be_null=nulls)
-        )
+        with open_bytes(path) as file:
+            if kind(path) == ".parquet":
+                table = pq.read_table(pa.BufferReader(file.read()))
+                fields = [field.with_type((types or {}).get(field.name, field.type)) for field in table.schema]
+                return table.cast(pa.schema(fields))
+            # Blocks of more than the largest file, so that no row is cut in two.
+            options = _csv_options(2**28, kind(path), column_types=types, strings_can_be_null=nulls)
+            return pyarrow.csv.read_csv(file, **options)
     except FileNotFoundError as error:
         raise InputError(f"cannot read {str(path)!r}: there is no such file{nearest_path(str(path))}") from error
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {str(path)!r}: {' '.join(str(error).split())}") from error
 
 
-def _csv_options(block: int, **convert: Any) -> dict[str, Any]:
+def _csv_options(block: int, ending: str = ".csv", **convert: Any) -> dict[str, Any]:
     """Cells may hold line ends; no row may be longer than a block, in bytes."""
     return {
         "read_options": pyarrow.csv.ReadOptions(block_size=block),
-        "parse_options": pyarrow.csv.ParseOptions(newlines_in_values=True),
+        "parse_options": pyarrow.csv.ParseOptions(delimiter="\t" if ending == ".tsv" else ",", newlines_in_values=True),
         "convert_options": pyarrow.csv.ConvertOptions(**convert),
     }
 

@@ -1,4 +1,9 @@
-"""Distances between sets of activations, baselines (Gaussians, sparse autoencoders), and intervals."""
+"""How good a prior is: distances of its samples from real activations, and what its projections cost in LM loss.
+
+`evaluate` runs all of it from a configuration, with Gaussians and sparse autoencoders as baselines, and gives what is
+in ``evaluate.json``; `lm_loss` measures the delta LM loss of any replacement. The distances, intervals and baselines
+themselves, from `stats` and `sae`, are importable from here.
+"""
 
 from latentprior.sae.sae import SAE
 from latentprior.sae.saelens import load_saelens

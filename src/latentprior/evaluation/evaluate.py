@@ -49,8 +49,7 @@ def evaluate(
         llm: language model and tokenizer, in place of those that `config` names.
 
     Raises:
-        InputError: too few held-out rows, stores, prior and language model that do not belong together, or a folder
-            that another process writes.
+        InputError: too few held-out rows, or stores, prior and language model that do not belong together.
     """
     with locked(config.output) as folder:
         return _evaluate(config, folder, glp, llm, phase)
@@ -126,11 +125,11 @@ def compare_distributions(
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
 
-    `documents` says which one each row of `real` and of `other` is from. What is compared of an SAE are its
-    reconstructions of `other` (paper, SAE baseline).
+    `documents` says which one each row of `real` and of `other` is from. Of an SAE its reconstructions of `other` are
+    compared (paper, SAE baseline).
 
     Returns:
-        one row for each source, and the last prior's samples [N, d].
+        one row for each source, and the last samples of the prior [N, d].
     """
     n = len(real)
     runs: list[tuple[Solver, int]] = [(solver, nfe) for nfe in config.nfes for solver in config.solvers]
@@ -179,7 +178,7 @@ def measure_delta_lm(
     *,
     report: Report = silent,
 ) -> dict[str, Any]:
-    """Delta LM loss of the prior's repair and of its references, at every `t_starts`."""
+    """Delta LM loss of the prior's projection and of its references, at every one of `t_starts`."""
     hookpoint = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0]
     documents = text.documents(config.text)
     batches = list(
@@ -191,7 +190,8 @@ def measure_delta_lm(
         for method, replacement in lm_replacements(glp, gaussian, t_start, config, layer).items():
             name = f"{method} {t_start}"
             replacements[name], labels[name] = replacement, {"method": method, "t_start": t_start}
-    replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: _mean_activation(glp, x, layer))
+    mean = glp.normalizer.denormalize(torch.zeros(glp.width, device=glp.device), layer)
+    replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: mean.expand_as(x))
     labels["mean"] = {"method": "mean", "t_start": None}
     if sae is not None:
         replacements["sae"] = _spare_sinks(glp, layer, lambda x, eps: sae.reconstruct(x))
@@ -205,14 +205,8 @@ def measure_delta_lm(
         by_token = delta(loss, clean, per_document=False, seed=config.seed)
         by_document = delta(loss, clean, per_document=True, seed=config.seed)
         headline = by_document if config.per_document else by_token
-        rows.append(
-            {
-                **labels[name],
-                **asdict(headline),
-                "per_token": asdict(by_token),
-                "per_document": asdict(by_document),
-            }
-        )
+        both = {"per_token": asdict(by_token), "per_document": asdict(by_document)}
+        rows.append(labels[name] | asdict(headline) | both)
     return {
         "clean_loss": clean.mean(per_document=config.per_document),
         "weighted_by": "document" if config.per_document else "token",
@@ -228,7 +222,7 @@ def measure_delta_lm(
 def lm_replacements(
     glp: GLP, gaussian: GaussianPrior, t_start: float, config: EvaluateConfig, layer: int | None
 ) -> dict[str, Replacement]:
-    """The prior's repair and its references at one noise level; sinks pass through all of them untouched."""
+    """The prior's projection and its references at one noise level; sinks pass through all of them untouched."""
     normalizer = glp.normalizer
 
     def noised(x: Tensor, eps: Tensor) -> Tensor:
@@ -261,12 +255,8 @@ def pca_points(z_real: Tensor, z_generated: Tensor) -> dict[str, Any]:
     return {"real": points(z_real), "generated": points(z_generated), "variance_share": share}
 
 
-def _mean_activation(glp: GLP, x: Tensor, layer: int | None) -> Tensor:
-    return glp.normalizer.denormalize(torch.zeros(x.shape, device=glp.device), layer)
-
-
 def _spare_sinks(glp: GLP, layer: int | None, replacement: Replacement) -> Replacement:
-    """`replacement`, computed where the prior is, but for attention sinks."""
+    """`replacement`, computed on the prior's device; attention sinks keep their activation."""
 
     def spared(x: Tensor, eps: Tensor) -> Tensor:
         here = x.to(glp.device)  # the blocks of a model that is spread are elsewhere
@@ -328,7 +318,7 @@ def _real_rows(
 
 
 def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of a layer in random order, parted so that no document is on both sides.
+    """Row numbers of a layer in random order, in two halves without a common document.
 
     Rows of one document are alike: sets that share documents are closer than two samples of the same distribution.
     """

@@ -57,20 +57,15 @@ def lm_losses(
 ) -> dict[str, LMLoss]:
     """Next-token losses without ("clean") and with each replacement of all positions but the first.
 
-    Every replacement gets the same noise, so that differences between them are not its luck. The blocks before the
-    replacement run once for each batch: what they gave is handed out again, in a model of which the first batch shows
-    that this changes nothing, bit for bit; of any other the whole model runs for every replacement.
+    Every replacement gets the same noise. The blocks before the replacement run once for each batch and their outputs
+    are reused, if on the first batch this gives the same losses bit for bit; else the whole model runs every time.
 
     Args:
-        model: the language model.
         batches: token batches; each document whole.
-        layer: where to replace.
+        layer, side: where to replace.
         replacements: by name.
         seed: of the noise.
         report: gets token batches done.
-
-    Raises:
-        InputError: no document with two tokens, or a replacement called "clean".
     """
     if "clean" in replacements:
         raise InputError('"clean" is the loss without replacement: choose another name')
@@ -109,11 +104,11 @@ def delta(loss: LMLoss, clean: LMLoss, *, per_document: bool = False, seed: int 
 
 
 def _replays(model: nn.Module, outputs: hooks.Outputs, batch: TokenBatch, clean: Tensor) -> bool:
-    """Whether the model gives the same losses from what its first blocks gave as from its input."""
+    """Whether the model gives the same losses when the outputs of its first blocks are reused."""
     try:
         with hooks.replaying(model, outputs):
             return torch.equal(_document_losses(model, batch), clean)
-    except Exception:  # later blocks miss what the first ones left elsewhere, as keys and values that are shared
+    except Exception:  # later blocks need more of the first ones, such as keys and values that are shared
         return False
 
 
@@ -121,9 +116,8 @@ def _replays(model: nn.Module, outputs: hooks.Outputs, batch: TokenBatch, clean:
 def _document_losses(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Summed next-token loss [B] float64 of each document."""
     inputs = model_inputs(model, batch)
-    inputs["attention_mask"] = batch.mask.to(
-        inputs["input_ids"].device, torch.long
-    )  # tells `edit_positions` the padding
+    # The mask tells `edit_positions` what is padding.
+    inputs["attention_mask"] = batch.mask.to(inputs["input_ids"].device, torch.long)
     logits = model(**inputs, use_cache=False).logits[:, :-1]
     targets = inputs["input_ids"][:, 1:].to(logits.device)  # a model that is spread ends elsewhere than it begins
     scored = batch.mask[:, 1:].to(logits.device)

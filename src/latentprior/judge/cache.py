@@ -28,9 +28,6 @@ def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     """The entries of a cache by their key; none if there is no file.
 
     What follows the last line end is what a kill left of a line, and is ignored.
-
-    Raises:
-        InputError: the file cannot be read, or a whole line is no entry.
     """
     try:
         data = path.read_bytes()

@@ -143,9 +143,6 @@ class ConceptClassifier:
         name: for people.
         heldout_accuracy: accuracy on the texts that were held out, which it never learns from.
         heldout_texts: their number.
-
-    Raises:
-        InputError: labels other than 0 and 1, not one for each text, or too few texts of a class.
     """
 
     def __init__(

@@ -100,9 +100,6 @@ class EndpointJudge:
         longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
         patience: after this many requests in a row that got no answer at all, the others are not asked.
         options: further fields of the body in place of `OPTIONS`, as some models want other ones.
-
-    Raises:
-        InputError: a URL that is not http or https, a key that cannot be sent, a number out of range.
     """
 
     def __init__(

@@ -72,9 +72,6 @@ def post_json(
         client: from `opener()`.
         key: sent as a bearer token; appears in no message.
         timeout: seconds for the whole exchange, however slowly the response arrives.
-
-    Raises:
-        PostError: one of the three above.
     """
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "latentprior"}
     if key is not None:

@@ -17,7 +17,7 @@ from latentprior.stats.auc import OneD, probe_1d
 from latentprior.stats.logistic import logistic_1d, sparse_probe
 from latentprior.utils.random import keyed_generator
 
-WINNERS = 20  # best units of a task and source that are kept
+TOP_UNITS = 20  # of each task and source that are kept
 SCREENED, ALL, CHANCE = "screened", "all", "chance"
 Json = dict[str, Any]
 
@@ -47,23 +47,11 @@ def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], co
         maps: the first prior at the noise levels of the map by block and t.
 
     Returns:
-        `rows`: for each source and selection the chosen unit with its AUC; `winners`: the best units; `blocks`: the
+        `rows`: for each source and selection the chosen unit with its AUC; `winners`: the top units; `blocks`: the
         AUC by block of the MLP neurons; `map`: that of each of `maps`; `sparse`: k-sparse and dense probes.
-
-    Raises:
-        InputError: features that are not finite, or too few rows for the folds.
     """
-    result: Json = {
-        "task": task.name,
-        "family": task.family,
-        "train": len(task.train),
-        "test": len(task.test),
-        "rows": [],
-        "winners": [],
-        "blocks": [],
-        "map": [],
-        "sparse": [],
-    }
+    result: Json = {"task": task.name, "family": task.family, "train": len(task.train), "test": len(task.test)}
+    result |= {name: [] for name in ("rows", "winners", "blocks", "map", "sparse")}
     seconds = {"features": 0.0, "probes": 0.0, "sparse": 0.0}
     for source in (*sources, *maps):
         began = time.perf_counter()
@@ -83,23 +71,23 @@ def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], co
 
 
 def _probe_source(task: Task, source: Source, split: Split, config: ProbeConfig, result: Json) -> None:
-    """Add the source's rows, winners and blocks to `result`."""
+    """Add the source's rows, top units and blocks to `result`."""
     shuffled = split.y[_permutation(task, config.seed).to(split.y.device)]
     if config.method == "logistic":
-        winners: OneD = logistic_1d(split.x, split.y, candidates=config.candidates, folds=config.folds)
-        chosen = {SCREENED: (winners, winners.best())}
+        units: OneD = logistic_1d(split.x, split.y, candidates=config.candidates, folds=config.folds)
+        chosen = {SCREENED: (units, units.best())}
     else:
-        winners = split.probed(split.y, config, None)
+        units = split.probed(split.y, config, None)
         chance = split.probed(shuffled, config, config.candidates)
-        screened = winners.best(config.candidates)
-        chosen = {SCREENED: (winners, screened), ALL: (winners, winners.best()), CHANCE: (chance, chance.best())}
+        screened = units.best(config.candidates)
+        chosen = {SCREENED: (units, screened), ALL: (units, units.best()), CHANCE: (chance, chance.best())}
         if source.name == "mlp-neurons":
-            result["blocks"] = _by_block(winners, split, source, config)
+            result["blocks"] = _by_block(units, split, source, config)
     for selection, (probes, place) in chosen.items():
         (found,) = _described(probes, [place], split, source)
         result["rows"].append({"source": source.name, "selection": selection, **found})
-    order = winners.validation_auc.argsort(descending=True, stable=True)[:WINNERS].tolist()
-    for rank, found in enumerate(_described(winners, order, split, source)):
+    order = units.validation_auc.argsort(descending=True, stable=True)[:TOP_UNITS].tolist()
+    for rank, found in enumerate(_described(units, order, split, source)):
         result["winners"].append({"source": source.name, "rank": rank, **found})
 
 

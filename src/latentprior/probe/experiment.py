@@ -24,7 +24,7 @@ from latentprior.probe.benchmark import probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
 from latentprior.probe.sources import Source, meta_neurons, sources_of
 from latentprior.probe.summary import summarise
-from latentprior.probe.tasks import Task, Unfit, find_task
+from latentprior.probe.tasks import Task, UnsuitableTask, find_task
 from latentprior.sae.saelens import sae_at
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text, replaced
@@ -55,9 +55,8 @@ def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase:
         what is in ``probe.json``.
 
     Raises:
-        InputError: what `find_tasks` refuses, before anything is loaded; priors that cannot be read or belong to
-            different hookpoints; a recording or results of another hookpoint or other settings; no task that can be
-            probed; a folder that another process writes.
+        InputError: unknown tasks or columns, before anything is loaded; priors of different hookpoints; a recording or
+            results of another hookpoint or other settings; no task that can be probed.
     """
     with locked(config.output) as folder:
         return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
@@ -107,12 +106,7 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
 
 
 def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
-    """The tasks that fulfil the protocol, and those that do not, with the reason.
-
-    Raises:
-        InputError: an unknown task, a file that cannot be read or whose columns cannot be told, or no task that fulfils
-            the protocol.
-    """
+    """The tasks that fulfil the protocol, and those that do not, with the reason."""
     tasks: list[Task] = []
     skipped: list[Json] = []
     for name in dict.fromkeys(config.tasks or corpus.binary_tasks()):
@@ -121,9 +115,9 @@ def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
                 name, seed=config.seed, max_test=config.max_test, text=config.text_column, label=config.label_column
             )
             if any(task.name == other.name for other in tasks):
-                raise Unfit(f"another task is called {task.name!r}, too")
+                raise UnsuitableTask(f"another task is called {task.name!r}, too")
             tasks.append(task)
-        except Unfit as error:
+        except UnsuitableTask as error:
             skipped.append({"task": name, "reason": str(error)})
     if not tasks:
         raise InputError(f"no task can be probed: {skipped[0]['reason']}")
@@ -138,11 +132,7 @@ def recorded(
     *,
     report: Report,
 ) -> Recording:
-    """The recording of all tasks' texts; what is missing is recorded.
-
-    Raises:
-        InputError: a recording of another hookpoint or `max_length`, or one that another process adds to.
-    """
+    """The recording of all tasks' texts; what is missing is recorded."""
     folder = Path(config.recording or Path(config.output, "recording"))
     texts = list(dict.fromkeys(text for task in tasks for text in task.used()))
     mlp = "mlp-neurons" in config.chosen_sources()
@@ -233,11 +223,11 @@ def _by_task(results: Sequence[Json]) -> list[Json]:
 
 
 def write_tables(folder: Path, results: Sequence[Json]) -> None:
-    """``probes.parquet`` and ``probes.csv``, a row for each task, source and selection; ``winners.parquet``."""
+    """A row for each task, source and selection (parquet and CSV), and the top units, ``winners.parquet``."""
     probes = [{"task": task["task"], "family": task["family"], **row} for task in results for row in task["rows"]]
-    winners = [{"task": task["task"], **row} for task in results for row in task["winners"]]
+    top_units = [{"task": task["task"], **row} for task in results for row in task["winners"]]
     table = pa.Table.from_pylist(probes)
-    for name, rows in (("probes", table), ("winners", pa.Table.from_pylist(winners))):
+    for name, rows in (("probes", table), ("winners", pa.Table.from_pylist(top_units))):
         with replaced(folder / f"{name}.parquet") as partial:
             pq.write_table(rows, partial, compression="zstd")
     with replaced(folder / "probes.csv") as partial:

@@ -64,8 +64,7 @@ def record_texts(
         report: gets the number of texts done, of how many that were missing.
 
     Raises:
-        InputError: another model, layer or width; a folder that was recorded with other ones or another `max_length`;
-            a full disk.
+        InputError: a folder that was recorded with another model, hookpoint or `max_length`; a full disk.
     """
     folder = Path(folder)
     hookpoint.check(model)
@@ -73,12 +72,13 @@ def record_texts(
     layers = list(range(layer + (hookpoint.side != "input"))) if mlp else []
     dtype = "float32" if next(model.parameters()).dtype == torch.float32 else "bfloat16"
     source = {"texts": "last token", "max_length": max_length}
-    writers = {
-        OUTPUT: _writer(folder / OUTPUT, [Hookpoint.of(model, layer, hookpoint.side)], dtype, SHARD_TEXTS, source)
-    }
+    hookpoints = {OUTPUT: [Hookpoint.of(model, layer, hookpoint.side)]}
     if layers:
-        places = [Hookpoint.of(model, block, "mlp") for block in layers]
-        writers[MLP] = _writer(folder / MLP, places, dtype, SHARD_TEXTS * len(layers), source)
+        hookpoints[MLP] = [Hookpoint.of(model, block, "mlp") for block in layers]
+    writers = {
+        name: StoreWriter(folder / name, of, dtype=dtype, shard_rows=SHARD_TEXTS * len(of), source=source, resume=True)
+        for name, of in hookpoints.items()
+    }
     known = set.intersection(*(_keys(folder / name) for name in writers))
     missing = [text for text in dict.fromkeys(texts) if text_key(text) not in known]
     batches = tokens.tokenize(
@@ -94,8 +94,8 @@ def record_texts(
         for name, writer in writers.items():
             rows = parts[name]
             kept = finite.repeat(len(rows) // len(finite))
-            dropped = int((~kept).sum())
-            writer.append(rows.select(kept), next_batch=writer.next_batch + 1, left_out={"nonfinite": dropped})
+            left_out = {"nonfinite": int((~kept).sum())}
+            writer.append(rows.select(kept), next_batch=writer.next_batch + 1, left_out=left_out)
         done += len(batch.doc)
         report(done, len(missing), {})
     for writer in writers.values():
@@ -110,9 +110,6 @@ class Recording:
         device: where the rows that are read go; the CPU, unless `to` says otherwise.
         hookpoint: of the layer's output.
         mlp_hookpoints: of the MLPs' hidden units, by block; empty if they were not recorded.
-
-    Raises:
-        InputError: no such recording, or a damaged one.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -136,29 +133,14 @@ class Recording:
         return np.array([all(key in rows for rows in (self._rows, *self._mlp_rows)) for key in keys], dtype=bool)
 
     def output(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """The layer's output at the last token of each text, as stored.
-
-        Raises:
-            KeyError: a text that was not recorded.
-        """
+        """The layer's output at the last token of each text, as stored; KeyError for a text that is not."""
         return self._output.rows(_find(self._rows, texts)).to(self.device)
 
     def mlp(self, texts: Sequence[str], block: int) -> Float[Tensor, "n d_mlp"]:
-        """The hidden units of one block's MLP at the last token of each text, as stored.
-
-        Raises:
-            InputError: the MLPs, or this block's, were not recorded.
-            KeyError: a text that was not recorded.
-        """
+        """The hidden units of one block's MLP at the last token of each text, as stored."""
         if self._mlp is None or not 0 <= block < len(self._mlp_rows):
             raise InputError(f"{self.folder} holds no MLP units of block {block}: record them first")
         return self._mlp.rows(_find(self._mlp_rows[block], texts)).to(self.device)
-
-
-def _writer(
-    folder: Path, places: Sequence[Hookpoint], dtype: Any, shard_rows: int, source: dict[str, Any]
-) -> StoreWriter:
-    return StoreWriter(folder, places, dtype=dtype, shard_rows=shard_rows, source=source, resume=True)
 
 
 def _keys(folder: Path) -> set[int]:

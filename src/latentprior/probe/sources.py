@@ -14,8 +14,8 @@ from latentprior.config import ProbeConfig
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.glp import GLP
 from latentprior.prior.loading import heldout_loss
+from latentprior.probe.names import short_names
 from latentprior.probe.recording import Recording
-from latentprior.probe.tables import short_names
 from latentprior.sae.sae import SAE
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import keyed_generator, normal
@@ -68,11 +68,7 @@ class Source:
 def sources_of(
     config: ProbeConfig, recording: Recording, priors: Mapping[str, GLP], sae: SAE | None = None
 ) -> list[Source]:
-    """The sources that a run compares: the baselines, the first prior, then the other priors.
-
-    Raises:
-        InputError: MLP neurons that were not recorded, or no SAE where one is a source.
-    """
+    """The sources that a run compares: the baselines, the first prior, then the other priors."""
     first, *others = priors
     makers: dict[str, Callable[[], Source]] = {
         "layer": lambda: layer_output(recording),
@@ -109,39 +105,27 @@ def rotated(recording: Recording, seed: int) -> Source:
 
 
 def mlp_neurons(recording: Recording) -> Source:
-    """Hidden units of the language model's own MLPs, of all blocks up to the layer (paper, baseline).
-
-    Raises:
-        InputError: they were not recorded.
-    """
-    places = recording.mlp_hookpoints
-    if not places:
+    """Hidden units of the language model's own MLPs, of all blocks up to the layer (paper, baseline)."""
+    hookpoints = recording.mlp_hookpoints
+    if not hookpoints:
         raise InputError(f"{recording.folder} holds no MLP neurons: record them first")
 
     def features(texts: Sequence[str]) -> Tensor:
-        return torch.cat([recording.mlp(texts, block) for block in range(len(places))], dim=1)
+        return torch.cat([recording.mlp(texts, block) for block in range(len(hookpoints))], dim=1)
 
-    return Source("mlp-neurons", LABELS["mlp-neurons"], "mlp", features, len(places), places[0].width)
+    return Source("mlp-neurons", LABELS["mlp-neurons"], "mlp", features, len(hookpoints), hookpoints[0].width)
 
 
 def sae_latents(recording: Recording, sae: SAE | None) -> Source:
-    """Latents of a sparse autoencoder.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Latents of a sparse autoencoder."""
     if sae is None:
         raise InputError("the source 'sae' needs a sparse autoencoder")
 
     def features(texts: Sequence[str]) -> Tensor:
-        return _dense(sae, recording.output(texts).float())
+        indices, values = sae.encode(recording.output(texts).float())
+        return torch.zeros(len(texts), sae.latents, device=values.device).scatter_(1, indices, values)
 
     return Source("sae", LABELS["sae"], "sae", features, 1, sae.latents)
-
-
-def _dense(sae: SAE, x: Tensor) -> Tensor:
-    indices, values = sae.encode(x)
-    return torch.zeros(len(x), sae.latents, device=values.device).scatter_(1, indices, values)
 
 
 def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Mapping
 from typing import Any
 
 from latentprior.utils.formatting import MISSING, Table, decimals, estimate, signed
@@ -125,18 +124,3 @@ def _estimated(score: Json) -> str:
 
 
 _SELECTIONS = ("screened", "all", "chance")
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them begin or end with."""
-    parts = [PurePath(path).parts for path in paths]
-    if len(set(parts)) < 2:
-        return list(paths)
-    start, end = _shared(parts), _shared([part[::-1] for part in parts])
-    return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many leading entries all have in common."""
-    columns = enumerate(zip(*parts, strict=False))
-    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))

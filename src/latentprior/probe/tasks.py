@@ -1,4 +1,4 @@
-"""Labelled texts and their split: the binary tasks of SAE-Probes, or one's own in a CSV file."""
+"""Labelled texts and their split: the binary tasks of SAE-Probes, or one's own in a table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from latentprior.data import corpus
-from latentprior.data.text_files import DEFAULT_COLUMNS, read_table
-from latentprior.probe.families import OWN, family
+from latentprior.data.text_files import DEFAULT_COLUMNS, TABLES, kind, read_table
+from latentprior.probe.names import OWN, family
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.reprs import ShortRepr
 
@@ -19,8 +19,8 @@ LEAST = 120  # rows: the protocol keeps 100 of them from training
 LABELS = ("target", "label", "class")
 
 
-class Unfit(InputError):
-    """A task that is there, but does not fulfil the protocol."""
+class UnsuitableTask(InputError):
+    """A task that does not fulfil the protocol: skipped where others can be probed."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,11 +46,7 @@ class Task(ShortRepr):
         return [*self.select(self.train), *self.select(self.test)]
 
     def without(self, missing: np.ndarray) -> Task:
-        """The task without the rows [N] bool that were not recorded.
-
-        Raises:
-            InputError: too little is left.
-        """
+        """The task without the rows [N] bool that were not recorded."""
         train, test = (rows[~missing[rows]] for rows in (self.train, self.test))
         for rows in (train, test):
             if len(np.unique(self.labels[rows])) < 2:
@@ -61,21 +57,22 @@ class Task(ShortRepr):
 def find_task(
     name: str, *, seed: int = 42, max_test: int | None = None, text: str | None = None, label: str | None = None
 ) -> Task:
-    """A task of SAE-Probes by its name, or of a CSV file by its path, with the protocol's split.
+    """A task of SAE-Probes by its name, or of a table by its path, with the protocol's split.
 
     Args:
-        name: one of `corpus.binary_tasks()`, or a path that ends in .csv or .csv.zst.
+        name: one of `corpus.binary_tasks()`, or the path of a CSV, TSV or parquet file.
         seed: of the split; the protocol's is 42.
         max_test: most test rows, the first ones of the protocol's random order; None: all.
-        text, label: columns of a CSV file; None: see `read_csv`.
+        text, label: columns of a table; None: see `labelled_texts`.
 
     Raises:
         InputError: no such task or file, or missing columns.
-        Unfit: not two classes, or fewer than 120 rows once the classes are balanced.
+        UnsuitableTask: not two classes, or fewer than 120 rows once the classes are balanced.
     """
-    if name.endswith((".csv", ".csv.zst")):
-        title, group = Path(name).name.removesuffix(".zst").removesuffix(".csv"), OWN
-        texts, labels = read_csv(name, text=text, label=label)
+    if kind(Path(name)) in TABLES:
+        file = Path(name).name
+        title, group = file[: file.lower().index(kind(Path(name)))], OWN
+        texts, labels = labelled_texts(name, text=text, label=label)
         texts, labels = _balanced(texts, labels, seed)
     else:
         if name not in (names := corpus.binary_tasks()):
@@ -84,40 +81,33 @@ def find_task(
         texts, codes = corpus.labelled(name)
         labels = np.asarray(codes)
     if len(texts) < LEAST:
-        raise Unfit(f"task {title!r} has {len(texts)} rows in two equal classes, fewer than {LEAST}")
+        raise UnsuitableTask(f"task {title!r} has {len(texts)} rows in two equal classes, fewer than {LEAST}")
     train, test = corpus.probing_split(labels, seed=seed)
     return Task(title, group, texts, labels, train, test[:max_test])
 
 
-def read_csv(path: str | Path, *, text: str | None = None, label: str | None = None) -> tuple[list[str], np.ndarray]:
-    """Texts and labels (0 or 1) of a CSV file, also compressed by zstd; rows that lack either are left out.
+def labelled_texts(
+    path: str | Path, *, text: str | None = None, label: str | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Texts and labels (0 or 1) of a table; rows that lack either are left out.
 
     Args:
         text: column of the texts; None: "text", "prompt" or "content", or the only text column beside the labels.
         label: column of the labels; None: "target", "label" or "class", or the only one beside the texts.
-
-    Raises:
-        InputError: no such file, no CSV, or missing columns.
-        Unfit: not exactly two distinct targets.
     """
-    path = Path(path)
-    text, label = columns_of(read_table(path, {}, nulls=True), path.name, text=text, label=label)
-    types = {text: pa.string(), label: pa.string()}
-    table = read_table(path, types, nulls=True).select([text, label]).drop_null()
+    name = Path(path).name
+    text, label = _columns(read_table(path, nulls=True), name, text=text, label=label)
+    table = read_table(path, {text: pa.string(), label: pa.string()}, nulls=True).select([text, label]).drop_null()
     targets = table[label].to_pylist()
     classes = _ordered(set(targets))
     if len(classes) != 2:
         shown = ", ".join(map(repr, classes[:5])) or "none"
-        raise Unfit(f"task {path.name!r} needs two distinct targets, got {len(classes)}: {shown}")
+        raise UnsuitableTask(f"task {name!r} needs two distinct targets, got {len(classes)}: {shown}")
     return table[text].to_pylist(), np.array([classes.index(target) for target in targets])
 
 
-def columns_of(table: pa.Table, name: str, *, text: str | None, label: str | None) -> tuple[str, str]:
-    """The columns of texts and labels; those that are None are found as `read_csv` says.
-
-    Raises:
-        InputError: no such column, or none that can be told.
-    """
+def _columns(table: pa.Table, name: str, *, text: str | None, label: str | None) -> tuple[str, str]:
+    """The columns of texts and labels; those that are None are found as `labelled_texts` says."""
     for option, column in (("text", text), ("label", label)):
         if column is not None and column not in table.column_names:
             raise unknown(f"{option} column of {name}", column, table.column_names)

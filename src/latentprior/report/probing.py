@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from latentprior.probe.tables import best_of, difference, labels, leading, scores, short_names, verdict
+from latentprior.probe.names import short_names
+from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
 from latentprior.report.blocks import NOTHING, Headline, facts, figure, fold, pair, prose, stack, table
 from latentprior.report.probe_figures import (
     Look,

@@ -20,7 +20,7 @@ from latentprior.utils.files import replace_text, replaced
 from latentprior.utils.reprs import ShortRepr
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
-CHUNK = 1024  # rows encoded at a time: what every latent says is [rows, latents]
+CHUNK = 1024  # rows encoded at a time: their pre-activations are [rows, latents]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +38,7 @@ class SAE(ShortRepr):
     offset: Float[Tensor, " d"]
     """Added to every reconstruction."""
     scale: Float[Tensor, " latents"]
-    """Turns what the encoder says into multiples of the decoder's rows; applied after the choice of active latents."""
+    """Of each latent's value, in units of its decoder row; applied after the choice of active latents."""
     threshold: Float[Tensor, " latents"] | None
     """Over which a latent is active; None for TopK."""
     k: int | None
@@ -69,11 +69,7 @@ class SAE(ShortRepr):
         threshold: Tensor | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> SAE:
-        """An SAE from any decoder [latents, d]: its rows are scaled to unit norm, and what they did to `scale`.
-
-        Raises:
-            InputError: shapes that do not fit together, numbers that are not finite, a `k` out of range.
-        """
+        """An SAE from any decoder [latents, d], whose norms become `scale`."""
         encoder, bias, decoder, offset = (t.detach().float().contiguous() for t in (encoder, bias, decoder, offset))
         threshold = None if threshold is None else threshold.detach().float()
         parts = [encoder, bias, decoder, offset] + ([] if threshold is None else [threshold])
@@ -100,10 +96,7 @@ class SAE(ShortRepr):
 
         Returns:
             indices [N, m] int64 and values [N, m] float32, on the SAE's device: m is `k`, or the most that any row has
-            active; places that are left over have value 0. A value is in units of the activation.
-
-        Raises:
-            InputError: activations of another width.
+            active; unused entries have value 0. Values are in units of the activation.
         """
         if x.shape[-1] != self.width:
             raise InputError(f"this SAE takes activations of width {self.width}, got {x.shape[-1]}")
@@ -114,13 +107,13 @@ class SAE(ShortRepr):
         return indices, values
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        said = F.linear(x, self.encoder, self.bias)
+        values = F.linear(x, self.encoder, self.bias)
         if self.threshold is None:
-            values, indices = said.relu().topk(self.k or 0, dim=1)
+            values, indices = values.relu().topk(self.k or 0, dim=1)
         else:
-            said = torch.where(said > self.threshold, said, 0)
-            most = int((said != 0).sum(dim=1).max()) if len(said) else 0
-            values, indices = said.topk(most, dim=1)
+            values = torch.where(values > self.threshold, values, 0)
+            most = int((values != 0).sum(dim=1).max()) if len(values) else 0
+            values, indices = values.topk(most, dim=1)
         return indices, values * self.scale[indices]
 
     def decode(self, indices: Int[Tensor, "n m"], values: Float[Tensor, "n m"]) -> Float[Tensor, "n d"]:
@@ -136,8 +129,7 @@ class SAE(ShortRepr):
 
     def to(self, device: torch.device | str) -> SAE:
         """The same SAE on another device."""
-        moved = {name: t.to(device) for name, t in self._tensors().items()}
-        return replace(self, **moved)
+        return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
@@ -154,25 +146,20 @@ class SAE(ShortRepr):
 
     @classmethod
     def load(cls, folder: str | Path) -> SAE:
-        """What `save` wrote.
-
-        Raises:
-            InputError: no such SAE, or a damaged one.
-        """
+        """What `save` wrote; InputError for no such SAE, or a damaged one."""
         folder = Path(folder)
         described = read_json(folder / CONFIG)
         tensors = read_tensors(folder / WEIGHTS)
         try:
-            hookpoint = Hookpoint.from_dict(described["hookpoint"])
-            decoder, scale, threshold = tensors["decoder"], tensors["scale"], tensors.get("threshold")
+            decoder, scale = tensors["decoder"], tensors["scale"]
             sae = cls.of(
                 tensors["encoder"],
                 tensors["bias"],
                 decoder * scale[:, None],
                 tensors["offset"],
-                hookpoint,
+                Hookpoint.from_dict(described["hookpoint"]),
                 k=described["k"],
-                threshold=threshold,
+                threshold=tensors.get("threshold"),
                 provenance=described["provenance"],
             )
             return replace(sae, decoder=decoder, scale=scale)  # not rounded a second time
@@ -181,11 +168,7 @@ class SAE(ShortRepr):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InputError: not there, or none.
-    """
+    """A JSON object; InputError if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -196,11 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        InputError: not there, or damaged.
-    """
+    """All tensors of a safetensors file; InputError if it is missing or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

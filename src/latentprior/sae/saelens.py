@@ -25,11 +25,7 @@ def read_sae(path_or_repo: str | Path, name: str = "", *, model: str | None = No
 
 
 def sae_at(folder: str, hookpoint: Hookpoint, *, model: str | None = None) -> SAE:
-    """The SAE in `folder`, of the place that a prior belongs to; see `read_sae`.
-
-    Raises:
-        InputError: no SAE there, or one of another layer, side or width.
-    """
+    """The SAE in `folder`, checked to be of a prior's hookpoint; see `read_sae`."""
     sae = read_sae(folder, model=model)
     if not sae.hookpoint.same_place(hookpoint, check_model=False):  # SAELens has names of its own for models
         raise InputError(f"the SAE in {folder} belongs to {sae.hookpoint}, the prior to {hookpoint}")
@@ -49,8 +45,8 @@ def load_saelens(
         revision: branch, tag or commit of the repository.
 
     Raises:
-        InputError: no such SAE, another architecture, one of another place than a block's input or output, inputs that
-            are normalised row by row, or damaged files.
+        InputError: no such SAE, another architecture, an SAE that is not of a block's input or output, inputs that are
+            normalised row by row, or damaged files.
     """
     folder = _folder(path_or_repo, name, revision)
     cfg = _modern(read_json(folder / CFG))

@@ -46,14 +46,14 @@ def prepare_sae(
     """The SAE in `folder` if there is one, else one trained on `store` and kept there.
 
     Args:
-        config: its options; an SAE that `train_sae` made with other ones is refused.
+        config: its options.
         store: folder of the activations to train on.
-        hookpoint: where it must belong.
+        hookpoint: of the activations that it must take.
         device: where to train and to put it.
         report: gets activations seen.
 
     Raises:
-        InputError: nothing to train on, or an SAE of another hookpoint, of other options, or damaged.
+        InputError: nothing to train on, or an SAE of another hookpoint or other options.
     """
     if (folder / CONFIG).is_file() or (folder / "cfg.json").is_file():
         sae = read_sae(folder)
@@ -64,25 +64,24 @@ def prepare_sae(
         activations = ActivationStore(store)
         for recorded in activations.hookpoints:
             if recorded.layer == hookpoint.layer:
-                _check_place(recorded, hookpoint, store)
+                _check_hookpoint(recorded, hookpoint, store)
         with locked(folder):
             sae = train_sae(activations, config, hookpoint.layer, device=device, report=report)
             sae.save(folder)
-    _check_place(sae.hookpoint, hookpoint, folder)
+    _check_hookpoint(sae.hookpoint, hookpoint, folder)
     return sae.to(device)
 
 
-def _check_place(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> None:
+def _check_hookpoint(found: Hookpoint, wanted: Hookpoint, folder: Path | str) -> None:
     if not found.same_place(wanted):
         raise InputError(f"{folder} belongs to {found}, but this prior to {wanted}")
 
 
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
-    made = sae.provenance.get("settings", {})
     wanted = settings_of(config)
     if config.activations is None:
         del wanted["activations"]  # however many it saw
-    for name, value in made.items():
+    for name, value in sae.provenance.get("settings", {}).items():
         if name in wanted and wanted[name] != value:
             raise InputError(
                 f"{folder} holds an SAE of {name} {value}, not {wanted[name]}: give --sae.{name} {value} or another "
@@ -100,14 +99,14 @@ def train_sae(
 ) -> SAE:
     """A TopK SAE (Gao et al., 2024) of one layer of `store`.
 
-    It sees activations scaled to a mean variance of 1, so that biases and weights learn at one rate; the scale is
-    taken back out of what is returned.
+    It sees activations scaled to a mean variance of 1, so that biases and weights learn at one rate; the SAE that is
+    returned takes raw ones.
 
     Args:
         report: gets activations seen and the share of variance that is left unexplained.
 
     Raises:
-        InputError: the extra `[sae]` is not installed, a layer that the store does not have, a store smaller than `k`.
+        InputError: the extra `[sae]` is not installed, or a layer that the store does not have.
     """
     hookpoint = at_layer(store.hookpoints, layer, store.folder)
     variance = float(store.moments().variance()[store.layers.index(layer)].sum())
@@ -159,9 +158,9 @@ def _batches(store: ActivationStore, layer: int, total: int, seed: int) -> Itera
 
 
 def _coder_and_optimizer(width: int, config: SAEConfig, device: torch.device | str) -> tuple[Any, Any]:
-    """A fresh sparse coder and what trains it; the global generator is as before afterwards."""
+    """A fresh sparse coder and its optimizer; the global generator is left as it was."""
     try:
-        with redirect_stdout(StringIO()):  # it says on import which decoder it uses
+        with redirect_stdout(StringIO()):  # sparsify prints on import which decoder it uses
             from schedulefree import ScheduleFreeWrapper
             from sparsify import SparseCoder, SparseCoderConfig
             from sparsify.sign_sgd import SignSGD

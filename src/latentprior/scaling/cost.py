@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentprior.config import LLMConfig
+from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.hub import cache_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 METADATA_BYTES = 2.4  # of a store's row: zstd parquet of document, position, token and layer, as measured on real text
 
@@ -49,6 +64,72 @@ LLM_SHAPES: dict[str, LLMShape] = {
     "8B": llama_shape(width=4096, blocks=32, heads=32, kv_heads=8, head=128, mlp=14336, vocabulary=128256, tied=False),
     "70B": llama_shape(width=8192, blocks=80, heads=64, kv_heads=8, head=128, mlp=28672, vocabulary=128256, tied=False),
 }
+
+
+def llm_shape(config: LLMConfig) -> LLMShape:
+    """The shape of a known model, or of one whose config transformers reads from the Hub or a folder."""
+    if (known := named(config.model, LLM_SHAPES)) is not None:
+        return LLM_SHAPES[known]
+    if config.gguf is None and _mistyped(config.model):
+        raise unknown("model", config.model, LLM_SHAPES)
+    cached = config.gguf is None and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
+    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
+
+    from latentprior.lm.dequantise import config_of
+
+    try:
+        trust = {"trust_remote_code": config.trust_remote_code}
+        if config.gguf is not None:
+            loaded = config_of(config.gguf)
+        else:
+            source = {"revision": config.revision or "main", "local_files_only": cached}
+            loaded = AutoConfig.from_pretrained(config.model, **source, **trust)
+        with torch.device("meta"):  # shapes only
+            model = AutoModelForCausalLM.from_config(loaded, **trust)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot read the config of {config.model!r}: {shorten(str(error), 300)}") from error
+    return shape_of(model)
+
+
+def _mistyped(model: str) -> bool:
+    """Whether `model` is a size or nearly the name of a known shape: the Hub need not be asked."""
+    if "/" in model or Path(model).exists():
+        return False
+    near = difflib.get_close_matches(model.lower(), LLM_SHAPES, n=1, cutoff=0.75)
+    return bool(near) or re.fullmatch(r"[\d.]+[bm]", model.lower()) is not None
+
+
+def shape_of(model: PreTrainedModel) -> LLMShape:
+    """The shape of any decoder-only model, by its parameters; it may lie on the meta device."""
+    from latentprior.lm.hooks import find_blocks
+
+    blocks = find_blocks(model)
+    config: Any = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return LLMShape(
+        width=config.hidden_size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        block_weights=tuple(sum(_used(p, config) for p in block.parameters()) for block in blocks),
+        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        mlp=max(max(p.shape) for p in blocks.parameters() if p.ndim == 2),
+    )
+
+
+def _used(parameter: torch.Tensor, config: Any) -> int:
+    """Entries of a parameter that one token is multiplied with: all of a matrix, the chosen ones of stacked experts."""
+    if parameter.ndim < 2:
+        return 0
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if parameter.ndim == 3 and chosen:
+        return parameter.numel() * chosen // parameter.shape[0]
+    return parameter.numel()
+
+
+def named(name: str, table: Mapping[str, Any]) -> str | None:
+    """The key of `table` that `name` spells, in any case."""
+    return {key.lower(): key for key in table}.get(name.lower())
 
 
 def llm_flops_per_token(shape: LLMShape, *, blocks: int, sequence: int) -> float:

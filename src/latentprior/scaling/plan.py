@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,10 +20,11 @@ from latentprior.prior.cost import (
     training_flops,
 )
 from latentprior.scaling.cost import (
-    LLM_SHAPES,
     LLMShape,
     llm_flops_per_token,
     llm_forward_bytes,
+    llm_shape,
+    named,
     store_bytes_per_activation,
 )
 from latentprior.training.parallel import CPU_MICRO_BATCH, SHARD_FROM
@@ -36,11 +33,7 @@ from latentprior.utils.chips import CHIPS, device_memory, matrix_peak
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.formatting import BYTES, COUNTS, FLOPS, duration, scaled
-from latentprior.utils.hub import cache_only
 from latentprior.utils.provenance import stamp
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MEASURED = "measured"
 DAY = 86_400
@@ -76,7 +69,7 @@ class PlannedChip:
 def plan(config: PlanConfig) -> dict[str, Any]:
     """What the run of `config` needs, as plain JSON values: counts, bytes of a process, seconds and disk.
 
-    All counts are those of `latentprior.cost`; `assumptions` in the result names what they rest on.
+    All counts are those of `prior.cost` and `scaling.cost`; "assumptions" in the result names what they rest on.
 
     Raises:
         InputError: an unknown chip or model, or a layer that the model does not have.
@@ -170,8 +163,7 @@ def _rows(config: PlanConfig, chip: PlannedChip) -> tuple[int, int]:
 
 
 def distinct_times(recipe: Recipe, rows: int, micro_batch: int) -> int:
-    """How many times the time path runs for in one pass: on a GPU as many as there can be among `rows`, for a fixed
-    shape; on a CPU at most so many."""
+    """For how many times the time path runs in one pass: as many as there can be among `rows`, on a GPU always."""
     return most_distinct(recipe, micro_batch if recipe.times == "uniform" else rows)
 
 
@@ -223,24 +215,17 @@ def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
     )
 
 
-# -- what a plan is for --------------------------------------------------------------------------------------------
-
-
 def chip_of(config: PlanConfig) -> PlannedChip:
-    """The chip that `config` names, by its data sheet or measured here.
-
-    Raises:
-        InputError: an unknown chip, or float32 asked of a data sheet.
-    """
+    """The chip that `config` names, by its data sheet or measured here."""
     if config.chip.lower() == MEASURED:
         return _measured(config.llm, config.device)
-    named = _named(config.chip, CHIPS)
-    if named is None:
+    name = named(config.chip, CHIPS)
+    if name is None:
         raise unknown("chip", config.chip, [*CHIPS, MEASURED])
     if config.llm.dtype == "float32":
-        raise InputError(f"CHIPS holds bfloat16 peaks: plan {named} in bfloat16, or a measured chip in float32")
-    peak = CHIPS[named].tflops * 1e12
-    return PlannedChip(named, peak, peak, round(CHIPS[named].memory * 1e9))
+        raise InputError(f"data sheets say bfloat16 peaks: plan {name} in bfloat16, or a measured chip in float32")
+    peak = CHIPS[name].tflops * 1e12
+    return PlannedChip(name, peak, peak, round(CHIPS[name].memory * 1e9))
 
 
 def _measured(config: LLMConfig, name: str) -> PlannedChip:
@@ -252,81 +237,6 @@ def _measured(config: LLMConfig, name: str) -> PlannedChip:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     micro_batch = CPU_MICRO_BATCH if device.type == "cpu" else None
     return PlannedChip(name, peaks[llm], peaks[prior], device_memory(device), llm.itemsize, prior.itemsize, micro_batch)
-
-
-def llm_shape(config: LLMConfig) -> LLMShape:
-    """The shape of a known model, or of one whose config transformers reads from the Hub or a folder.
-
-    Raises:
-        InputError: no such model, or one with code of its own that is not trusted.
-    """
-    named = _named(config.model, LLM_SHAPES)
-    if named is not None:
-        return LLM_SHAPES[named]
-    if config.gguf is None and _mistyped(config.model):
-        raise unknown("model", config.model, LLM_SHAPES)
-    cached = config.gguf is None and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
-    from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
-
-    from latentprior.lm.dequantise import config_of
-
-    try:
-        trust = {"trust_remote_code": config.trust_remote_code}
-        if config.gguf is not None:
-            loaded = config_of(config.gguf)
-        else:
-            place = {"revision": config.revision or "main", "local_files_only": cached}
-            loaded = AutoConfig.from_pretrained(config.model, **place, **trust)
-        with torch.device("meta"):  # shapes only
-            model = AutoModelForCausalLM.from_config(loaded, **trust)
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot read the config of {config.model!r}: {shorten(str(error), 300)}") from error
-    return shape_of(model)
-
-
-def _mistyped(model: str) -> bool:
-    """Whether `model` is no place, but a size or nearly the name of a known shape: the Hub need not be asked."""
-    if "/" in model or Path(model).exists():
-        return False
-    near = difflib.get_close_matches(model.lower(), LLM_SHAPES, n=1, cutoff=0.75)
-    return bool(near) or re.fullmatch(r"[\d.]+[bm]", model.lower()) is not None
-
-
-def shape_of(model: PreTrainedModel) -> LLMShape:
-    """The shape of any decoder-only model, by its parameters; it may lie on the meta device.
-
-    Raises:
-        InputError: no decoder blocks are found.
-    """
-    from latentprior.lm.hooks import find_blocks
-
-    blocks = find_blocks(model)
-    config: Any = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    return LLMShape(
-        width=config.hidden_size,
-        parameters=sum(p.numel() for p in model.parameters()),
-        block_weights=tuple(sum(_used(p, config) for p in block.parameters()) for block in blocks),
-        attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
-        mlp=max(max(p.shape) for p in blocks.parameters() if p.ndim == 2),
-    )
-
-
-def _used(parameter: torch.Tensor, config: Any) -> int:
-    """Entries of a parameter that one token is multiplied with: all of a matrix, the chosen ones of stacked experts."""
-    if parameter.ndim < 2:
-        return 0
-    chosen = getattr(config, "num_experts_per_tok", None)
-    if parameter.ndim == 3 and chosen:
-        return parameter.numel() * chosen // parameter.shape[0]
-    return parameter.numel()
-
-
-def _named(name: str, table: dict[str, Any]) -> str | None:
-    """The key of `table` that `name` spells, in any case."""
-    return {key.lower(): key for key in table}.get(name.lower())
 
 
 # -- showing -------------------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
         phase: gives the reports of training (done and in all in GFLOP) and of measuring (in runs).
 
     Raises:
-        InputError: unusable stores, too few held-out rows, a model that the store is not of, or a folder with a sweep
-            of other activations or that another process writes; all before anything is trained.
+        InputError: before anything is trained: too few held-out rows, a model that the store is not of, or a folder
+            with a sweep of other activations.
     """
     with locked(config.output):
         return _sweep(config, phase)
@@ -89,9 +89,9 @@ def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
 
 
 def findings(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """What the rows of all runs show: "runs" (the rows, marked where compute-optimal), "laws" and "correlations".
+    """Of the rows of all runs: "runs" (marked where compute-optimal), "laws" and "correlations".
 
-    A law or correlation that the runs do not support says why in "failed".
+    A law or correlation that the runs do not support has the reason in "failed".
     """
     loss = np.array([row["heldout_loss"] for row in rows])
     computes = {kind: np.array([row[key] for row in rows]) for kind, key in COMPUTES.items()}
@@ -100,10 +100,10 @@ def findings(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
     for runs in ("envelope", "all"):
         for kind, compute in computes.items():
             chosen = best[kind] if runs == "envelope" else np.arange(len(rows))
-            law = _or_why(lambda c=compute, i=chosen: _law(fit_power_law(c[i], loss[i], seed=seed), c))
+            law = _or_failure(lambda c=compute, i=chosen: _law(fit_power_law(c[i], loss[i], seed=seed), c))
             laws.append({"runs": runs, "compute": kind, **law})
     correlations = {
-        name: _or_why(lambda key=name: asdict(correlation(loss, [row[key] for row in rows], seed=seed)))
+        name: _or_failure(lambda key=name: asdict(correlation(loss, [row[key] for row in rows], seed=seed)))
         for name in MEASURES
         if name in rows[0]
     }
@@ -173,7 +173,7 @@ class _Grid:
         self.runs = sorted((_Run.of(run, self.store) for run in config.runs()), key=lambda run: run.flops)
 
     def prepare(self) -> None:
-        """Find what would stop the sweep before it trains: too few rows, another model, another sweep's folder."""
+        """Check rows, model and folder before anything is trained."""
         identity = {"store": _identity(self.store), "heldout": _identity(self.heldout)}
         path = self.folder / "activations.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
@@ -189,7 +189,7 @@ class _Grid:
         self.real = {name: GaussianMoments.of(x) for name, x in self._scaled(real).items()}
         self.bound = self._distances(other)
         lm = self._lm_settings()
-        if lm is not None and any(_kept(run.folder / "delta_lm.json", lm) is None for run in self.runs):
+        if lm is not None and any(_read_result(run.folder / "delta_lm.json", lm) is None for run in self.runs):
             _ = self.llm  # loads it, and finds whether the store is of it
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(identity) + "\n")
@@ -208,9 +208,9 @@ class _Grid:
         """Fréchet distances and delta LM loss of a trained prior, from its folder where they are known."""
         glp.cast(fast_dtype(glp.device) if self.config.precision == "auto" else getattr(torch, self.config.precision))
         settings = {name: getattr(self.config, name) for name in ("samples", "steps", "layer", "seed", "precision")}
-        result = _once(run.folder / "frechet.json", settings, lambda: self._frechet(glp))
+        result = _result(run.folder / "frechet.json", settings, lambda: self._frechet(glp))
         if (lm := self._lm_settings()) is not None:
-            result |= _once(run.folder / "delta_lm.json", lm, lambda: self._delta_lm(glp))
+            result |= _result(run.folder / "delta_lm.json", lm, lambda: self._delta_lm(glp))
         for leftover in ("steps", "checkpoints"):  # training states are three times the size of the prior
             shutil.rmtree(run.folder / leftover, ignore_errors=True)
         return result
@@ -281,15 +281,15 @@ def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
     return values | {"curve": {"compute": at.tolist(), "loss": loss, "low": low, "high": high}}
 
 
-def _or_why(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, or why there is nothing."""
+def _or_failure(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` gives, or the reason why it fails."""
     try:
         return make()
     except InputError as error:
         return {"failed": str(error)}
 
 
-def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result in a file, if it was made with these settings."""
     if not path.is_file():
         return None
@@ -297,9 +297,9 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return saved["result"] if saved["settings"] == settings else None
 
 
-def _once(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The kept result, else a new one, kept."""
-    result = _kept(path, settings)
+    result = _read_result(path, settings)
     if result is None:
         result = make()
         replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")

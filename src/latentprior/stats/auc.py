@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
@@ -32,9 +33,6 @@ def aucs(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], scaler: Scaler | None = 
         x: features, finite, of any floating type.
         y: labels 0 or 1.
         scaler: values that it makes equal count as equal.
-
-    Raises:
-        InputError: features that are not finite, labels that are not 0 and 1, or only one of them.
     """
     check_features(x, y)
     width = max(1, CHUNK // len(x))
@@ -48,17 +46,27 @@ def class_difference(x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Ten
 
 
 def stratified_folds(y: Int[Tensor, " n"], k: int = 5) -> Int[Tensor, " n"]:
-    """The fold of each row, as scikit-learn's StratifiedKFold without shuffling assigns them.
-
-    Raises:
-        InputError: a class with fewer than `k` rows.
-    """
+    """The fold of each row, as scikit-learn's StratifiedKFold without shuffling assigns them."""
     if (fewest := min(int(y.sum()), len(y) - int(y.sum()))) < max(k, 2) or k < 2:
         raise InputError(f"{k} folds need at least 2 folds and as many rows of each class, got {fewest} of one")
     fold = np.empty(len(y), np.int64)
     for number, (_, rows) in enumerate(StratifiedKFold(k).split(np.zeros(len(y)), y.cpu().numpy())):
         fold[rows] = number
     return torch.from_numpy(fold).to(y.device)
+
+
+def auc_by_group(
+    positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
+) -> tuple[float, float]:
+    """AUC of two samples' scores, ties counted half, and its variance.
+
+    The variance is DeLong's (1988) where every entry is a group of its own, else Obuchowski's for groups (1997).
+    """
+    rank = rankdata(np.concatenate([positive, negative]))
+    n, m = len(positive), len(negative)
+    below = (rank[:n] - rankdata(positive)) / m
+    above = 1 - (rank[n:] - rankdata(negative)) / n
+    return float(below.mean()), _variance_of_mean(below, positive_group) + _variance_of_mean(above, negative_group)
 
 
 @dataclass(frozen=True)
@@ -91,15 +99,13 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
         y: labels 0 or 1.
         candidates: how many features with the largest absolute difference of class means to keep; None: all.
         folds: of the cross-validation, stratified and not shuffled.
-
-    Raises:
-        InputError: see `aucs` and `stratified_folds`.
     """
     check_features(x, y)
     difference = class_difference(x, y)
     units = difference.abs().argsort(descending=True, stable=True)[:candidates]
     kept, fold = x[:, units], stratified_folds(y, folds)
-    signs = _fold_signs(kept, y, fold, folds)
+    inside = fold[None] != torch.arange(folds, device=y.device)[:, None]
+    signs = mean_differences(kept, y, inside).sign()
     scaler = Scaler.of(kept)
     validation = [_signed(aucs(kept[fold == k], y[fold == k], scaler), signs[k]) for k in range(folds)]
     return OneD(units, difference[units].sign(), torch.stack(validation).mean(dim=0), scaler)
@@ -108,12 +114,6 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
 def _signed(auc: Tensor, sign: Tensor) -> Tensor:
     """The AUC of ``sign * feature``."""
     return 0.5 + sign * (auc - 0.5)
-
-
-def _fold_signs(x: Tensor, y: Tensor, fold: Tensor, folds: int) -> Tensor:
-    """Sign of the class-mean difference of each feature on each fold's training part, [folds, f]."""
-    inside = fold[None] != torch.arange(folds, device=y.device)[:, None]
-    return mean_differences(x, y, inside.double()).sign()
 
 
 def mean_differences(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -176,3 +176,11 @@ def _running_max(x: Tensor) -> Tensor:
     if x.device.type == "cpu":  # torch also looks for where it is, which takes ten times as long
         return torch.from_numpy(np.maximum.accumulate(x.numpy(), axis=1))
     return x.cummax(dim=1).values
+
+
+def _variance_of_mean(values: np.ndarray, group: np.ndarray) -> float:
+    """Of the mean of `values`, those of a group being dependent; infinite for a single group."""
+    _, which = np.unique(group, return_inverse=True)
+    sums = np.bincount(which, values - values.mean())
+    count = len(sums)
+    return float(np.square(sums).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else float("inf")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
-Statistic = Literal["mean", "median"]
 Values = Tensor | np.ndarray | Sequence[float | int]
 
 DRAWS_AT_ONCE = 1 << 22
@@ -22,19 +20,17 @@ def bootstrap_interval(
     values: Values,
     weights: Values | None = None,
     *,
-    statistic: Statistic = "mean",
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean or median.
+    """Percentile bootstrap interval of a weighted mean.
 
     For a paired comparison of two conditions give the differences, entry by entry.
 
     Args:
         values: [n], one for each document, such as the mean loss of its tokens.
         weights: [n], such as the number of tokens; drawn together with their values. Entries of weight 0 take no part.
-        statistic: "mean", or the "median" (the weight on either side is equal).
         level: share of resamples between the two ends.
         resamples: how many are drawn.
         seed: seed of the draws.
@@ -43,11 +39,8 @@ def bootstrap_interval(
         ``(low, high)``.
 
     Raises:
-        InputError: fewer than two entries, shapes that differ, NaN or infinite values, negative weights, an unknown
-            statistic, or a level outside (0, 1).
+        InputError: fewer than two entries, NaN or infinite values, negative weights, or a level outside (0, 1).
     """
-    if statistic not in get_args(Statistic):
-        raise unknown("statistic", statistic, get_args(Statistic))
     if not 0 < level < 1 or resamples < 1:
         raise InputError(f"level must lie in (0, 1) and resamples be positive, got {level} and {resamples}")
     value, weight = _entries(values, weights)
@@ -55,7 +48,7 @@ def bootstrap_interval(
         return float(value[0]), float(value[0])
     result = stats.bootstrap(
         (value, weight),
-        _weighted_mean if statistic == "mean" else _weighted_median,
+        _weighted_mean,
         paired=True,
         vectorized=True,
         n_resamples=resamples,
@@ -68,13 +61,28 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_counts(entries: int, resamples: int, seed: int) -> np.ndarray:
+def bootstrap_counts(
+    entries: int, resamples: int, seed: int, usable: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
     """[1 + resamples, entries] float64: ones, then how often each entry is drawn in each resample.
 
     For statistics of several means: those under row 0 are the sample's, the others have a `percentile_interval`.
+
+    Args:
+        usable: tells of resamples [R, entries] which may stay, [R] bool; the others are drawn again.
     """
-    drawn = np.random.default_rng(seed).multinomial(entries, np.full(entries, 1 / entries), size=resamples)
-    return np.vstack([np.ones(entries), drawn])
+    rng = np.random.default_rng(seed)
+    kept = np.empty((0, entries))
+    while len(kept) < resamples:
+        drawn = rng.multinomial(entries, np.full(entries, 1 / entries), size=resamples).astype(float)
+        kept = np.concatenate([kept, drawn if usable is None else drawn[usable(drawn)]])
+    return np.vstack([np.ones(entries), kept[:resamples]])
+
+
+def bootstrap_rows(entries: int, resamples: int, seed: int) -> np.ndarray:
+    """[1 + resamples, entries] int64: the entries in order, then those of each resample. For other statistics."""
+    drawn = np.random.default_rng(seed).integers(entries, size=(resamples, entries))
+    return np.vstack([np.arange(entries), drawn])
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
@@ -102,12 +110,3 @@ def _array(values: Values) -> np.ndarray:
 
 def _weighted_mean(value: np.ndarray, weight: np.ndarray, axis: int = -1) -> np.ndarray:
     return (value * weight).sum(axis) / weight.sum(axis)
-
-
-def _weighted_median(value: np.ndarray, weight: np.ndarray, axis: int = -1) -> np.ndarray:
-    order = np.argsort(value, axis)
-    value = np.take_along_axis(value, order, axis)
-    below = np.take_along_axis(weight, order, axis).cumsum(axis)
-    half = below.take([-1], axis) / 2
-    ends = [np.expand_dims(np.argmax(reached, axis), axis) for reached in (below >= half, below > half)]
-    return np.mean([np.take_along_axis(value, end, axis).squeeze(axis) for end in ends], axis=0)

@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
+from latentprior.stats.auc import auc_by_group
 from latentprior.stats.frechet import rows
 from latentprior.utils.errors import InputError
 
@@ -24,7 +24,8 @@ PROJECTION_CHUNK = 64
 ROW_CHUNK = 8192
 
 # The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576. Twice the hidden units
-# or epochs found no more on residual streams of a small language model.
+# or epochs found no more on residual streams of a small language model. A linear model finds far less (AUC 0.66 instead
+# of 0.96 for a Gaussian against a scale mixture), and scikit-learn's network stops by accuracy, not by loss.
 HIDDEN = 128
 EPOCHS = 10
 PATIENCE = 3
@@ -59,9 +60,6 @@ def sliced_wasserstein(
 
     Returns:
         The distance in the units of the activations.
-
-    Raises:
-        InputError: no rows, unequal widths, NaN or infinite entries, or no projections.
     """
     a, b = _pair(a, b, least=1)
     if projections < 1:
@@ -109,8 +107,7 @@ def classifier_two_sample(
         The mean AUC over the folds, with its interval.
 
     Raises:
-        InputError: fewer rows than `least_rows` in either set, unequal widths, NaN or infinite entries, or fewer than
-            three folds.
+        InputError: fewer rows than `least_rows` in either set, or fewer than three folds.
     """
     if folds < 3:
         raise InputError(f"folds must be at least 3, got {folds}")
@@ -132,7 +129,7 @@ def classifier_two_sample(
         score = _fit_classifier(features(x[train]), label[train], generator)
         scores, truth = score(features(x[test])).cpu().numpy(), label[test].bool().cpu().numpy()
         among = group[test.cpu().numpy()]
-        auc, variance = _auc(scores[truth], scores[~truth], among[truth], among[~truth])
+        auc, variance = auc_by_group(scores[truth], scores[~truth], among[truth], among[~truth])
         aucs.append(auc)
         variances.append(variance)
     auc, margin = float(np.mean(aucs)), 1.96 * float(np.sqrt(np.sum(variances))) / folds
@@ -157,11 +154,7 @@ def _numbered(x: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
-    """Each row's fold: those of a group in one, about as many rows in each.
-
-    Raises:
-        InputError: a fold without a row.
-    """
+    """Each row's fold: those of a group in one, about as many rows in each."""
     sizes = torch.bincount(group)
     order = torch.randperm(len(sizes), generator=generator)
     before = torch.empty_like(sizes)
@@ -260,25 +253,3 @@ def _fit_classifier(x: Tensor, label: Tensor, generator: torch.Generator) -> Cal
             if worse == PATIENCE:
                 break
     return lambda x: logit(x, *kept).detach()
-
-
-def _auc(
-    positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
-) -> tuple[float, float]:
-    """Area under the ROC curve, ties counted half, and its variance.
-
-    That of DeLong et al. (1988), where every entry is a group of its own; else by groups, as of Obuchowski (1997).
-    """
-    rank = rankdata(np.concatenate([positive, negative]))
-    n, m = len(positive), len(negative)
-    below = (rank[:n] - rankdata(positive)) / m
-    above = 1 - (rank[n:] - rankdata(negative)) / n
-    return float(below.mean()), _variance_of_mean(below, positive_group) + _variance_of_mean(above, negative_group)
-
-
-def _variance_of_mean(values: np.ndarray, group: np.ndarray) -> float:
-    """Of the mean of `values`, those of a group being dependent; infinite for a single group."""
-    _, which = np.unique(group, return_inverse=True)
-    sums = np.bincount(which, values - values.mean())
-    count = len(sums)
-    return float(np.square(sums).sum() / len(values) ** 2 * count / (count - 1)) if count > 1 else float("inf")

@@ -48,9 +48,6 @@ class GaussianMoments:
         """The sample mean and the unbiased sample covariance (that of ``np.cov``) of ``x: [N, d]``.
 
         Any floating dtype and device; converted to float64 in chunks of bounded size.
-
-        Raises:
-            InputError: not two-dimensional, fewer than two rows, or NaN or infinite entries.
         """
         x = rows(x, least=2)
         chunks = x.split(max(1, CHUNK_BYTES // (8 * x.shape[1])))
@@ -86,9 +83,6 @@ def frechet_distance(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.nd
         a: [N, d] activations, or their `GaussianMoments`. The factor of `a` is cached in its moments, so give the set
             that many others are compared with first: ``real = GaussianMoments.of(x)``, ``frechet_distance(real, y)``.
         b: [M, d] activations, or their `GaussianMoments`.
-
-    Raises:
-        InputError: fewer than two rows, unequal widths, NaN or infinite entries.
     """
     return frechet_parts(a, b).total
 
@@ -106,20 +100,12 @@ def frechet_parts(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.ndarr
 
 
 def frechet_from_moments(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """Fréchet distance of two Gaussians given by their means [d] and covariances [d, d].
-
-    Raises:
-        InputError: shapes that do not fit, non-finite entries, or a covariance that is not symmetric.
-    """
+    """Fréchet distance of two Gaussians given by their means [d] and covariances [d, d]."""
     return frechet_distance(_moments(mean1, cov1), _moments(mean2, cov2))
 
 
 def rows(x: Tensor | np.ndarray, *, least: int = 1) -> Tensor:
-    """``x: [N, d]`` as a tensor without gradient.
-
-    Raises:
-        InputError: not two-dimensional, fewer than `least` rows, no columns, not floating, or non-finite entries.
-    """
+    """``x: [N, d]``, checked, as a tensor without gradient."""
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
         raise InputError(f"activations must be floating [N, d], got {x.dtype} {list(x.shape)}")
@@ -131,7 +117,7 @@ def rows(x: Tensor | np.ndarray, *, least: int = 1) -> Tensor:
 
 
 def _cross_variances(first: GaussianMoments, second: GaussianMoments) -> np.ndarray:
-    """Eigenvalues of ``first.cov second.cov``, those that the rank of the first makes 0 left out."""
+    """Eigenvalues of ``first.cov second.cov``, without those that are 0 by the rank of the first."""
     factor, order, rank = first.factor
     (sygst,) = get_lapack_funcs(("sygst",), (factor,))
     # R' C R through the triangle of R, at less than half the cost of two products; .T is LAPACK's memory order.

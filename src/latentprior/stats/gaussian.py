@@ -5,7 +5,6 @@ Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps`` with t = 0 data and
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,8 +22,8 @@ Covariance = Literal["full", "diagonal"]
 class GaussianPrior:
     """``N(mean, V diag(variances) V')``, in the space of the activations it was fitted to.
 
-    Methods compute in the dtype of their input (at least float32), `log_likelihood` in float64. Leading dimensions
-    are free. Directions without variance are allowed.
+    Methods compute in the dtype of their input, at least float32. Leading dimensions are free. Directions without
+    variance are allowed.
     """
 
     mean: Tensor
@@ -36,11 +35,7 @@ class GaussianPrior:
 
     @classmethod
     def fit(cls, z: Tensor, covariance: Covariance = "full") -> GaussianPrior:
-        """Fits mean and unbiased covariance of ``z: [N, d]``; stays on the device of `z`.
-
-        Raises:
-            InputError: fewer than two rows, NaN or infinite entries, or an unknown kind of covariance.
-        """
+        """Fits mean and unbiased covariance of ``z: [N, d]``; stays on the device of `z`."""
         if covariance not in get_args(Covariance):
             raise unknown("covariance", covariance, get_args(Covariance))
         z = rows(z, least=2)
@@ -70,17 +65,6 @@ class GaussianPrior:
     def velocity(self, z_t: Tensor, t: float | Tensor) -> Tensor:
         """``E[eps - z_0 | z_t]``: the velocity that a perfectly trained flow has at ``z_t: [..., d]``."""
         return self._conditional(z_t, t, of_data=-1.0, of_noise=1.0)
-
-    def log_likelihood(self, z: Tensor) -> Tensor:
-        """``log p(z)`` in nats, ``[..., d] -> [...]`` float64.
-
-        Variances below float64 round-off of the largest one count as that round-off: the result stays finite, and
-        points off the support of a degenerate Gaussian get a very low value.
-        """
-        centred = self._to_components(z.to(self.mean) - self.mean)
-        smallest = self.variances.max() * len(self.mean) * torch.finfo(torch.float64).eps
-        variances = self.variances.clamp(min=max(smallest.item(), torch.finfo(torch.float64).tiny))
-        return -0.5 * (centred.square() / variances + (2 * math.pi * variances).log()).sum(-1)
 
     def _conditional(self, z_t: Tensor, t: float | Tensor, *, of_data: float, of_noise: float) -> Tensor:
         """``E[of_data z_0 + of_noise eps | z_t]``: along a component, z_0, eps and z_t are jointly Gaussian."""

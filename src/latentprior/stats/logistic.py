@@ -1,4 +1,4 @@
-"""Probes that are fitted: the 1-D reference by scikit-learn, and L2 logistic regression on some or all features."""
+"""Probes that are fitted by scikit-learn: the 1-D reference, and L2 logistic regression on some or all features."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from latentprior.stats.auc import OneD, aucs, check_features, class_difference, mean_differences, stratified_folds
-from latentprior.stats.newton import Kernel, Primal, fit_path, prefers_kernel
 from latentprior.stats.scaler import Scaler, columns
 from latentprior.utils.errors import InputError
 
@@ -58,9 +57,6 @@ def logistic_1d(
         x: training features.
         y: labels 0 or 1.
         candidates: how many features to fit; None: all.
-
-    Raises:
-        InputError: see `aucs` and `stratified_folds`.
     """
     check_features(x, y)
     stratified_folds(y, folds)
@@ -132,24 +128,22 @@ def sparse_probe(
         x, x_test: features of the training and the test rows, finite.
         y, y_test: labels 0 or 1.
         k: how many features; None: all, a dense probe.
-
-    Raises:
-        InputError: a `k` out of range, and see `aucs`, `stratified_folds` and `fit_path`.
     """
     if k is not None and not 0 < k <= x.shape[1]:
         raise InputError(f"k must lie between 1 and the number of features, {x.shape[1]}, got {k}")
+    if not Cs or not all(0 < C < float("inf") for C in Cs):
+        raise InputError(f"C must be positive and finite, got {', '.join(map(str, Cs)) or 'none'}")
     Cs, fold = sorted(Cs), stratified_folds(y, folds)
     parts = fold[None] != torch.arange(folds + 1, device=y.device)[:, None]  # the last part holds every row
     scaler = Scaler.of(x)
     if k is None:
-        units = scaler.scale.isfinite().nonzero().squeeze(1)
-        bases = [_Basis.of(x, units, scaler)] * (folds + 1)
+        bases = [_Basis.of(x, scaler.scale.isfinite().nonzero().squeeze(1), scaler)] * (folds + 1)
     else:
         differences = (mean_differences(x, y, parts) / scaler.scale).abs()
         order = differences.argsort(dim=1, descending=True, stable=True)[:, :k]
         bases = [_Basis.of(x, units, scaler) for units in order]
-    scores = [_validation_aucs(basis, y, part, Cs) for basis, part in zip(bases[:-1], parts[:-1], strict=True)]
-    validation = torch.stack(scores).mean(dim=0)
+    scores = torch.stack([_fold_aucs(basis.rows, y, part, Cs) for basis, part in zip(bases, parts[:-1], strict=False)])
+    validation = scores.mean(dim=0)
     best = int(validation.argmax())
     decision = _decision(bases[-1], x, y, x_test, Cs[best])
     return SparseResult(float(aucs(decision[:, None], y_test)), float(validation[best]), Cs[best], bases[-1].units)
@@ -157,44 +151,57 @@ def sparse_probe(
 
 @dataclass(frozen=True)
 class _Basis:
-    """What probes on some features are fitted in: the standardised features, or their rows' products."""
+    """The standardised features, or, where they outnumber the rows, the rows in their principal axes.
+
+    The penalty does not see a rotation, so that a fit in as many axes as rows is the fit in all features.
+    """
 
     units: Int[Tensor, " k"]
     rows: Float[Tensor, "n m"]
-    is_kernel: bool
     scaler: Scaler
+    shares: Float[Tensor, "n m"] | None
+    """The axes as sums of standardised rows; None where there was no rotation."""
 
     @classmethod
     def of(cls, x: Tensor, units: Tensor, scaler: Scaler) -> _Basis:
-        if not prefers_kernel(len(x), len(units)):
-            return cls(units, scaler.select(units)(x[:, units]), False, scaler)
+        if len(units) <= len(x):
+            return cls(units, scaler.select(units)(x[:, units]), scaler, None)
         products = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
         for part in units.split(columns(x)):
             z = scaler.select(part)(x[:, part])
             products.addmm_(z, z.T)
-        return cls(units, products, True, scaler)
-
-    def fit(self, y: Tensor, inside: Bool[Tensor, " n"], Cs: Sequence[float]) -> Float[Tensor, "c m"]:
-        """Parameters (see `newton`) of the rows `inside`, the intercept last."""
-        rows = self.rows[inside]
-        problem = Kernel(rows[:, inside]) if self.is_kernel else Primal(rows)
-        return fit_path(problem, y[inside], Cs)
+        variances, axes = torch.linalg.eigh(products)
+        kept = variances > variances[-1] * len(x) * torch.finfo(torch.float64).eps
+        sizes, axes = variances[kept].sqrt(), axes[:, kept]
+        return cls(units, axes * sizes, scaler, axes / sizes)
 
 
-def _validation_aucs(basis: _Basis, y: Tensor, inside: Tensor, Cs: Sequence[float]) -> Float[Tensor, " c"]:
-    theta = basis.fit(y, inside, Cs)
-    outside = basis.rows[~inside]
-    outside = outside[:, inside] if basis.is_kernel else outside
-    return aucs(outside @ theta[:, :-1].T + theta[:, -1], y[~inside])
+def _fit(rows: Tensor, y: Tensor, C: float) -> tuple[Float[Tensor, " m"], float]:
+    """Coefficients, on the device of `rows`, and intercept."""
+    if not rows.shape[1]:
+        return rows.new_zeros(0), 0.0
+    probe = LogisticRegression(C=C, tol=1e-8, max_iter=10_000).fit(rows.cpu().numpy(), y.cpu().numpy())
+    return torch.from_numpy(probe.coef_[0]).to(rows.device), float(probe.intercept_[0])
+
+
+def _fold_aucs(rows: Tensor, y: Tensor, inside: Tensor, Cs: Sequence[float]) -> Float[Tensor, " c"]:
+    """Validation AUC of each C, of the rows that are not `inside`."""
+    fits = [_fit(rows[inside], y[inside], C) for C in Cs]
+    decisions = torch.stack([rows[~inside] @ coefficients + intercept for coefficients, intercept in fits], dim=1)
+    return aucs(decisions, y[~inside])
 
 
 def _decision(basis: _Basis, x: Tensor, y: Tensor, x_test: Tensor, C: float) -> Float[Tensor, " n_test"]:
     """Log-odds of the test rows by the probe that is fitted to all training rows."""
-    (theta,) = basis.fit(y, torch.ones_like(y, dtype=torch.bool), [C])
-    coefficients = theta[:-1].split(columns(x))
-    decision = theta[-1].repeat(len(x_test))
-    for place, units in enumerate(basis.units.split(columns(x))):
+    coefficients, intercept = _fit(basis.rows, y, C)
+    decision = coefficients.new_full((len(x_test),), intercept)
+    done = 0
+    for units in basis.units.split(columns(x)):
         scaled = basis.scaler.select(units)
-        coefficient = scaled(x[:, units]).T @ theta[:-1] if basis.is_kernel else coefficients[place]
-        decision += scaled(x_test[:, units]) @ coefficient
+        if basis.shares is None:
+            weights = coefficients[done : done + len(units)]
+        else:
+            weights = scaled(x[:, units]).T @ (basis.shares @ coefficients)
+        decision += scaled(x_test[:, units]) @ weights
+        done += len(units)
     return decision

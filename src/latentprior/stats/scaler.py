@@ -24,11 +24,7 @@ class Scaler:
 
     @classmethod
     def of(cls, x: Float[Tensor, "n f"]) -> Scaler:
-        """Moments of training rows, float64.
-
-        Raises:
-            InputError: features that are not finite.
-        """
+        """Moments of training rows, float64."""
         means, scales = [], []
         for part in x.split(columns(x), dim=1):
             mean = part.double().mean(dim=0)

@@ -9,7 +9,7 @@ texts; `aggregate` and `frontier` turn them into concept-fluency frontiers, whic
 from latentprior.steer.direction import Direction, read_direction, write_direction
 from latentprior.steer.estimate import difference_of_means, paired_pca, probe_normal, random_direction
 from latentprior.steer.features import describe_latents, sae_direction
-from latentprior.steer.foreign import read_foreign, write_gguf
+from latentprior.steer.foreign import read_foreign
 from latentprior.steer.from_texts import labelled_direction, paired_direction, persona_direction
 from latentprior.steer.frontier import summarise
 from latentprior.steer.intervention import Edit, Repair, steering
@@ -34,5 +34,4 @@ __all__ = [
     "steering",
     "summarise",
     "write_direction",
-    "write_gguf",
 ]

@@ -56,10 +56,6 @@ def aggregate(rows: pa.Table) -> dict[Key, Aggregate]:
         rows: one for each text, with the columns direction, method, strength (signed), prompt, concept (probability,
             not flipped), nll (nats a token), and where they were measured those of `DESCRIBED`; those of method "none"
             are the unsteered texts. With a column "prior", rows without a value there (null or "") hold for all priors.
-
-    Raises:
-        InputError: a column that is missing, a concept outside [0, 1], a strength that is not finite, two rows of one
-            text, or a direction without unsteered texts.
     """
     data = _columns(rows)
     keys = [Key(*key) for key in zip(data["direction"], data["method"], data["prior"], strict=True)]

@@ -83,12 +83,7 @@ class Direction:
         mean_norm: float | None = None,
         **provenance: Any,
     ) -> Direction:
-        """The direction of `vector` [d], of any length and precision; its length is kept as `norm`.
-
-        Raises:
-            InputError: a vector that is zero, not finite, or not as wide as the hookpoint; an unknown kind; a
-                provenance that JSON cannot hold.
-        """
+        """The direction of `vector` [d], of any length and precision; its length is kept as `norm`."""
         _check_shape(vector, hookpoint)
         exact = vector.detach().to("cpu", torch.float64)
         if not exact.isfinite().all():
@@ -185,11 +180,7 @@ def is_direction(path: str | Path) -> bool:
 
 
 def read_direction(path: str | Path) -> Direction:
-    """The direction in a file of `write_direction`. Nothing in the file is executed.
-
-    Raises:
-        InputError: no such file, a damaged one, or one that holds something else.
-    """
+    """The direction in a file of `write_direction`. Nothing in the file is executed."""
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)

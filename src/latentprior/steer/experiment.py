@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 
 from latentprior.config import SteerConfig, to_dict
-from latentprior.judge.endpoint import endpoint_of
+from latentprior.judge.endpoint import EndpointJudge, endpoint_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
@@ -61,50 +61,58 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     priors, hookpoint = load_priors(config)
     endpoint = endpoint_of(config.judge, Path(config.output) / "ratings.jsonl")
     directions = check_named(config, hookpoint)
-    first = priors[config.priors[0]]
     with locked(config.output) as folder:
-        if result := finished(config, priors, directions, folder):
-            return Result(result, table=ROWS)
-        began = time.perf_counter()
-        model, tokenizer = llm()
-        hookpoint.check(model)
-        with torch.random.fork_rng(devices=[]):
-            tasks = steering_tasks(config, model, tokenizer, hookpoint)
-        for direction in (task.direction for task in tasks):
-            write_direction(direction, folder / "directions" / f"{_slug(direction.name)}.safetensors")
-        runner = Runner(config, model, tokenizer, priors, _mean_norm(config, first), config.layer)
-        table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
-        table, ratings = rate_texts(config, endpoint, table, tasks, phase)
-        write_rows(table, folder / "results.parquet")
-        result = {
-            "kind": "frontier",
-            "experiment": config.experiment,
-            "hookpoint": hookpoint.to_dict(),
-            "mean_norm": runner.mean_norm,
-            "summary": summarise(table, seed=config.seed),
-            "repairs": _repairs(config, first),
-            "priors": losses_of(priors),
-            "judges": {task.direction.name: task.judged_by for task in tasks},
-            "directions": _described(tasks),
-            "ratings": ratings,
-            "texts": _examples(table, config.examples),
-        }
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-        replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
-        return Result(result, table=ROWS)
+        result = finished(config, priors, directions, folder)
+        result = result or _run(config, folder, llm, priors, hookpoint, endpoint, phase)
+    return Result(result, table="summary.directions.methods.points")
+
+
+def _run(
+    config: SteerConfig,
+    folder: Path,
+    llm: Callable[[], tuple[Any, Any]],
+    priors: dict[str, GLP],
+    hookpoint: Hookpoint,
+    endpoint: EndpointJudge | None,
+    phase: Phase,
+) -> dict[str, Any]:
+    """The experiment in a folder that is this process's alone."""
+    began, first = time.perf_counter(), priors[config.priors[0]]
+    model, tokenizer = llm()
+    hookpoint.check(model)
+    with torch.random.fork_rng(devices=[]):
+        tasks = steering_tasks(config, model, tokenizer, hookpoint)
+    for direction in (task.direction for task in tasks):
+        write_direction(direction, folder / "directions" / f"{_slug(direction.name)}.safetensors")
+    runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
+    table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
+    table, ratings = rate_texts(config, endpoint, table, tasks, phase)
+    write_rows(table, folder / "results.parquet")
+    result = {
+        "kind": "frontier",
+        "experiment": config.experiment,
+        "hookpoint": hookpoint.to_dict(),
+        "mean_norm": runner.mean_norm,
+        "summary": summarise(table, seed=config.seed),
+        "repairs": _repairs(config, first),
+        "priors": losses_of(priors),
+        "judges": {task.direction.name: task.judged_by for task in tasks},
+        "directions": _described(tasks),
+        "ratings": ratings,
+        "texts": _examples(table, config.examples),
+    }
+    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+    replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
     """The priors by the names they were given, and the one hookpoint that they repair; all know its mean norm."""
     priors, hookpoint = priors_of(config.priors, layer=config.layer, device=config.device, precision=config.precision)
     for name, glp in priors.items():
-        if not _mean_norm(config, glp) > 0:
+        if not float(glp.normalizer.mean_norm[glp.normalizer.rows(config.layer)]) > 0:
             raise InputError(f"{name} does not know its layer's mean activation norm, the unit of strength")
     return priors, hookpoint
-
-
-def _mean_norm(config: SteerConfig, glp: GLP) -> float:
-    return float(glp.normalizer.mean_norm[glp.normalizer.rows(config.layer)])
 
 
 def _repairs(config: SteerConfig, glp: GLP) -> dict[str, Any]:

@@ -94,9 +94,6 @@ def describe_latents(
 
     Returns:
         in the order of `latents`; random ones in ascending order.
-
-    Raises:
-        InputError: no activations of the SAE's layer, fewer active latents than asked for, or a latent out of range.
     """
     generator = generator_of(seed)
     batch = activations

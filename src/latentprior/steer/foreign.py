@@ -19,7 +19,6 @@ from torch import Tensor
 from latentprior.lm.hooks import Hookpoint, check_in_range
 from latentprior.steer.direction import Direction
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import replaced
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
@@ -75,30 +74,6 @@ def read_foreign(
     if not vector.is_floating_point():
         raise InputError(f"{path} holds {vector.dtype}, not real numbers")
     return Direction.of(vector, hookpoint, name or path.stem, "file", file=path.name, **facts)
-
-
-def write_gguf(direction: Direction, path: str | Path, model_hint: str = "") -> Path:
-    """Write a direction, at the norm that it had, as a control vector that repeng and llama.cpp read.
-
-    Args:
-        model_hint: the model's `config.model_type`, by which repeng tells vectors of different families apart.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    vector = (direction.vector.double() * direction.norm).float().numpy()
-    name = f"{PREFIX}{_block(direction.hookpoint)}"
-    with replaced(path) as partial:
-        writer = gguf.GGUFWriter(partial, ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", model_hint)
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", 1)
-        writer.add_tensor(name, vector)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-    return path
 
 
 def _block(hookpoint: Hookpoint) -> int:

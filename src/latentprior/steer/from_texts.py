@@ -218,9 +218,6 @@ def persona_direction(
         name: that of the trait by default.
         max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
         batch_tokens: most tokens of one forward pass of `response_activations`.
-
-    Raises:
-        InputError: a trait without prompts or questions, no answer on one side; no chat template.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
@@ -272,9 +269,6 @@ def labelled_direction(
         seed: of the controls.
         l2: penalty of the probe, see `estimate.probe_normal`.
         read, max_length, batch_tokens: see `text_activations`.
-
-    Raises:
-        InputError: an unknown kind, labels that do not fit, and what `text_activations` refuses.
     """
     if kind not in get_args(LabelledKind):
         raise unknown("kind of direction from labelled texts", kind, get_args(LabelledKind))
@@ -313,9 +307,6 @@ def paired_direction(
     Args:
         kind: "pca", the first principal component of the pairs' differences, or "difference_of_means".
         read, max_length, batch_tokens: see `text_activations`.
-
-    Raises:
-        InputError: an unknown kind, sides of different length, and what `text_activations` refuses.
     """
     if kind not in get_args(PairedKind):
         raise unknown("kind of direction from pairs", kind, get_args(PairedKind))

@@ -164,9 +164,6 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
         table: the rows of `aggregate`.
         baseline: the method that the others are compared with.
         resamples, seed: of the bootstrap over prompts.
-
-    Raises:
-        InputError: as `aggregate`; or a direction without the baseline or with fewer than two prompts, or no resamples.
     """
     if resamples < 1:
         raise InputError(f"resamples must be positive, got {resamples}")

@@ -32,9 +32,6 @@ class PriorRepair:
         config: what the repair holds on to.
         seed: of the noise, which depends on it, the prompt and the position alone: rows of one prompt share it, so that
             differences between their strengths are not noise.
-
-    Raises:
-        InputError: when it is called, a layer that the prior does not have.
     """
 
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:

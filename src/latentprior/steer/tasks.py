@@ -53,11 +53,7 @@ class SteeringTask:
 
 
 def steering_tasks(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
-    """The tasks of an experiment (paper, on-manifold steering: sentiment, SAE features, personas).
-
-    Raises:
-        InputError: a direction that does not exist or is of another layer, width or model; missing asset packages.
-    """
+    """The tasks of an experiment (paper, on-manifold steering: sentiment, SAE features, personas)."""
     make = {"sentiment": _sentiment, "sae": _features, "persona": _personas, "files": _files}[config.experiment]
     return make(config, model, tokenizer, hookpoint)
 
@@ -123,9 +119,6 @@ def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) 
     Args:
         hookpoint: of the priors, to which the directions must belong.
         blocks: how many the model has.
-
-    Raises:
-        InputError: no such file, no direction of this place in it, or two of one name.
     """
     directions = []
     for path in config.directions:

@@ -1,8 +1,10 @@
-"""What the tasks of SAE-Probes are about, for tables: each belongs to one family."""
+"""Names in results: the families of the tasks of SAE-Probes, and short names of priors."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import PurePath
 
 OWN = "own"
 
@@ -29,3 +31,18 @@ def family(task: str) -> str:
     found = re.fullmatch(r"\d+_(.+)", task)
     matching = (name for name, pattern in _FAMILIES.items() if found and re.match(pattern, found[1]))
     return next(matching, OWN)
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin or end with."""
+    parts = [PurePath(path).parts for path in paths]
+    if len(set(parts)) < 2:
+        return list(paths)
+    start, end = _shared(parts), _shared([part[::-1] for part in parts])
+    return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many leading entries all have in common."""
+    columns = enumerate(zip(*parts, strict=False))
+    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))
