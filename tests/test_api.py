@@ -24,6 +24,7 @@ from latentprior.data.activations import record_activations
 from latentprior.prior.glp import GLP
 from latentprior.steer import random_direction
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import number
 from latentprior.utils.results import Result
 
 LAYER = 1
@@ -317,7 +318,7 @@ def test_a_result_has_attributes_tables_and_a_page(evaluated):
     assert frame["frechet.total"].tolist() == [row["frechet"]["total"] for row in result["distribution"]]
     assert "heldout_loss.by_t" in result.tables() and len(result.to_pandas("heldout_loss.by_t")) == 10
     page = result._repr_html_()
-    assert "gaussian-full" in page and f"{result.heldout_loss.mean:.4g}" in page
+    assert "gaussian-full" in page and number(result.heldout_loss.mean) in page
     assert len(repr(result)) < 1000 and "heldout_loss" in dir(result)
     with pytest.raises(AttributeError, match="heldout_los"):
         result.heldout_los  # noqa: B018

@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.formatting import number
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -142,6 +143,6 @@ def _short(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    if value is None or isinstance(value, float):
+        return number(value)
+    return escape(str(value))
