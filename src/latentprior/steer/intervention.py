@@ -120,7 +120,7 @@ def steering(
             on leaving the context with nothing edited: what `latentprior.lm.edits.edit_positions` refuses.
 
     Examples:
-        >>> with steering(model, Edit(direction, 0.8), mean_norm=5.0) as counts:
+        >>> with lp.steering(model, lp.Edit(direction, 0.8), mean_norm=5.0) as counts:
         ...     ids = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=3)
         >>> counts.edited > 0
         True
