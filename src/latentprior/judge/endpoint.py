@@ -227,6 +227,9 @@ class EndpointJudge:
             try:
                 answer, usage = self._post(messages)
                 value = request.parse(answer)
+            except Refused:
+                stop.set()  # the other threads need not find out for themselves
+                raise
             except Rejected as error:
                 return Answer(None, str(error), calls, (*failures, error.failure))
             except Unavailable as error:
