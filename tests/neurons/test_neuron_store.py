@@ -124,12 +124,12 @@ def test_descriptions_are_joined(folder):
 
 @pytest.mark.parametrize("block, index", [(-1, 0), (2, 0), (0, -1), (0, 7)])
 def test_units_that_are_not_there_are_refused(folder, block, index):
-    with pytest.raises(InputError, match="blocks 0 to 1 of units 0 to 6"):
+    with pytest.raises(InputError, match="0 to 1 .*0 to 6"):
         NeuronStore(folder).unit(block, index)
 
 
 def test_no_store_and_damaged_ones_are_named(folder):
-    with pytest.raises(InputError, match=f"holds no neurons: {INFO} is missing"):
+    with pytest.raises(InputError, match=INFO):
         NeuronStore(folder / "elsewhere")
     for name in (UNITS, EXAMPLES):
         whole = (folder / name).read_bytes()
@@ -138,26 +138,26 @@ def test_no_store_and_damaged_ones_are_named(folder):
             with pytest.raises(InputError, match=rf"{name} is damaged: [^\n]*$"):
                 NeuronStore(folder)
         (folder / name).unlink()
-        with pytest.raises(InputError, match=f"{name} is missing"):
+        with pytest.raises(InputError, match=name):
             NeuronStore(folder)
         (folder / name).write_bytes(whole)
     for text in ("", "[]", "{}", json.dumps({**SETTINGS, "kind": "probe"}), json.dumps({**SETTINGS, "blocks": "2"})):
         (folder / INFO).write_text(text)
-        with pytest.raises(InputError, match=f"{INFO} is damaged"):
+        with pytest.raises(InputError, match=INFO):
             NeuronStore(folder)
 
 
 def test_files_of_different_stores_are_refused(folder, tmp_path_factory):
     (folder / INFO).write_text(json.dumps({**SETTINGS, "d_mlp": 8}))
-    with pytest.raises(InputError, match="does not hold the 16 units"):
+    with pytest.raises(InputError, match="units.parquet.*16"):
         NeuronStore(folder)
     other = tmp_path_factory.mktemp("other")
     write_store(other, {**SETTINGS, "blocks": 1}, units(7), [])
     (other / EXAMPLES).write_bytes((folder / EXAMPLES).read_bytes())
-    with pytest.raises(InputError, match="its units are not those of units.parquet"):
+    with pytest.raises(InputError, match="examples.parquet.*units.parquet"):
         NeuronStore(other)
     pq.write_table(pa.table({"unit": [0]}), other / EXAMPLES)
-    with pytest.raises(InputError, match="it holds columns"):
+    with pytest.raises(InputError, match="columns"):
         NeuronStore(other)
 
 
@@ -167,9 +167,9 @@ def test_damage_inside_the_examples_is_named_when_it_is_met(folder):
     whole[start : start + 40] = bytes(40)
     (folder / EXAMPLES).write_bytes(whole)
     neurons = NeuronStore(folder)
-    with pytest.raises(InputError, match=f"{EXAMPLES} is damaged"):
+    with pytest.raises(InputError, match=EXAMPLES):
         neurons.unit(0, 1)
-    with pytest.raises(InputError, match=f"{EXAMPLES} is damaged"):
+    with pytest.raises(InputError, match=EXAMPLES):
         list(neurons)
 
 
@@ -210,5 +210,5 @@ def _replace(folder) -> None:
 
 def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match=str(tmp_path)):
         write_store(tmp_path / "file" / "x", SETTINGS, units(), [])

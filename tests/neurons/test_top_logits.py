@@ -139,8 +139,8 @@ def test_hidden_units_of_an_mlp_go_through_its_down_projection(family, tiny_llm,
 
 
 def test_models_without_a_head_are_refused(tiny_llm, tiny_glp):
-    with pytest.raises(InputError, match="no output embedding"):
+    with pytest.raises(InputError, match="output embedding"):
         output_embedding(tiny_llm("llama").model)
     glp = tiny_glp(16, (2,))
-    with pytest.raises(InputError, match="width 16"):
+    with pytest.raises(InputError, match="16"):
         top_logits(glp, tiny_llm("llama"), Hookpoint("", 2, 16), 3)

@@ -39,25 +39,25 @@ def test_tasks_of_units_at_the_nearest_noise_level(tmp_path):
 
 
 def test_runs_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no probing run"):
+    with pytest.raises(InputError, match="probing run"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     write(tmp_path)
-    with pytest.raises(InputError, match="another shape: it has unit 3 of block 0"):
+    with pytest.raises(InputError, match="unit 3 of block 0"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=3)
-    with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to m layer 1"):
+    with pytest.raises(InputError, match="m layer 2 .*m layer 1"):
         read_top_probing_units(tmp_path, 0.1, Hookpoint("m", 1, 32), blocks=2, d_mlp=5)
-    with pytest.raises(InputError, match="probed m layer 2 output .width 32., this prior belongs to other layer 2"):
+    with pytest.raises(InputError, match="m layer 2 .*other layer 2"):
         read_top_probing_units(tmp_path, 0.1, Hookpoint("other", 2, 32), blocks=2, d_mlp=5)
     assert read_top_probing_units(tmp_path, 0.1, Hookpoint("copies/m", 2, 32), blocks=2, d_mlp=5)
     write(tmp_path, ROWS[-1:])
-    with pytest.raises(InputError, match="names no meta-neurons"):
+    with pytest.raises(InputError, match="meta-neurons"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     pq.write_table(pa.table({"task": ["x"]}), tmp_path / "winners.parquet")
-    with pytest.raises(InputError, match=r"winners.parquet is damaged"):
+    with pytest.raises(InputError, match="winners.parquet"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     (tmp_path / "winners.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="is damaged"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)
     (tmp_path / "probe.json").write_text("[1]")
-    with pytest.raises(InputError, match="probe.json is damaged"):
+    with pytest.raises(InputError, match="probe.json"):
         read_top_probing_units(tmp_path, 0.1, HERE, blocks=2, d_mlp=5)

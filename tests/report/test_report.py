@@ -220,13 +220,13 @@ def test_same_result_same_bytes_whatever_the_global_style(demo: dict[str, Any], 
 
 @pytest.mark.parametrize("result", [{}, {"kind": "demmo"}])
 def test_unknown_kind_is_refused(result: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="demo, train, evaluate, sweep, frontier"):
+    with pytest.raises(InputError, match="demo.*frontier"):
         write_report(result, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_malformed_part_is_refused_by_name(demo: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="demo result lacks 'frechet_raw'"):
+    with pytest.raises(InputError, match="frechet_raw"):
         render(without(demo, "evaluate", "distribution") | {"evaluate": {"distribution": [
             {key: value for key, value in demo["evaluate"]["distribution"][0].items() if key != "frechet_raw"}
         ]}})  # fmt: skip

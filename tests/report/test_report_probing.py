@@ -299,7 +299,7 @@ def test_the_least_result_is_drawn_without_a_warning(result):
 
 def test_a_result_that_lacks_a_figure_is_refused_by_name(result):
     del result["summary"]["scores"][0]["auc"]
-    with pytest.raises(InputError, match="probe result lacks 'auc'"):
+    with pytest.raises(InputError, match="'auc'"):
         render(result)
 
 

@@ -212,5 +212,5 @@ def test_same_result_same_bytes(whole, page):
 def test_a_summary_without_a_figure_is_refused_by_name(whole):
     broken = copy.deepcopy(whole)
     del broken["summary"]["directions"][0]["methods"][1]["area"]
-    with pytest.raises(InputError, match="frontier result lacks 'area'"):
+    with pytest.raises(InputError, match="'area'"):
         render(broken)

@@ -43,11 +43,8 @@ QUANTILES = (0.5, 0.75, 0.9, 0.97, 1.0)
 def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     """Read a prior's units over documents as `config` says, write the store and return what is in neurons.json.
 
-    A store that an earlier run with the same settings wrote is kept, as it is or with the tasks of `config.probe`.
-
-    Raises:
-        InputError: no prior, language model or text there; ones that do not belong together; no token to look at; a
-            folder that holds units read with other settings or that another process writes, or a damaged store.
+    A store that an earlier run with the same settings wrote is kept, as it is or with the tasks of `config.probe`;
+    one of other settings, or that another process writes, is an `InputError`.
     """
     with locked(config.output):
         return _neurons(config, phase)
@@ -193,11 +190,7 @@ def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
 
 
 def _kept(config: NeuronsConfig, glp: GLP, tasks: dict[int, list[ProbedTask]]) -> dict[str, Any]:
-    """The store that is there, with the tasks of the probing run that `config` names.
-
-    Raises:
-        InputError: it was written with other settings, or is damaged.
-    """
+    """The store that is there, with the tasks of the probing run that `config` names."""
     store = NeuronStore(config.output)
     check_settings(config.output, "units", store.info.get("settings", {}), _settings(config, glp))
     if config.probe is None:

@@ -24,9 +24,7 @@ class UnitStatistics:
     quarter scale around the centre, the first and the last with all that lies beyond. The thresholds are edges of
     bins, so `share_above` is exact for the calibrated mean and deviation and needs no pass of its own.
 
-    Args:
-        centre: [M].
-        scale: [M], positive.
+    `scale` must be positive.
     """
 
     def __init__(self, centre: Float[Tensor, " M"], scale: Float[Tensor, " M"]) -> None:

@@ -37,7 +37,6 @@ def unit_table(
         logits: of all units; None leaves their columns empty.
         neighbours: numbers [units, k] and correlations [units, k]; those of correlation 0 are left out.
         tasks: those that each unit is among the best at.
-        strings: names the tokens.
     """
     d_mlp = len(statistics[0].centre)
     total = len(statistics) * d_mlp
@@ -105,11 +104,8 @@ def example_tables(
 
     Args:
         top, bottom: of each block's units.
-        reader: computes the units of the random documents.
-        sample: the random documents.
+        sample: the random documents, whose units `reader` computes.
         quantiles: of the random documents' peaks.
-        documents: token ids of all documents.
-        strings: decodes them.
     """
     starts = range(0, reader.d_mlp, _UNITS)
     shown = _Shown(_distinct([*top, *bottom], sample, starts), documents, strings)

@@ -28,7 +28,6 @@ class TopDocuments:
         k: documents to keep of each unit.
         max_length: most tokens of a document.
         sign: +1 for the largest activations, -1 for the smallest.
-        device: where the units come from.
     """
 
     def __init__(self, units: int, k: int, max_length: int, *, sign: int, device: torch.device | str = "cpu") -> None:

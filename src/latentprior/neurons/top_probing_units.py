@@ -38,13 +38,7 @@ def read_top_probing_units(
     """The tasks of each unit (``block * d_mlp + index``) at the noise level nearest to `t`, its best ranks first.
 
     Args:
-        folder: of the probing run.
-        t: noise level.
-        hookpoint: of the prior whose units are wanted.
-        blocks, d_mlp: its shape.
-
-    Raises:
-        InputError: no such run, a damaged one, one of another hookpoint, or of a prior of another shape.
+        folder: of the probing run; it must be one of this `hookpoint` and of a prior of this shape.
     """
     folder = Path(folder)
     _check_hookpoint(folder / "probe.json", hookpoint)

@@ -24,7 +24,6 @@ class UnitReader:
     The noises are the same for every token: a unit's value depends on the activation alone (paper, 1-D probing).
 
     Args:
-        glp: the prior.
         t: noise level.
         noises: how many noises to average over.
         layer: which layer of a multi-layer prior.

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from latentprior.report import figures
 from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
-from latentprior.utils.formatting import MISSING, Number, duration, interval, number
+from latentprior.utils.formatting import MISSING, Number, duration, interval, number, with_intervals
 
 Json = Mapping[str, Any]
 
@@ -78,20 +78,19 @@ def distribution(evaluate: Json) -> Markup:
 def _distances(rows: Sequence[Json], bound: Number | None) -> Markup:
     header = ("Source", "Fréchet", "Mean part", "Covariance part", "Times lower bound", "Fréchet, raw")
     header += ("Sliced Wasserstein", "Two-sample AUC", "95% interval")
-    cells = [
+    exact = [
         [
             source_name(row),
             *(number(row["frechet"][part]) for part in ("total", "mean", "covariance")),
             number(row["frechet"]["total"] / bound) if bound else MISSING,
             number(row["frechet_raw"]["total"]),
             number(row["sliced_wasserstein"]),
-            number(row["two_sample_auc"]),
-            interval(row.get("two_sample_interval")),
+            *with_intervals((row["two_sample_auc"], row.get("two_sample_interval"))),
         ]
         for row in rows
     ]
     note = "Standardised activations unless it says raw. NFE: denoiser evaluations."
-    return table("Distance from held-out real activations", note, header, cells)
+    return table("Distance from held-out real activations", note, header, exact)
 
 
 def language_model_loss(evaluate: Json) -> Markup:
@@ -110,12 +109,15 @@ def language_model_loss(evaluate: Json) -> Markup:
     bars = figures.delta_bars(rows, names, [number(row["delta"]) for row in rows])
     note = f"Mean over {delta['weighted_by']}s; lines are 95% intervals over documents. Lower is better."
     header = ("Replacement", "Per token", "95% interval", "Per document", "95% interval")
-    cells = []
-    for name, row in zip(names, rows, strict=True):
-        means = [row[weighting] for weighting in ("per_token", "per_document")]
-        cells.append([name, *(cell for x in means for cell in (number(x["delta"]), interval(x.get("interval"))))])
-    exact = table("Added loss, nats", "The official definition is the mean per document.", header, cells)
-    return stack(pair(prose(text), figure("Added next-token loss", note, bars)), exact)
+    exact = [
+        [
+            name,
+            *with_intervals(*((row[by]["delta"], row[by].get("interval")) for by in ("per_token", "per_document"))),
+        ]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    losses = table("Added loss, nats", "The official definition is the mean per document.", header, exact)
+    return stack(pair(prose(text), figure("Added next-token loss", note, bars)), losses)
 
 
 def _replacement_name(row: Json) -> str:

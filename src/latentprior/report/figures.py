@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -51,6 +51,15 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "latentprior",
 }
+
+
+class Look(NamedTuple):
+    """How a source or a method is drawn, the same in all figures."""
+
+    colour: str
+    marker: str
+    line: str
+
 
 Line = Sequence[tuple[Number, Number]]
 Label = tuple[Number, Number, str, str]

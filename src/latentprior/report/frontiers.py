@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, Label, Line, legend, place, svg
+from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, Label, Line, Look, legend, place, svg
 
 Json = Mapping[str, Any]
 
@@ -20,14 +20,6 @@ CONTROLS = ("random", "shuffled", "control")
 BEYOND = 1.3  # how far the axis goes, in ranges that are compared
 COLUMNS = 3  # of the legend
 MOST_NUMBERED = 4  # curves in one drawing whose points carry their strengths; with more, the first one's do
-
-
-class Look(NamedTuple):
-    """How a method is drawn."""
-
-    colour: str
-    marker: str
-    line: str
 
 
 def frontier_curves(name: str, title: str, direction: Json, shown: Sequence[Json], looks: Mapping[str, Look]) -> Markup:

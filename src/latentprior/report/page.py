@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def render(result: Json) -> str:
             "page.html.jinja",
             kind=kind,
             title=_title(parts),
-            sentences=list(_sentences(parts)),
+            sentences=[sentence for module, part in _told_by(parts) for sentence in module.sentences(part)],
             headlines=list(islice(_headlines(parts), HEADLINES)),
             sections={name: content for name, content in _sections(result, parts).items() if content},
         )
@@ -86,23 +86,20 @@ def _sections(result: Json, parts: Json) -> dict[str, Markup]:
     }
 
 
-def _sentences(parts: Json) -> Iterator[str]:
-    return chain(
-        evaluation.sentences(parts),
-        scaling.sentences(parts.get("sweep", {})),
-        probing.sentences(parts.get("probe", {})),
-        steering.sentences(_steering(parts)),
-    )
+def _told_by(parts: Json) -> list[tuple[Any, Json]]:
+    """The modules that say something of a result, with the part that each of them reads."""
+    return [
+        (evaluation, parts),
+        (scaling, parts.get("sweep", {})),
+        (probing, parts.get("probe", {})),
+        (steering, _steering(parts)),
+    ]
 
 
 def _headlines(parts: Json) -> Iterator[Headline]:
-    return chain(
-        evaluation.headlines(parts),
-        scaling.headlines(parts.get("sweep", {})),
-        probing.headlines(parts.get("probe", {})),
-        steering.headlines(_steering(parts)),
-        evaluation.further_headlines(parts),
-    )
+    for module, part in _told_by(parts):
+        yield from module.headlines(part)
+    yield from evaluation.further_headlines(parts)
 
 
 def _steering(parts: Json) -> Json:

@@ -12,7 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from latentprior.report.figures import BLUE, FONT, GREEN, INK, MUTED, ORANGE, PURPLE, SIZE, Line, legend, place, svg
+from latentprior.report.figures import (
+    BLUE,
+    FONT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SIZE,
+    Line,
+    Look,
+    legend,
+    place,
+    svg,
+)
 from latentprior.utils.formatting import Number
 
 Json = Mapping[str, Any]
@@ -26,14 +40,6 @@ NAME = 22  # characters of a name in one line
 LONGEST = 24  # of a label beside a point
 CELLS = 110.0  # points of text of five digits that a row of cells has room for
 FAINT, STRONG = 0.05, 0.5  # opacity of the lowest and of the highest cell: text stays legible on both
-
-
-class Look(NamedTuple):
-    """How a source is drawn, the same in all figures."""
-
-    colour: str
-    marker: str
-    line: str
 
 
 class Source(NamedTuple):

@@ -34,6 +34,7 @@ from latentprior.utils.formatting import (
     interval,
     number,
     signed,
+    with_intervals,
 )
 
 Json = Mapping[str, Any]
@@ -183,8 +184,7 @@ def _paired(result: Json) -> Iterator[Markup]:
             [
                 named.get(row["b"], row["b"]),
                 row["selection"],
-                signed(row["difference"]),
-                interval(row["interval"], signed),
+                *with_intervals((row["difference"], row["interval"]), shown=signed),
                 verdict(row),
                 *(str(n) for n in (row["wins"], row["ties"], row["tasks"] - row["wins"] - row["ties"], row["tasks"])),
             ]
@@ -337,5 +337,5 @@ def _within(label: str) -> str:
     return label if label[:2].isupper() else label[:1].lower() + label[1:]
 
 
-def _measured(row: Json) -> tuple[str, str]:
-    return decimals(row.get("auc")), interval(row.get("interval"), decimals)
+def _measured(row: Json) -> list[str]:
+    return with_intervals((row.get("auc"), row.get("interval")), shown=decimals)

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
 from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, legend, log_x, svg
-from latentprior.utils.formatting import MISSING, estimate, interval, number, power
+from latentprior.utils.formatting import MISSING, estimate, interval, number, power, with_intervals
 
 Json = Mapping[str, Any]
 
@@ -230,37 +230,33 @@ def _runs(runs: Sequence[Json]) -> Markup:
     if len({run["seed"] for run in runs}) > 1:
         columns["Seed"] = lambda run: str(run["seed"])
     columns["Optimal"] = lambda run: "yes" if run["optimal"] else MISSING
-    cells = [[shown(run) for shown in columns.values()] for run in runs]
+    rows = [[shown(run) for shown in columns.values()] for run in runs]
     note = "From cheap to dear. Fréchet distances are standardised unless it says raw. Optimal: compute-optimal."
-    return table("All runs", note, list(columns), cells)
+    return table("All runs", note, list(columns), rows)
 
 
 def _laws(laws: Sequence[Json]) -> Markup:
     header = ["Fitted to", "FLOPs", "Runs", "E", "95% interval", "A", "95% interval", "α", "95% interval", "Residual"]
-    cells = []
+    rows = []
     for law in laws:
-        first = [RUNS[law["runs"]].capitalize(), COMPUTES[law["compute"]]]
-        if "failed" in law:
-            cells.append([*first, *[MISSING] * 8])
-            continue
-        values = [v for name in ("E", "A", "alpha") for v in (number(law[name]), interval(law[f"{name}_interval"]))]
-        cells.append([*first, str(law["points"]), *values, f"{law['residual']:.2%}"])
+        fitted = [MISSING] * 8
+        if "failed" not in law:
+            values = with_intervals(*((law[name], law[f"{name}_interval"]) for name in ("E", "A", "alpha")))
+            fitted = [str(law["points"]), *values, f"{law['residual']:.2%}"]
+        rows.append([RUNS[law["runs"]].capitalize(), COMPUTES[law["compute"]], *fitted])
     note = "Intervals are from a bootstrap over runs; the residual is relative, root mean square."
-    return table("Laws L(C) = E + A C^−α", note, header, cells)
+    return table("Laws L(C) = E + A C^−α", note, header, rows)
 
 
 def _correlations(correlations: Json) -> Markup:
     header = ["Loss and", "Runs", "Pearson", "95% interval", "Spearman", "95% interval"]
-    cells = [
+    rows = [
         [
             MEASURES[measure],
             str(found["points"]),
-            number(found["pearson"]),
-            interval(found["pearson_interval"]),
-            number(found["spearman"]),
-            interval(found["spearman_interval"]),
+            *with_intervals(*((found[name], found[f"{name}_interval"]) for name in ("pearson", "spearman"))),
         ]
         for measure, found in correlations.items()
         if "failed" not in found
     ]
-    return table("Correlations over runs", "Intervals are from a bootstrap over runs.", header, cells)
+    return table("Correlations over runs", "Intervals are from a bootstrap over runs.", header, rows)

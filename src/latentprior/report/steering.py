@@ -23,7 +23,6 @@ from latentprior.report.blocks import (
     pair,
     prose,
     stack,
-    table,
     texts_by_prompt,
 )
 from latentprior.report.figures import COLOUR_NAMES
@@ -37,7 +36,8 @@ from latentprior.report.frontiers import (
     method_looks,
     right_edge,
 )
-from latentprior.utils.formatting import MISSING, counted, estimate, interval, number
+from latentprior.report.steering_tables import areas, matched, points, repairs
+from latentprior.utils.formatting import counted, estimate, interval, number
 
 Json = Mapping[str, Any]
 
@@ -49,7 +49,7 @@ def section(result: Json) -> Markup:
     if not (summary := result.get("summary")):
         return NOTHING
     looks, prior = method_looks(summary), leading_prior(result)
-    parts = [prose(_explained(result)), fold("How each method repairs", _repairs(result))]
+    parts = [prose(_explained(result)), fold("How each method repairs", repairs(result))]
     for i, direction in enumerate(summary["directions"]):
         name, shown = direction["direction"], _shown(direction, prior)
         drawn = [*_curves(i, direction, shown, looks, leading_method(result)), *_repair(i, name, shown, looks)]
@@ -59,12 +59,12 @@ def section(result: Json) -> Markup:
             heading(name),
             prose(_described(result, direction)),
             pair(*drawn),
-            _areas(direction, shown, summary["baseline"], losses),
-            fold("Areas with every prior", _areas(direction, direction["methods"], summary["baseline"], losses))
+            areas(direction, shown, summary["baseline"], losses),
+            fold("Areas with every prior", areas(direction, direction["methods"], summary["baseline"], losses))
             if len(shown) < len(direction["methods"])
             else NOTHING,
-            fold("At matched fluency and at matched concept", _matched(shown, summary["baseline"])),
-            fold("All points", _points(direction, shown)),
+            fold("At matched fluency and at matched concept", matched(shown, summary["baseline"])),
+            fold("All points", points(direction, shown)),
         ]
     return stack(*parts)
 
@@ -224,88 +224,6 @@ def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mappin
     return figure("Which prior is good enough", note, drawn)
 
 
-def _areas(direction: Json, entries: Sequence[Json], baseline: str, losses: Json) -> Markup:
-    named = len({entry["prior"] for entry in direction["methods"]} - {None}) > 1
-    header = ["Method", *["Prior", "Held-out loss"] * named, "Area", "95% interval", f"Over {baseline}", "95% interval"]
-    header += ["Clear of zero", "Failed ratings"]
-    cells = []
-    for entry in entries:
-        difference = entry.get("area_difference")
-        which = [entry["prior"] or MISSING, number(losses.get(entry["prior"]))] if named else []
-        compared = _difference(difference) if difference else [MISSING] * 3
-        area = [number(entry["area"]), interval(entry["area_interval"])]
-        cells.append([entry["method"], *which, *area, *compared, str(entry["failed"])])
-    note = (
-        f"Area: mean gain at the best strength for each NLL increase from 0 to {number(direction['width'])} nats. "
-        "Intervals are paired over prompts."
-    )
-    return table("Areas under the frontiers", note, header, cells)
-
-
-def _matched(entries: Sequence[Json], baseline: str) -> Markup:
-    compared = [entry for entry in entries if "area_difference" in entry]
-    if not compared:
-        return NOTHING
-    fluent, concept = (compared[0][name] for name in ("gain_at_matched_fluency", "nll_at_matched_concept"))
-    header = ["Method"]
-    header += [h for x in fluent for h in (f"Gain at +{x['increase']:.3g} nats", "95% interval")]
-    header += [h for x in concept for h in (f"NLL at gain {x['gain']:.3g}", "95% interval")]
-    cells = [
-        [entry["method"], *(shown for x in _matches(entry) for shown in (number(x["value"]), interval(x["interval"])))]
-        for entry in compared
-    ]
-    note = (
-        f"Differences to {baseline}: more gain is better, more NLL is worse. A dash: one of the two never gets there."
-    )
-    return table("Differences at matched fluency and at matched concept", note, header, cells)
-
-
-def _points(direction: Json, entries: Sequence[Json]) -> Markup:
-    columns = {
-        "retention": "Edit kept",
-        "off_before": "Off-manifold before",
-        "off_after": "After",
-        "moved": "Moved off the direction",
-        "distinct_2": "Distinct bigrams",
-        "longest_repeat": "Longest repeat",
-        "tokens": "Tokens",
-    }
-    points = [(entry, point) for entry in entries for point in entry["points"]]
-    columns = {name: title for name, title in columns.items() if any(p.get(name) is not None for _, p in points)}
-    header = ["Method", "Strength", "Gain", "95% interval", "NLL", "95% interval", "Concept, +", "Concept, −"]
-    cells = [
-        [
-            entry["method"],
-            f"{point['strength']:g}",
-            number(point["gain"]),
-            interval(point["gain_interval"]),
-            number(point["nll"]),
-            interval(point["nll_interval"]),
-            number(point["concept_positive"]),
-            number(point["concept_negative"]),
-            *(number(point.get(name)) for name in columns),
-        ]
-        for entry, point in points
-    ]
-    unsteered = direction["unsteered"]
-    concept, nll = (unsteered[name] for name in ("concept", "nll"))
-    first = ["unsteered", "0", MISSING, MISSING, number(nll["value"]), interval(nll["interval"])]
-    first += [number(concept["value"])] * 2
-    first += [number(unsteered[name]["value"]) if name in unsteered else MISSING for name in columns]
-    note = "Gain is the mean over the signs that were run, concept that of each. NLL: nats a token, unsteered model."
-    return table("All strengths", note, [*header, *columns.values()], [first, *cells])
-
-
-def _repairs(result: Json) -> Markup:
-    """The options of each method that repairs."""
-    repairs = result.get("repairs", {})
-    names = list(dict.fromkeys(name for repair in repairs.values() for name in repair))
-    cells = [[method, *(_option(repair.get(name)) for name in names)] for method, repair in repairs.items()]
-    note = "An edited activation is noised to the level t start and integrated back by the prior. NFE: its evaluations."
-    header = ["Method", *("NFE" if name == "nfe" else name.capitalize().replace("_", " ") for name in names)]
-    return table("Repairs", note, header, cells)
-
-
 def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> Markup:
     by_prompt: dict[str, list[JudgedText]] = {}
     for row in rows:
@@ -375,22 +293,7 @@ def _shown(direction: Json, prior: str | None) -> list[Json]:
     return [entry for entry in direction["methods"] if entry["prior"] in (None, prior)]
 
 
-def _matches(entry: Json) -> list[Json]:
-    return [*entry["gain_at_matched_fluency"], *entry["nll_at_matched_concept"]]
-
-
-def _difference(difference: Json) -> list[str]:
-    side = "above" if difference["value"] > 0 else "below"
-    return [number(difference["value"]), interval(difference["interval"]), side if difference["clear"] else "no"]
-
-
 def _verdict(difference: Json) -> str:
     if not difference["clear"]:
         return "the interval does not leave out zero"
     return "its frontier lies outside" if difference["value"] > 0 else "its frontier lies inside"
-
-
-def _option(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return "yes" if value else MISSING
-    return f"{value:g}" if isinstance(value, float) else str(value)

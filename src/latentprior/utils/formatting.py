@@ -59,6 +59,13 @@ def estimate(
     return shown(value) if ends is None else f"{shown(value)} {interval(ends, shown)}"
 
 
+def with_intervals(
+    *estimates: tuple[Number | None, Sequence[Number | None] | None], shown: Callable[[Number | None], str] = number
+) -> list[str]:
+    """Numbers, each followed by its interval, as cells of a table."""
+    return [cell for value, ends in estimates for cell in (shown(value), interval(ends, shown))]
+
+
 def power(value: Number) -> str:
     """A power of ten, or a few times one, such as a tick of a log axis: "10¹²", "2 × 10¹²"."""
     mantissa, exponent = f"{value:.0e}".split("e")
