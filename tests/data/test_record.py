@@ -262,7 +262,7 @@ def test_a_complete_store_has_nothing_to_resume(config):
     model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("ran"))
     store = record_from(model, tokenizer, replace(config, resume=True))
     assert len(store) and files(config.output) == before
-    with pytest.raises(InputError, match="holds an activation store: add --resume"):
+    with pytest.raises(InputError, match="--resume"):
         record_from(model, tokenizer, config)
 
 
@@ -270,7 +270,7 @@ def test_no_model_is_loaded_for_a_complete_store_or_one_of_other_settings(config
     before = files(record(config).folder)
     monkeypatch.setattr("latentprior.data.store.record.load_llm", lambda *_: pytest.fail("a model was loaded"))
     assert len(record(replace(config, resume=True)))
-    with pytest.raises(InputError, match="holds an activation store: add --resume"):
+    with pytest.raises(InputError, match="--resume"):
         record(config)
     for change, message in [({"layers": [2]}, "layers.0 is 1"), ({"side": "input"}, "side is 'output'")]:
         with pytest.raises(InputError, match=message):
@@ -361,7 +361,7 @@ def test_max_activations_counts_what_was_removed(budgeted):
 
 
 def test_waits_for_a_trainer_or_gives_up(budgeted):
-    with pytest.raises(InputError, match="no trainer has released a shard for 0.1 seconds: continue with --resume"):
+    with pytest.raises(InputError, match="0.1 seconds.*--resume"):
         record(replace(budgeted, wait=True, wait_seconds=0.1))
     whole = record(replace(budgeted, output=budgeted.output + "-whole", disk_budget=None))
     recorder = multiprocessing.get_context("forkserver").Process(
@@ -447,7 +447,7 @@ def test_what_is_cut_of_long_documents_is_counted(book, texts):
     }
     assert int(contents(store).position.max()) == book.max_length - 1
     assert "long_documents" not in store.manifest["source"]  # as in recordings from before there were chunks
-    with pytest.raises(InputError, match="long_documents is None in the store and 'chunk' now"):
+    with pytest.raises(InputError, match="long_documents is None .*'chunk'"):
         record(replace(book, resume=True))
 
 

@@ -191,7 +191,7 @@ def test_several_text_columns_must_be_chosen_from(tmp_path):
 
 def test_a_column_of_numbers_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", TEXTS)
-    with pytest.raises(InputError, match="a.parquet: the column holds int, not text"):
+    with pytest.raises(InputError, match="a.parquet.*int"):
         read(path, column="id")
 
 
@@ -398,10 +398,10 @@ def test_a_position_in_other_sources_is_refused(tmp_path):
     reader = Reader(config)
     next(reader)
     write(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(InputError, match="its files are not those of the saved position"):
+    with pytest.raises(InputError, match="saved position"):
         Reader(config, state=reader.state())
     two = TextConfig(mix=[TextSource(str(tmp_path / name)) for name in ("b.jsonl", "c.jsonl")], part="all")
-    with pytest.raises(InputError, match="has 2 sources, its saved position 1"):
+    with pytest.raises(InputError, match="2 sources.* 1"):
         Reader(two, state=reader.state())
 
 
@@ -549,7 +549,7 @@ def test_tasks_and_labels():
     assert set(corpus.binary_tasks()) < set(corpus.tasks())
     texts, labels = corpus.labelled("92_glue_sst2")
     assert len(texts) == len(labels) and set(labels) == {0, 1}
-    with pytest.raises(InputError, match="unknown task 'glue_sst2'; did you mean .*92_glue_sst2"):
+    with pytest.raises(InputError, match="'glue_sst2'.*92_glue_sst2"):
         corpus.labelled("glue_sst2")
     with pytest.raises(InputError, match="unknown task"):
         corpus.labelled("../probing_datasets_MASTER")
@@ -638,7 +638,7 @@ def test_a_half_written_build_is_never_used(embedded):
         (folder / "file").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="cannot build thing in the cache: .*No space left"):
+    with pytest.raises(InputError, match="thing.*No space left"):
         assets.build_once("thing", "sae_probes", 1, fails)
     assert [path.name for path in embedded.iterdir() if path.name != ".lock"] == []
     folder = assets.build_once("thing", "sae_probes", 1, lambda folder: None)

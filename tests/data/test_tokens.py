@@ -130,7 +130,7 @@ def test_chat(tiny_tokenizer):
 def test_refused_at_the_call(tiny_tokenizer):
     with pytest.raises(InputError, match="has no chat template"):
         tokenize([], build_tokenizer(chat=False), chat=True)
-    with pytest.raises(InputError, match="unknown padding_side 'rigth'; did you mean 'right'"):
+    with pytest.raises(InputError, match="padding_side 'rigth'.*'right'"):
         tokenize([], tiny_tokenizer, padding_side="rigth")
     for name in ("max_length", "batch_tokens", "window"):
         with pytest.raises(InputError, match=f"{name} must be at least"):
@@ -233,5 +233,5 @@ def test_a_window_of_books_ends_early(monkeypatch):
 
 
 def test_the_end_of_a_text_is_not_kept_in_chunks():
-    with pytest.raises(InputError, match="keep 'last' means nothing for documents in chunks"):
+    with pytest.raises(InputError, match="keep 'last'"):
         tokenize(docs("a"), TOKENIZER, keep="last", chunk=True)

@@ -141,14 +141,14 @@ def test_shards_of_a_store_that_is_not_ours_stay(tmp_path):
 
 def test_a_budget_below_two_shards_is_refused_before_anything_is_written(tmp_path):
     for budget, options in [(SHARD_BYTES, {}), (2 * SHARD_BYTES, {}), (4 * SHARD_BYTES, {"batch_rows": 64})]:
-        with pytest.raises(InputError, match="does not hold two shards, which take up to") as error:
+        with pytest.raises(InputError, match="disk budget") as error:
             write(tmp_path / "store", budget=budget, **options)
         assert "\n" not in str(error.value) and not (tmp_path / "store").exists()
 
 
 def test_a_shard_that_turns_out_larger_than_the_budget_is_one_line(tmp_path):
     written = StoreWriter(tmp_path, POINTS, shard_rows=1, dtype="float32", source={}, budget=4 * 8192)
-    with pytest.raises(InputError, match="a disk budget of 32,768 bytes does not hold two shards of"):
+    with pytest.raises(InputError, match="disk budget of 32,768"):
         written.append(
             ActivationBatch.cat([batch(index) for index in range(20)]), next_batch=20, left_out={"nonfinite": 0}
         )
@@ -176,7 +176,7 @@ def test_an_older_store_without_these_counts_is_read_and_continued(tmp_path):
 
 def test_without_a_trainer_a_waiting_recorder_gives_up_and_continues_later(tmp_path):
     options = {"budget": 4 * SHARD_BYTES, "wait_seconds": 0.05}
-    with pytest.raises(InputError, match="no trainer has released a shard for 0.05 seconds: continue with --resume"):
+    with pytest.raises(InputError, match="0.05 seconds.*--resume"):
         write(tmp_path / "a", **options)
     store = ActivationStore(tmp_path / "a")
     assert numbers(store) == list(range(4 * SHARD_ROWS)) and not backpressure.is_waiting(tmp_path / "a")
@@ -216,7 +216,7 @@ def test_a_waiting_recorder_keeps_the_last_shard_for_the_trainer(tmp_path):
     settings = files.settings(POINTS, "float32", 1, {})
     budget = 2 * files.most_bytes(settings, 1)
     assert 15_000 < budget < 19_000
-    with pytest.raises(InputError, match="does not hold two shards of .*: raise it and continue with --resume"):
+    with pytest.raises(InputError, match="disk budget.*--resume"):
         with StoreWriter(
             tmp_path, POINTS, shard_rows=1, dtype="float32", source={}, budget=budget, wait_seconds=600.0
         ) as written:

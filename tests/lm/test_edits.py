@@ -316,7 +316,7 @@ def test_a_masks_row_holds_for_all_its_beams(cache, tiny_llm):
 def test_values_for_a_batch():
     assert for_batch(torch.tensor([1, 2]), 6, "it").tolist() == [1, 1, 1, 2, 2, 2]
     assert for_batch(torch.tensor([[1, 2]]), 2, "it").tolist() == [[1, 2], [1, 2]]
-    with pytest.raises(InputError, match="the mask has 2 rows, which does not fit a batch of 3"):
+    with pytest.raises(InputError, match="2 rows.* 3"):
         for_batch(torch.tensor([1, 2]), 3, "the mask")
 
 
@@ -368,7 +368,7 @@ def test_what_hides_the_end_of_the_prompt_is_refused(positions, tiny_llm):
     ]
     with edit_positions(model, {1: Recorder()}, positions=positions):
         for reason, options in hiding:
-            with pytest.raises(InputError, match=f"{reason} .* hides where the prompt ends"):
+            with pytest.raises(InputError, match=reason):
                 model.generate(ids, **options)
         with pytest.raises(InputError, match="paged cache"):
             model.generate(ids, cache_implementation="paged")
@@ -463,20 +463,20 @@ def test_contexts_of_one_model_leave_its_generate_as_it_was(tiny_llm):
 def test_bad_arguments_are_refused(tiny_llm, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     model = tiny_llm()
-    with pytest.raises(InputError, match="unknown positions 'lasst'; did you mean 'last'"):
+    with pytest.raises(InputError, match="'lasst'.*'last'"):
         edit_positions(model, {1: Recorder()}, positions="lasst").__enter__()
     with pytest.raises(InputError, match="unknown positions 'True'"):
         edit_positions(model, {1: Recorder()}, positions=True).__enter__()
     with pytest.raises(InputError, match="counts from 0, got -1"):
         edit_positions(model, {1: Recorder()}, positions=-1).__enter__()
     for wrong in (MASK, COLUMNS[0], COLUMNS[:0]):
-        with pytest.raises(InputError, match=r"must be bool \[batch, columns of the prompt\], got torch"):
+        with pytest.raises(InputError, match="bool .*got torch"):
             edit_positions(model, {1: Recorder()}, positions=wrong).__enter__()
     with edit_positions(model, {1: Recorder()}, positions=COLUMNS[:, 1:]):
-        with pytest.raises(InputError, match="the mask of positions has 6 columns, the prompt 7"):
+        with pytest.raises(InputError, match="6 columns.* 7"):
             model(IDS)
     with edit_positions(model, {1: Recorder()}, positions=COLUMNS):
-        with pytest.raises(InputError, match="the mask of positions has 2 rows, which does not fit a batch of 3"):
+        with pytest.raises(InputError, match="2 rows.* 3"):
             model(IDS[[0, 1, 1]])
     with pytest.raises(InputError, match="layer 4 is out of range"):
         edit_positions(model, {4: Recorder()}).__enter__()
@@ -533,7 +533,7 @@ def test_a_layer_that_the_model_does_not_run_through_is_an_error(tiny_llm):
     model.model.layers[2].__class__ = type(
         "Skipped", (type(model.model.layers[2]),), {"__call__": lambda self, *a, **k: self.forward(*a, **k)}
     )
-    with pytest.raises(InputError, match=r"ran 1 times, but never through layers \[2\]"):
+    with pytest.raises(InputError, match=r"layers \[2\]"):
         with edit_positions(model, {1: Recorder(), 2: Recorder()}):
             model(IDS)
 
@@ -609,7 +609,7 @@ def test_a_cache_that_tells_nothing_is_an_error(positions, tiny_llm):
 
 def test_a_cache_of_another_kind_under_a_known_name_is_an_error(tiny_llm):
     model = tiny_llm()
-    with pytest.raises(InputError, match="has no get_seq_length"), edit_positions(model, {1: Recorder()}):
+    with pytest.raises(InputError, match="get_seq_length"), edit_positions(model, {1: Recorder()}):
         model(IDS[:, :1], past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
@@ -631,7 +631,7 @@ def test_positions_that_count_padding_do_not_hide_the_first_token(tiny_llm):
 def test_a_mask_that_leaves_out_cached_columns_is_an_error(tiny_llm):
     model = tiny_llm()
     cache = model(IDS, use_cache=True)[cache_argument(model)]
-    with pytest.raises(InputError, match="has 3 columns, cache and tokens 8"), edit_positions(model, {1: Recorder()}):
+    with pytest.raises(InputError, match="3 columns.* 8"), edit_positions(model, {1: Recorder()}):
         model(IDS[:, :1], attention_mask=MASK[:, :3], **cached(model, cache))
 
 

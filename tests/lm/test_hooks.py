@@ -336,7 +336,7 @@ def test_hooks_are_gone_after_an_exception(tiny_llm):
 @pytest.mark.parametrize("function", [lambda h: None, lambda h: h[:, :1], lambda h: (h,)])
 def test_edits_must_return_a_tensor_of_the_same_shape(function, tiny_llm):
     model = tiny_llm()
-    with pytest.raises(InputError, match="edit of layer 1 must return"), edit(model, {1: function}):
+    with pytest.raises(InputError, match="layer 1"), edit(model, {1: function}):
         model(IDS)
 
 
@@ -375,7 +375,7 @@ def test_generate_does_not_run_past_the_hooks_in_compiled_code(tiny_llm):
 def test_layers_out_of_range(tiny_llm):
     model = tiny_llm()
     for layer in (4, -1):
-        with pytest.raises(InputError, match=f"layer {layer} is out of range: LlamaForCausalLM has layers 0 to 3"):
+        with pytest.raises(InputError, match=f"layer {layer} .*0 to 3"):
             run_cut(model, [0, layer], input_ids=IDS)
         with pytest.raises(InputError, match="layers 0 to 3"):
             Hookpoint.of(model, layer)
@@ -396,14 +396,14 @@ def test_hookpoint_describes_and_checks(tiny_llm):
 def test_hookpoint_refuses_what_does_not_match(tiny_llm):
     model = tiny_llm()
     other = Hookpoint("someone/another-model", 2, 32)
-    with pytest.raises(InputError, match="'someone/another-model', not 'tiny-llama'.*check_model=False"):
+    with pytest.raises(InputError, match="'someone/another-model'.*'tiny-llama'.*check_model"):
         other.check(model)
     assert other.check(model, check_model=False) is model.model.layers[2]
     assert Hookpoint("", 2, 32).check(model) is model.model.layers[2]
     assert Hookpoint("someone/tiny-llama", 2, 32).check(model) is model.model.layers[2]
     with pytest.raises(InputError, match="layer 9 is out of range"):
         Hookpoint("tiny-llama", 9, 32).check(model)
-    with pytest.raises(InputError, match="width 64, but the model's hidden size is 32"):
+    with pytest.raises(InputError, match="width 64.* 32"):
         Hookpoint("tiny-llama", 2, 64).check(model)
 
 
@@ -490,7 +490,7 @@ def test_two_folders_called_final_are_one_model_if_their_weights_are(tiny_llm, t
     assert here.check(copied) is copied.model.layers[2]
     assert here.check(copied.bfloat16()) is copied.model.layers[2]
     assert Hookpoint.from_dict(here.to_dict()).check(copied) is copied.model.layers[2]
-    with pytest.raises(InputError, match="a/final', not '.*b/final'.*check_model=False"):
+    with pytest.raises(InputError, match="a/final'.*b/final'.*check_model"):
         here.check(second)
     assert here.check(second, check_model=False) is second.model.layers[2]
     second.config._name_or_path = here.model
@@ -506,7 +506,7 @@ def test_one_id_is_one_model_quantised_or_with_adapters(tiny_llm):
         model.model.layers[2].mlp.down_proj.weight[0, 0] *= 1.5
     assert here.check(model) is model.model.layers[2] and here.same_place(Hookpoint.of(model, 2))
     model.config._name_or_path = "org/n"
-    with pytest.raises(InputError, match="belongs to model 'org/m', not 'org/n'"):
+    with pytest.raises(InputError, match="'org/m'.*'org/n'"):
         here.check(model)
 
 

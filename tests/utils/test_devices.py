@@ -17,7 +17,7 @@ def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99"):
-        with pytest.raises(InputError, match=f"the device '{name}' is not available"):
+        with pytest.raises(InputError, match=f"'{name}'"):
             resolve_device(name)
 
 
@@ -25,7 +25,7 @@ def test_a_gpu_without_a_number_is_this_process_s():
     with simulated_gpu():
         for name in ("auto", "cuda", "cuda:0", torch.device("cuda")):
             assert resolve_device(name) == GPU
-        with pytest.raises(InputError, match="'cuda:1' is not available: CUDA error: invalid device ordinal"):
+        with pytest.raises(InputError, match="'cuda:1'.*invalid device ordinal"):
             resolve_device("cuda:1")
 
 

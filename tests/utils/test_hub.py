@@ -70,5 +70,5 @@ def test_a_model_in_the_cache_needs_no_hub(tmp_path, closed, llm_folder, monkeyp
     assert "does not answer" in str(hub.unreachable())
     model, _ = load_llm(LLMConfig(model="some/model"))
     assert model.config.num_hidden_layers == 4
-    with pytest.raises(InputError, match="cannot load the model 'some/other': there is no such folder, none in the"):
+    with pytest.raises(InputError, match="'some/other'.*does not answer"):
         load_llm(LLMConfig(model="some/other"))
