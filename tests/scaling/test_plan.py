@@ -171,7 +171,7 @@ def test_what_cannot_be_planned_is_one_line(options, message):
         ({"max_length": 1}, "PlanConfig.max_length must be at least 2"),
         ({"buffer": "much"}, "buffer must be a number of activations or a size"),
         ({"preset": "qiuck"}, "did you mean 'quick'"),
-        ({"recipe": {"batch": 1}}, "unknown recipe key 'batch'"),
+        ({"recipe": {"batch": 1}}, "unknown Recipe key 'batch'"),
     ],
 )
 def test_options_are_checked(options, message):

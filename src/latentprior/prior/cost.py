@@ -91,7 +91,7 @@ def training_flops(
     rows: int,
     *,
     layers: int = 1,
-    times: float | None = None,
+    times: int | float | None = None,
     passes: int = 1,
 ) -> TrainingFlops:
     """What training by a recipe executes. The time path runs once in each pass for each distinct time in it.
