@@ -27,7 +27,7 @@ class Moments:
         mean: [L, d].
         m2: [L, d], sum of squared deviations from the mean.
         norm_sum: [L], sum of the rows' Euclidean norms.
-        median_norm: [L], median of the rows' norms, nan until somebody who has seen all of them sets it.
+        median_norm: [L], median of the rows' norms, nan until it is set: batches alone do not give it.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
