@@ -21,7 +21,7 @@ from torch import Tensor
 from latentprior.config import ProbeConfig
 from latentprior.data import corpus
 from latentprior.prior.loading import priors_of
-from latentprior.probe.benchmark import Split
+from latentprior.probe.benchmark import TaskFeatures
 from latentprior.probe.recording import Recording
 from latentprior.probe.sources import Source, layer_output, meta_neurons, mlp_neurons
 from latentprior.probe.tasks import Task, find_task
@@ -57,7 +57,7 @@ def measure(
             result["equality"] = equality(found[:tasks], sources, features)
         if "ratio" in parts:
             result["candidates"] = candidates
-            result |= time_ratio(Split(found[0], units), candidates, repeats)
+            result |= time_ratio(TaskFeatures(found[0], units), candidates, repeats)
         if "all" in parts:
             result["all"] = all_units(found, units, config)
     return result
@@ -82,7 +82,7 @@ def equality(tasks: Sequence[Task], sources: Sequence[Source], features: int) ->
     """
     rows = []
     for number, task in enumerate(tasks):
-        splits = [Split(task, source) for source in sources]
+        splits = [TaskFeatures(task, source) for source in sources]
         counts = [len(part) for part in torch.arange(features).tensor_split(len(sources))]
         drawn = [
             torch.randperm(split.x.shape[1], generator=keyed_generator(number, place))[:count]
@@ -127,7 +127,7 @@ def smallest_difference(x: Tensor, y: Tensor, folds: int = 5) -> Tensor:
     return torch.where(varies, differences / x.double().std(dim=0, correction=0), 0)
 
 
-def time_ratio(split: Split, candidates: int, repeats: int) -> dict[str, Any]:
+def time_ratio(split: TaskFeatures, candidates: int, repeats: int) -> dict[str, Any]:
     """Processor seconds of both on one task and one thread: screening, folds, selection, the chosen one's test AUC.
 
     A fitted run is too long for others on the machine not to be in the way, so it is not the clock that counts.
@@ -136,7 +136,7 @@ def time_ratio(split: Split, candidates: int, repeats: int) -> dict[str, Any]:
     def seconds(method: Any) -> tuple[float, OneD]:
         start = time.process_time()
         probes = method(split.x, split.y, candidates=candidates)
-        split.tested(probes, [probes.best()])
+        split.test_aucs(probes, [probes.best()])
         return time.process_time() - start, probes
 
     threads = torch.get_num_threads()
@@ -165,10 +165,10 @@ def all_units(tasks: Sequence[Task], units: Source, config: ProbeConfig) -> dict
     screened, chosen = [], []
     for task in tasks:
         start = time.perf_counter()
-        split = Split(task, units)
+        split = TaskFeatures(task, units)
         had = time.perf_counter()
-        probes = split.probed(split.y, config, None)
-        of_screened, of_all = split.tested(probes, [probes.best(config.candidates), probes.best()])
+        probes = split.probe(split.y, config, None)
+        of_screened, of_all = split.test_aucs(probes, [probes.best(config.candidates), probes.best()])
         probing += time.perf_counter() - had
         computing += had - start
         screened.append(of_screened)

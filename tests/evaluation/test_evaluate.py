@@ -49,7 +49,7 @@ def test_halves_share_no_document_and_lose_no_row(store, layer):
 @pytest.mark.parametrize(("model", "fits"), [("m", True), ("org/m", True), ("/data/m", True), ("org/n", False)])
 def test_stores_of_a_copy_of_the_priors_model_fit(store, tiny_glp, model, fits):
     glp = tiny_glp(4, (1, 2), model)
-    with nullcontext() if fits else pytest.raises(InputError, match="recorded at m layer 1 .* not where this prior"):
+    with nullcontext() if fits else pytest.raises(InputError, match="m layer 1 "):
         assert len(_open(str(store.folder), glp)) == len(store)
 
 

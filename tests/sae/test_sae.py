@@ -191,11 +191,11 @@ def test_wrong_shapes_and_numbers_are_refused():
         SAE.of(*tensors[:2], parts["W_dec"].T, tensors[3], POINT, k=3)
     with pytest.raises(InputError, match="NaN or infinite"):
         SAE.of(*tensors[:3], torch.full((WIDTH,), torch.nan), POINT, k=3)
-    with pytest.raises(InputError, match="width 8, but its hookpoint 9"):
+    with pytest.raises(InputError, match="8.* 9"):
         SAE.of(*tensors, replace(POINT, width=9), k=3)
     with pytest.raises(InputError, match="either k"):
         SAE.of(*tensors, POINT)
-    with pytest.raises(InputError, match="takes activations of width 8, got 9"):
+    with pytest.raises(InputError, match="8, got 9"):
         topk_sae().encode(torch.zeros(2, 9))
 
 
@@ -327,7 +327,7 @@ def test_training_prints_nothing(store, capfd):
 
 
 def test_more_active_latents_than_there_are(store):
-    with pytest.raises(InputError, match="k is 50, but there are only 32 latents"):
+    with pytest.raises(InputError, match="k is 50.* 32"):
         train_sae(store, replace(CONFIG, k=50), 1)
 
 
@@ -341,16 +341,16 @@ def test_an_sae_is_trained_once(store, tmp_path, monkeypatch):
     monkeypatch.setattr(sae_training, "train_sae", again)
     found = prepare_sae(config, tmp_path / "sae", None, POINT)
     assert torch.equal(found.decoder, made.decoder)
-    with pytest.raises(InputError, match=r"an SAE of k 2, not 3: give --sae\.k 2 or another --sae\.path"):
+    with pytest.raises(InputError, match=r"k 2, not 3.*--sae\.k 2.*--sae\.path"):
         prepare_sae(replace(config, k=3), tmp_path / "sae", None, POINT)
-    with pytest.raises(InputError, match="tiny layer 1 output .width 8., but this prior to tiny layer 2"):
+    with pytest.raises(InputError, match="tiny layer 1 .* tiny layer 2"):
         prepare_sae(config, tmp_path / "sae", None, replace(POINT, layer=2))
-    with pytest.raises(InputError, match="tiny layer 1 output .width 8., but this prior to other layer 1"):
+    with pytest.raises(InputError, match="tiny layer 1 .* other layer 1"):
         prepare_sae(config, tmp_path / "sae", None, replace(POINT, model="other"))
-    with pytest.raises(InputError, match="store belongs to tiny layer 1 output .width 8., but this prior to other"):
+    with pytest.raises(InputError, match="store .*tiny layer 1 .* other"):
         prepare_sae(config, tmp_path / "new", str(store.folder), replace(POINT, model="other"))
     assert prepare_sae(config, tmp_path / "sae", None, replace(POINT, model="some/where/tiny")).k == 2
-    with pytest.raises(InputError, match="nothing to train one on: give --train"):
+    with pytest.raises(InputError, match="--train"):
         prepare_sae(config, tmp_path / "none", None, POINT)
 
 

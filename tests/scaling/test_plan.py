@@ -84,7 +84,7 @@ def test_the_buffer_is_shared_and_holds_whole_batches():
     assert planned(buffer="2999", chips=2, **batch)["memory"]["bytes"]["buffer"] == 1000 * row
     assert planned(buffer="20MB", **batch)["memory"]["bytes"]["buffer"] == 2000 * row
     assert planned(buffer="2000", layers=[1, 2], **batch)["memory"]["bytes"]["buffer"] == 2000 * (row + 4)
-    with pytest.raises(InputError, match="a buffer of 999 does not hold a batch of 1000 activations"):
+    with pytest.raises(InputError, match="buffer of 999 .* 1000"):
         planned(buffer="999", **batch)
 
 

@@ -214,7 +214,7 @@ def test_a_folder_of_other_activations_is_refused(config, tmp_path):
     small = replace(config, widths=[32], budgets=config.budgets[:1])
     sweep(small)
     store = write_store(tmp_path / "more", 900, seed=5)
-    with pytest.raises(InputError, match="sweep of other activations"):
+    with pytest.raises(InputError, match="other activations"):
         sweep(replace(small, store=store, heldout=store))
 
 

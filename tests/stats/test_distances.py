@@ -193,7 +193,7 @@ class TestClassifierTwoSample:
         result = classifier_two_sample(*sets, documents=(doc, doc))
         assert result.low < 0.5 < result.high and result.high - result.low > 0.1
         assert classifier_two_sample(sets[0], sets[1] + 20, documents=(doc, None)).auc == pytest.approx(1)
-        with pytest.raises(InputError, match="600 rows have 3 documents"):
+        with pytest.raises(InputError, match="600 .* 3"):
             classifier_two_sample(*sets, documents=(doc[:3], None))
         with pytest.raises(InputError, match="2 documents are too few, .* for 3 folds"):
             classifier_two_sample(*sets, documents=(doc // 30, None))
@@ -201,9 +201,9 @@ class TestClassifierTwoSample:
     def test_refuses_bad_input(self):
         with pytest.raises(InputError, match="at least 30"):
             classifier_two_sample(normal(29, 2, 0), normal(50, 2, 0))
-        with pytest.raises(InputError, match="^a two-sample test at width 400 needs at least 100 rows .* got 99"):
+        with pytest.raises(InputError, match="width 400.* 100 .*99"):
             classifier_two_sample(normal(100, 400, 0), normal(99, 400, 0))
-        with pytest.raises(InputError, match="folds must be at least 3, got 2"):
+        with pytest.raises(InputError, match="folds .* 3, got 2"):
             classifier_two_sample(normal(50, 2, 0), normal(50, 2, 0), folds=2)
         with pytest.raises(InputError, match="same width"):
             classifier_two_sample(normal(50, 2, 0), normal(50, 3, 0))

@@ -301,13 +301,7 @@ def _real_rows(
             f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
             f"at least {least}"
         )
-    halves = document_halves(heldout, layer, config.seed)
-    if (least := min(map(len, halves))) < config.samples:
-        raise InputError(
-            f"half of the documents of {config.heldout} hold {least} rows of this layer, less than {config.samples} "
-            "samples: record more held-out documents or lower --samples"
-        )
-    chosen = [half[: config.samples] for half in halves]
+    chosen = sampled_halves(heldout, layer, config.samples, config.seed)
     real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
     documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
     if config.train is None:
@@ -315,6 +309,17 @@ def _real_rows(
     train = _open(config.train, glp)
     fitted = train.rows(_shuffled(train, layer, config.seed)[: config.fit_rows])
     return real, other, fitted.float().to(glp.device), documents
+
+
+def sampled_halves(store: ActivationStore, layer: int | None, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`samples` row numbers of either half of the documents (see `document_halves`)."""
+    first, second = document_halves(store, layer, seed)
+    if (least := min(len(first), len(second))) < samples:
+        raise InputError(
+            f"half of the documents of {store.folder} hold {least} rows of this layer, less than {samples} samples: "
+            "record more held-out documents or lower --samples"
+        )
+    return first[:samples], second[:samples]
 
 
 def document_halves(store: ActivationStore, layer: int | None, seed: int) -> tuple[Tensor, Tensor]:

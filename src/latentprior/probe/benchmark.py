@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
 
@@ -22,7 +23,7 @@ SCREENED, ALL, CHANCE = "screened", "all", "chance"
 Json = dict[str, Any]
 
 
-class Split:
+class TaskFeatures:
     """Features of a task's training and test rows, with their labels."""
 
     def __init__(self, task: Task, source: Source) -> None:
@@ -31,13 +32,13 @@ class Split:
         sides = (task.labels[task.train], task.labels[task.test])
         self.y, self.y_test = (torch.from_numpy(labels).to(features.device) for labels in sides)
 
-    def probed(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
+    def probe(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
         """1-D probes with training labels `y`, which may have been permuted."""
         return probe_1d(self.x, y, candidates=candidates, folds=config.folds)
 
-    def tested(self, probes: OneD, places: Sequence[int]) -> list[float]:
+    def test_aucs(self, probes: OneD, indices: Sequence[int]) -> list[float]:
         """AUCs of candidates on the test rows."""
-        return probes.test_auc(torch.tensor(places, device=self.x.device), self.x_test, self.y_test).tolist()
+        return probes.test_auc(torch.tensor(indices, device=self.x.device), self.x_test, self.y_test).tolist()
 
 
 def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], config: ProbeConfig) -> Json:
@@ -54,40 +55,46 @@ def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], co
     result |= {name: [] for name in ("rows", "winners", "blocks", "map", "sparse")}
     seconds = {"features": 0.0, "probes": 0.0, "sparse": 0.0}
     for source in (*sources, *maps):
-        began = time.perf_counter()
-        split = Split(task, source)
-        had = time.perf_counter()
-        seconds["features"] += had - began
-        if source in maps:
-            result["map"].append(_by_block(split.probed(split.y, config, None), split, source, config))
-            seconds["probes"] += time.perf_counter() - had
-            continue
-        _probe_source(task, source, split, config, result)
-        probed = time.perf_counter()
-        seconds["probes"] += probed - had
-        result["sparse"] += _sparse(source, split, config)
-        seconds["sparse"] += time.perf_counter() - probed
+        with _timed(seconds, "features"):
+            features = TaskFeatures(task, source)
+        with _timed(seconds, "probes"):
+            if source in maps:
+                by_block = _by_block(features.probe(features.y, config, None), features, source, config)
+                result["map"].append(by_block)
+                continue
+            _probe_source(task, source, features, config, result)
+        with _timed(seconds, "sparse"):
+            result["sparse"] += _sparse(source, features, config)
     return result | {"seconds": seconds}
 
 
-def _probe_source(task: Task, source: Source, split: Split, config: ProbeConfig, result: Json) -> None:
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
+
+
+def _probe_source(task: Task, source: Source, features: TaskFeatures, config: ProbeConfig, result: Json) -> None:
     """Add the source's rows, top units and blocks to `result`."""
-    shuffled = split.y[_permutation(task, config.seed).to(split.y.device)]
+    shuffled = features.y[_permutation(task, config.seed).to(features.y.device)]
     if config.method == "logistic":
-        units: OneD = logistic_1d(split.x, split.y, candidates=config.candidates, folds=config.folds)
+        units: OneD = logistic_1d(features.x, features.y, candidates=config.candidates, folds=config.folds)
         chosen = {SCREENED: (units, units.best())}
     else:
-        units = split.probed(split.y, config, None)
-        chance = split.probed(shuffled, config, config.candidates)
+        units = features.probe(features.y, config, None)
+        chance = features.probe(shuffled, config, config.candidates)
         screened = units.best(config.candidates)
         chosen = {SCREENED: (units, screened), ALL: (units, units.best()), CHANCE: (chance, chance.best())}
         if source.name == "mlp-neurons":
-            result["blocks"] = _by_block(units, split, source, config)
-    for selection, (probes, place) in chosen.items():
-        (found,) = _described(probes, [place], split, source)
+            result["blocks"] = _by_block(units, features, source, config)
+    for selection, (probes, index) in chosen.items():
+        (found,) = _describe(probes, [index], features, source)
         result["rows"].append({"source": source.name, "selection": selection, **found})
     order = units.validation_auc.argsort(descending=True, stable=True)[:TOP_UNITS].tolist()
-    for rank, found in enumerate(_described(units, order, split, source)):
+    for rank, found in enumerate(_describe(units, order, features, source)):
         result["winners"].append({"source": source.name, "rank": rank, **found})
 
 
@@ -97,29 +104,29 @@ def _permutation(task: Task, seed: int) -> Tensor:
     return torch.randperm(len(task.train), generator=keyed_generator(seed, key))
 
 
-def _described(probes: OneD, places: Sequence[int], split: Split, source: Source) -> list[Json]:
+def _describe(probes: OneD, indices: Sequence[int], features: TaskFeatures, source: Source) -> list[Json]:
     found = []
-    for place, auc in zip(places, split.tested(probes, places), strict=True):
-        t, block, index = source.place(int(probes.units[place]))
-        validation, sign = float(probes.validation_auc[place]), int(probes.sign[place])
+    for candidate, auc in zip(indices, features.test_aucs(probes, indices), strict=True):
+        t, block, index = source.locate(int(probes.units[candidate]))
+        validation, sign = float(probes.validation_auc[candidate]), int(probes.sign[candidate])
         found.append(
             {"test_auc": auc, "validation_auc": validation, "block": block, "index": index, "t": t, "sign": sign}
         )
     return found
 
 
-def _by_block(probes: OneD, split: Split, source: Source, config: ProbeConfig) -> list[float]:
+def _by_block(probes: OneD, features: TaskFeatures, source: Source, config: ProbeConfig) -> list[float]:
     """Test AUC of the unit that is chosen among the screened ones of each block."""
     blocks = probes.units // source.width
     chosen = []
     for block in range(source.blocks):
-        places = (blocks == block).nonzero().squeeze(1)[: config.candidates]
-        chosen.append(int(places[probes.validation_auc[places].argmax()]))
-    return split.tested(probes, chosen)
+        indices = (blocks == block).nonzero().squeeze(1)[: config.candidates]
+        chosen.append(int(indices[probes.validation_auc[indices].argmax()]))
+    return features.test_aucs(probes, chosen)
 
 
-def _sparse(source: Source, split: Split, config: ProbeConfig) -> Iterator[Json]:
+def _sparse(source: Source, features: TaskFeatures, config: ProbeConfig) -> Iterator[Json]:
     for k in (*config.sparse, *([None] if config.dense else [])):
         if k is None or k <= source.units:
-            fitted = sparse_probe(split.x, split.y, split.x_test, split.y_test, k=k, folds=config.folds)
+            fitted = sparse_probe(features.x, features.y, features.x_test, features.y_test, k=k, folds=config.folds)
             yield {"source": source.name, "k": k, "test_auc": fitted.test_auc, "validation_auc": fitted.validation_auc}

@@ -68,17 +68,8 @@ def record_texts(
     """
     folder = Path(folder)
     hookpoint.check(model)
-    layer = hookpoint.layer
-    layers = list(range(layer + (hookpoint.side != "input"))) if mlp else []
-    dtype = "float32" if next(model.parameters()).dtype == torch.float32 else "bfloat16"
-    source = {"texts": "last token", "max_length": max_length}
-    hookpoints = {OUTPUT: [Hookpoint.of(model, layer, hookpoint.side)]}
-    if layers:
-        hookpoints[MLP] = [Hookpoint.of(model, block, "mlp") for block in layers]
-    writers = {
-        name: StoreWriter(folder / name, of, dtype=dtype, shard_rows=SHARD_TEXTS * len(of), source=source, resume=True)
-        for name, of in hookpoints.items()
-    }
+    layers = list(range(hookpoint.layer + (hookpoint.side != "input"))) if mlp else []
+    writers = _writers(model, hookpoint, layers, folder, {"texts": "last token", "max_length": max_length})
     known = set.intersection(*(_keys(folder / name) for name in writers))
     missing = [text for text in dict.fromkeys(texts) if text_key(text) not in known]
     batches = tokens.tokenize(
@@ -141,6 +132,20 @@ class Recording:
         if self._mlp is None or not 0 <= block < len(self._mlp_rows):
             raise InputError(f"{self.folder} holds no MLP units of block {block}: record them first")
         return self._mlp.rows(_find(self._mlp_rows[block], texts)).to(self.device)
+
+
+def _writers(
+    model: nn.Module, hookpoint: Hookpoint, layers: list[int], folder: Path, source: dict[str, Any]
+) -> dict[str, StoreWriter]:
+    """A store of the hookpoint's activations, and one of the MLPs of `layers` if there are any."""
+    hookpoints = {OUTPUT: [Hookpoint.of(model, hookpoint.layer, hookpoint.side)]}
+    if layers:
+        hookpoints[MLP] = [Hookpoint.of(model, layer, "mlp") for layer in layers]
+    dtype = "float32" if next(model.parameters()).dtype == torch.float32 else "bfloat16"
+    return {
+        name: StoreWriter(folder / name, of, dtype=dtype, shard_rows=SHARD_TEXTS * len(of), source=source, resume=True)
+        for name, of in hookpoints.items()
+    }
 
 
 def _keys(folder: Path) -> set[int]:

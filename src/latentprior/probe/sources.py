@@ -53,7 +53,7 @@ class Source:
     def units(self) -> int:
         return max(len(self.times), 1) * self.blocks * self.width
 
-    def place(self, unit: int) -> tuple[float | None, int, int]:
+    def locate(self, unit: int) -> tuple[float | None, int, int]:
         """Noise level, block and index in it of a feature."""
         group, index = divmod(unit, self.width)
         level, block = divmod(group, self.blocks)

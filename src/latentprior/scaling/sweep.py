@@ -20,7 +20,7 @@ from latentprior.config import SweepConfig, TrainConfig, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.text_files import text_settings
-from latentprior.evaluation.evaluate import document_halves
+from latentprior.evaluation.evaluate import sampled_halves
 from latentprior.evaluation.lm_loss import delta, lm_losses
 from latentprior.lm.hooks import at_layer, same_places
 from latentprior.lm.loading import load_llm
@@ -178,14 +178,8 @@ class _Grid:
         path = self.folder / "activations.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
             raise InputError(f"{self.folder} holds a sweep of other activations: choose another --output")
-        halves = document_halves(self.heldout, self.layer, self.config.seed)
-        if (least := min(map(len, halves))) < self.config.samples:
-            raise InputError(
-                f"half of the documents of {self.config.heldout} hold {least} rows of this layer, less than "
-                f"{self.config.samples} samples: record more held-out documents or lower --samples"
-            )
-        rows = (self.heldout.rows(half[: self.config.samples]) for half in halves)
-        real, other = (x.float().to(self.device) for x in rows)
+        halves = sampled_halves(self.heldout, self.layer, self.config.samples, self.config.seed)
+        real, other = (self.heldout.rows(half).float().to(self.device) for half in halves)
         self.real = {name: GaussianMoments.of(x) for name, x in self._scaled(real).items()}
         self.bound = self._distances(other)
         lm = self._lm_settings()

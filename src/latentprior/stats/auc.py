@@ -36,8 +36,8 @@ def aucs(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], scaler: Scaler | None = 
     """
     check_features(x, y)
     width = max(1, CHUNK // len(x))
-    places = torch.arange(x.shape[1], device=x.device).split(width)
-    return torch.cat([_aucs(x[:, p].T.contiguous(), y, scaler and scaler.select(p)) for p in places])
+    parts = torch.arange(x.shape[1], device=x.device).split(width)
+    return torch.cat([_aucs(x[:, p].T.contiguous(), y, scaler and scaler.select(p)) for p in parts])
 
 
 def class_difference(x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Tensor, " f"]:
@@ -83,12 +83,14 @@ class OneD:
     """Standardises the candidates by the training rows."""
 
     def best(self, candidates: int | None = None) -> int:
-        """Place of the highest validation AUC among the first `candidates` (None: all); the first on ties."""
+        """Index of the highest validation AUC among the first `candidates` (None: all); the first on ties."""
         return int(self.validation_auc[:candidates].argmax())
 
-    def test_auc(self, places: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Tensor, " p"]:
-        """AUC of the candidates at `places` on other rows, with the training rows' signs."""
-        return _signed(aucs(x[:, self.units[places]], y, self.scaler.select(places)), self.sign[places])
+    def test_auc(
+        self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]
+    ) -> Float[Tensor, " p"]:
+        """AUC of the candidates at `indices` on other rows, with the training rows' signs."""
+        return _signed(aucs(x[:, self.units[indices]], y, self.scaler.select(indices)), self.sign[indices])
 
 
 def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int | None = 512, folds: int = 5) -> OneD:
@@ -140,10 +142,10 @@ def _aucs(x: Tensor, y: Tensor, scaler: Scaler | None) -> Tensor:
     values, label = _sorted(x, y)
     if scaler is not None:  # standardising keeps the order, so that it may follow the sort
         values = scaler(values.T).T
-    negatives = (1 - label).cumsum(1) - (1 - label)  # class 0 before each place
+    negatives = (1 - label).cumsum(1) - (1 - label)  # class 0 before each entry
     starts = torch.ones_like(label)
     starts[:, 1:] = values[:, 1:] != values[:, :-1]
-    first = _running_max(starts * torch.arange(len(y), device=x.device))  # where each place's equal values begin
+    first = _running_max(starts * torch.arange(len(y), device=x.device))  # where each entry's equal values begin
     below = negatives.gather(1, first)
     pairs = float(y.sum() * (len(y) - y.sum()))
     above, under = (label * below).sum(dim=1), ((1 - label) * (first - below)).sum(dim=1)
@@ -172,7 +174,7 @@ def _sort(keys: Tensor) -> Tensor:
 
 
 def _running_max(x: Tensor) -> Tensor:
-    """The largest value up to each place of a row."""
+    """The largest value up to each entry of a row."""
     if x.device.type == "cpu":  # torch also looks for where it is, which takes ten times as long
         return torch.from_numpy(np.maximum.accumulate(x.numpy(), axis=1))
     return x.cummax(dim=1).values

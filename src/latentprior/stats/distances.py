@@ -89,17 +89,17 @@ def classifier_two_sample(
 
     Each fold is held out once: the next one sets the principal components, a small network is trained on the others,
     stopped early on a validation part of them, and judged on the fold. It sees every dimension, the magnitude of every
-    dimension and of every principal component, and the mean square of both: from plain activations a network of this
-    size learns next to nothing about what a Gaussian with the right covariance lacks. The components come from rows of
-    their own, by a shrunk covariance (Ledoit and Wolf, 2004), as rows look different along components that were fitted
-    to them: below about 1.5 d rows a network learns that difference instead, and the AUC falls far below 0.5.
+    dimension and of every principal component, and the mean square of both; from plain activations a network of this
+    size cannot learn what a Gaussian with the right covariance lacks. The components come from rows of their own, by a
+    shrunk covariance (Ledoit and Wolf, 2004): rows look different along components that were fitted to them, and below
+    about 1.5 d rows a network learns that difference instead.
 
     Args:
         a: [N, d] activations, such as real ones.
         b: [M, d] activations, such as generated ones; independent of `a`.
         documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
-            Rows of one document are alike: across folds, a network would learn to tell the documents of `a` from those
-            of `b`. So they lie in one fold, and count together in the interval.
+            Rows of one document lie in one fold, so that the network cannot learn documents, and count together in
+            the interval.
         seed: seed of folds, initial weights and batches.
         folds: parts into which the sets are cut, each held out once.
 

@@ -34,9 +34,11 @@ class FittedOneD(OneD):
     coefficient: Float[Tensor, " m"]
     intercept: Float[Tensor, " m"]
 
-    def test_auc(self, places: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Float[Tensor, " p"]:
-        z = self.scaler.select(places)(x[:, self.units[places]])
-        return aucs(z * self.coefficient[places] + self.intercept[places], y)
+    def test_auc(
+        self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]
+    ) -> Float[Tensor, " p"]:
+        z = self.scaler.select(indices)(x[:, self.units[indices]])
+        return aucs(z * self.coefficient[indices] + self.intercept[indices], y)
 
 
 def logistic_1d(
