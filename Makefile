@@ -40,7 +40,7 @@ UV := $(BIN)/uv
 
 lock: install
 	echo "torch==$(TORCH)" | $(UV) pip compile -q --universal --python-version 3.11 --fork-strategy fewest --upgrade \
-		--exclude-newer $(DATE) --extra dev --no-annotate --custom-compile-command "make lock DATE=$(DATE)" \
+		--exclude-newer $(DATE) --extra dev --extra docs --no-annotate --custom-compile-command "make lock DATE=$(DATE)" \
 		-o constraints.txt pyproject.toml -
 
 # The tests marked `compat`, with the lowest versions that pyproject.toml allows and with the newest that resolve.
