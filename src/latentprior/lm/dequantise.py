@@ -24,10 +24,9 @@ _RECIPE = 1
 
 
 def dense_copy(path: str) -> Path:
-    """The folder with a dense copy of one's own GGUF file and its tokenizer, made on first use.
+    """The cached folder with a dense copy of a GGUF file and its tokenizer, made anew when the file changes.
 
-    It is made anew when the file's size or time of change is another. Quantised weights become bfloat16, others
-    float32. A file that is one of several parts, or that transformers cannot read, is an `InputError`.
+    Quantised weights become bfloat16, others float32. A part of a split file is an `InputError`.
     """
     file = _checked(path)
     facts = file.stat()

@@ -1,8 +1,7 @@
-"""Changing chosen positions of a running model: which columns of which forward pass belong to which position.
+"""Changing chosen positions of a running model, whatever a forward pass holds.
 
-Under ``generate()`` a forward pass sees a whole prompt, one new token, or (without a cache) the prompt and all
-tokens so far; rows may be padded on the left; beams are reordered. `edit_positions` turns all that into one thing:
-activations [N, d] with their row and position, each position once for every time that the model computes it.
+Under ``generate()`` that is a whole prompt, one new token, or (without a cache) all tokens so far; rows may be padded
+on the left, and beams reordered.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ POSITIONS: tuple[NamedPositions, ...] = ("all", "last", "prompt", "generated")
 Positions = NamedPositions | int | Tensor
 """Which positions are edited.
 
-- "all"; "prompt"; "generated", the positions after the prompt; "last", the prompt's last one and every one after it.
-- A number n: from the token with position n on. Padding does not count, and 0 is the first token.
-- A mask, bool [B, columns], over the columns of the prompt with its padding, as in `attention_mask`. It must cover
-  the whole prompt; columns after the mask are left alone, so a wider mask reaches generated tokens too.
+- "all"; "prompt"; "generated"; "last", the prompt's last one and every one after it.
+- A number n: from position n on. Padding does not count, and 0 is the first token.
+- A mask, bool [B, columns], over at least the whole prompt with its padding, as in `attention_mask`; columns after the
+  mask are left alone, so a wider one reaches generated tokens too.
 """
 
 
@@ -37,24 +36,17 @@ class EditedPositions:
     """Where the activations of one call come from."""
 
     layer: int
-    row: Tensor
-    """[N] int64, row in the batch."""
-    position: Tensor
-    """[N] int64, index of the token in its sequence; padding does not count, 0 is the first token."""
-    batch: int
-    """Rows in the batch."""
-    prompts: Sequence[int] | None = None
-    """[batch] a number for each row's prompt, the same for the same tokens; None where they are not known."""
+    row: Tensor  # [N] int64, in the batch
+    position: Tensor  # [N] int64, in its sequence; padding does not count, 0 is the first token
+    batch: int  # rows in it
+    prompts: Sequence[int] | None = None  # [batch], equal for equal prompts; None where not known
 
 
 EditFunction = Callable[[Tensor, EditedPositions], Tensor]  # [N, d] -> [N, d]
 
 
 class EditCounts:
-    """What a context has done so far: one count for every position of every edited layer in every forward pass.
-
-    ``seen`` is the sum of ``edited`` and of what ``passed_over`` counts by reason.
-    """
+    """What a context has done so far: one count for every position of every edited layer in every forward pass."""
 
     REASONS = ("first", "padding", "sink", "not asked for")
 
@@ -75,12 +67,11 @@ class EditCounts:
 
     @property
     def edited(self) -> int:
-        """Positions that were edited."""
         return self._count(0)
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Positions that were left alone: first positions, padding, attention sinks, and those not asked for."""
+        """Positions that were left alone, by reason."""
         return {reason: self._count(i) for i, reason in enumerate(self.REASONS, 1)}
 
     @property
@@ -107,26 +98,18 @@ def edit_positions(
 ) -> Iterator[EditCounts]:
     """Replace the activations of `model` at given layers and positions while the context is open.
 
-    The first position of a sequence and padding are never touched; see `Positions` for the rest.
-
-    Every call of ``generate()`` starts a new prompt. Between forward passes of the caller's own, a pass continues the
-    one before if it adds one token: to the key-value cache, or, without a cache, to the same beginning.
+    The first position of a sequence and padding are never touched. Every call of ``generate()`` starts a new prompt.
+    Between passes of the caller's own, a pass continues the one before if it adds one token: to the key-value cache,
+    or, without one, to the same beginning.
 
     Args:
-        model: the language model.
         edits: for each layer a function of activations [N, d] and their `EditedPositions`.
-        positions: which positions.
-        side: of the blocks.
         sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not edited.
 
-    Yields:
-        what was done so far.
-
     Raises:
-        InputError: in the forward pass, a mask or cache that does not tell where the tokens stand, or a mask of
-            positions that does not fit the prompt. From ``generate()``, a paged cache, and, unless positions are "all"
-            or a number, what hides where the prompt ends (assisted decoding, classifier-free guidance, chunked
-            prompts). On leaving the context, a layer that never ran, or nothing edited of what was asked for.
+        InputError: a forward pass whose positions cannot be told or that the mask does not fit; in ``generate()``, a
+            paged cache, and, unless positions are "all" or a number, what hides where the prompt ends (assisted
+            decoding, guidance, chunked prompts). On leaving, a layer that never ran, or nothing edited.
     """
     check_positions(positions)
     counts = EditCounts()
@@ -172,7 +155,6 @@ def edit_positions(
 
 
 def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
-    """Raise `InputError` if something that was not edited had been asked for."""
     if sinks := counts.passed_over["sink"]:
         raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
     if isinstance(positions, Tensor):
@@ -182,7 +164,7 @@ def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
 
 
 def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
-    """`values` [b, ...], one for each row that the caller gave, for the `batch` rows that the model sees.
+    """`values` [b, ...] of the caller's rows for the `batch` rows that the model sees.
 
     Under beam search and with several returned sequences ``generate()`` puts the copies of a row next to one another.
     """

@@ -42,17 +42,11 @@ def load_llm(
 
     Args:
         model: a Hugging Face id, a folder, "smollm2-135m" (requirements-assets.txt installs it), or a configuration.
-        device: where it goes, unless `device_map` spreads it; "auto" is this process's CUDA device if there is one,
-            else the CPU.
+        device: "auto" is this process's CUDA device if there is one, else the CPU.
         gguf: a GGUF file to take the weights from.
-        revision: branch, tag or commit on the Hub.
         dtype: "float32", "bfloat16" or "auto" (the default): bfloat16 where the device is fast at it.
         device_map: "auto" spreads a large model over all of the machine's GPUs.
         trust_remote_code: run Python code that the model's repository ships; refused by default.
-
-    Raises:
-        InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
-            trusted.
 
     Examples:
         >>> model, tokenizer = lp.load_llm("smollm2-135m")
@@ -122,7 +116,6 @@ def _tokenizer_source(config: LLMConfig) -> str:
 
 
 def _options(config: LLMConfig) -> dict[str, Any]:
-    """How weights, tokenizer and config are read alike."""
     return {
         "revision": config.revision or "main",
         "local_files_only": _only_cached(config),
@@ -138,7 +131,6 @@ def _only_cached(config: LLMConfig) -> bool:
 
 
 def _check_place(model: str) -> None:
-    """Raise `InputError` if `model` is neither a folder with a model nor of the form of a Hugging Face id."""
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise InputError(f"the folder {model!r} holds no model: it has no config.json")

@@ -60,32 +60,24 @@ class Attachable(nn.Module):
 
         Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
         attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
-        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape, and
-        greedy ties may then fall otherwise). The prior's weights must not be changed meanwhile. When the context
-        closes, the model is as before. The prior moves to the device of the first hidden states, and stays there.
+        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape).
+        The prior's weights must not be changed meanwhile. The prior moves to the device of the first hidden states, and
+        stays there.
 
         Args:
-            model: the language model the prior was trained on; checked before anything runs.
             layer: which of the prior's layers; all by default.
             positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
-                "generated", only the tokens after the prompt; a number, from that position on; or a boolean mask
-                [B, columns of the prompt] (`latentprior.lm.edits.Positions`).
+                "generated"; a number, from that position on; or a boolean mask (`latentprior.lm.edits.Positions`).
             edit: changes the activations [N, d] before they are projected, for example ``lambda x: x + a * w``.
             paired: project the edit against the unedited activation (`project`'s `reference`).
             check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
                 say False for that. Width and layer are always checked.
-            generator: source of the noise, or a seed; None draws a fresh seed when the context opens.
-            t_start: as in `project`.
-            steps: as in `project`.
-            solver: as in `project`.
-            grid: as in `project`.
 
         Yields:
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Raises:
-            InputError: a model, layer or width that the prior was not trained on; forward passes that cannot be
-                followed, and leaving the context with nothing edited (`latentprior.lm.edits.edit_positions`).
+            InputError: a model, layer or width that the prior was not trained on; what `edit_positions` refuses.
 
         Examples:
             >>> with glp.attach(model, t_start=0.3, generator=0) as counts:
@@ -139,20 +131,9 @@ class Attachable(nn.Module):
         `PriorRepair`.
 
         Args:
-            model: the language model; prior and direction are checked against it.
-            direction: a `Direction` at the prior's hookpoint.
             strength: in multiples of the mean norm of the layer's activations.
             mean_norm: by default the prior's own, else the direction's (`Normalizer.norm_unit`).
-            positions: as in `attach`.
-            t_start: as in `project`.
-            steps: as in `project`.
-            solver: as in `project`.
             samples: projections with different noises, of which the mean is taken.
-            check_model: as in `attach`.
-            generator: as in `attach`; by default the noise is the same every time.
-
-        Yields:
-            counts, as `attach`.
 
         Raises:
             InputError: a direction of another hookpoint than the prior's, and what `attach` refuses.

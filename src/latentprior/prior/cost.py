@@ -1,7 +1,6 @@
-"""What things cost, counted exactly from shapes: parameters, FLOPs and bytes of prior and language model.
+"""What a prior costs, counted exactly from shapes: parameters, FLOPs and bytes.
 
-A multiply-add is two FLOPs. Only matrix products are counted: all else is well under a hundredth of them. No name in
-here loads or runs a model but `matrix_peak`, which multiplies two matrices.
+A multiply-add is two FLOPs. Only matrix products are counted: all else is well under a hundredth of them.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
     """FLOPs of one forward pass for one activation, as executed.
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
-    one linear of each block) runs once for each *distinct* time, and once for each distinct layer of a multi-layer
-    prior: ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
+    one of each block) runs once for each *distinct* time, and for each distinct layer of a multi-layer prior: ``2 (2 d
+    m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
 
     Args:
-        distinct_times: distinct times for each activation: 1 if every row has its own (as the official code executes
-            it), 0 if very many rows share one.
-        distinct_layers: distinct layers for each activation; 0 for a prior of one layer.
+        distinct_times: of each activation: 1 if every row has its own (as the official code executes it), 0 if very many
+            rows share one.
+        distinct_layers: of each activation; 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
     return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
@@ -51,9 +50,8 @@ def training_flops_per_activation(
 ) -> float:
     """FLOPs of one forward and backward pass for one activation, as executed.
 
-    A linear's backward is two products of the forward's size, for the gradients of weight and input, so all is three
-    times the forward. The first linear of each path has data as its input and needs no gradient there: less ``2 d m``
-    for each row and ``2 m²`` for each distinct time and layer.
+    A linear's backward is two products of the forward's size. The first linear of each path needs no gradient of its
+    input: less ``2 d m`` for each row and ``2 m²`` for each distinct time and layer.
     """
     forward = flops_per_activation(config, distinct_times=distinct_times, distinct_layers=distinct_layers)
     d, m, _, _ = _shape(config)
@@ -66,7 +64,7 @@ def paper_flops_per_activation(config: DenoiserConfig) -> float:
 
 
 def muon_flops_per_step(config: DenoiserConfig) -> float:
-    """FLOPs of one update of the blocks' four matrices by Muon, whatever the batch; AdamW has no matrix products.
+    """FLOPs of one update of the blocks' four matrices by Muon; AdamW has no matrix products.
 
     Each of five Newton-Schulz iterations on a matrix [a, b], a <= b, takes its Gram matrix (``2 a² b``), squares that
     (``2 a³``) and multiplies back (``2 a² b``).
@@ -79,10 +77,8 @@ def muon_flops_per_step(config: DenoiserConfig) -> float:
 class TrainingFlops(NamedTuple):
     """FLOPs of the matrix products of one process."""
 
-    activation: float
-    """Of forward and backward passes, for each activation; all of its noise samples."""
-    update: float
-    """Of each optimizer step's update."""
+    activation: float  # forward and backward of each activation, all of its noise samples
+    update: float  # each optimizer step's
 
 
 def training_flops(
@@ -130,17 +126,15 @@ def training_bytes(
     """Bytes that training takes in each process, by what they hold.
 
     Weights, gradients, optimizer and average are float32: ``4 N``, ``4 N``, ``8 N`` (AdamW's two moments; Muon has one
-    of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes (gradients are views of its
-    buckets), FSDP2 one part in `world` of each. ``copies`` are of the weights in the precision of the matrix work: all
-    of them under DDP (autocast keeps them for the step). FSDP2 gathers block by block: all outside the blocks, the
-    running block and the one fetched ahead; and float32 gradients on their way to the others: of one block, or of
-    everything if there are several micro-batches, which are added up first. ``activations`` are those of one
-    micro-batch, see `activation_bytes`. ``batch`` is the process's part of it: raw bf16 and noise float32.
+    of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes, FSDP2 one part in `world` of
+    each. ``copies`` are of the weights in the precision of the matrix work: all of them under DDP (autocast keeps them
+    for the step); under FSDP2 all outside the blocks, the running block and the one fetched ahead, and float32
+    gradients on their way: of one block, or of everything if several micro-batches are added up first. ``batch`` is raw
+    bf16 and noise float32.
 
     Args:
         rows: activations of a step in this process.
         micro_batch: rows of one forward and backward pass.
-        world: processes.
         average: an exponential average of the weights is kept.
         item: bytes of a number in the matrix work: 2 for bfloat16, 4 for float32.
     """
@@ -169,10 +163,9 @@ def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int
 
     Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
     (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
-    hidden vectors (gate, time factor, their product, its SiLU, up, meta-neurons: ``6 s h``); the last LayerNorm keeps
-    ``4 m + 8``, out projection ``s m``, in projection ``s d``, and the loss the error ``4 d``. Working space:
-    gradients of three hidden vectors of one block, ``3 s h``. The time path of few distinct times is left out. This is
-    eager execution; compiled blocks save less.
+    hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, out projection ``s m``, in projection ``s d``, and
+    the loss the error ``4 d``. Working space: gradients of three hidden vectors of one block, ``3 s h``. Few distinct
+    times are left out. This is eager execution; compiled blocks save less.
     """
     d, m, h, n = _shape(config)
     block = 8 * m + 8 + 6 * item * h

@@ -57,7 +57,7 @@ class Block(nn.Module):
         return F.silu(self.gate_proj(h) * factor) * self.up_proj(h)
 
     def factor(self, condition: Condition) -> Float[Tensor, "m d_mlp"]:
-        """``W_time e`` for every row, from the embeddings of the distinct times and layers."""
+        """``W_time e`` for every row."""
         factor = _gather(self.time_proj(condition.time), condition.time_index)
         if condition.layer is None:
             return factor
@@ -133,7 +133,6 @@ class Denoiser(nn.Module):
         return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
 
     def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
-        """The embedding of layers, by their relative depth."""
         if self.config.multi_layer_n_layers is None or self.layer_embed is None:
             raise InputError("this prior has one layer: call it without `layer`")
         depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)

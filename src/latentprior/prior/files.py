@@ -34,8 +34,7 @@ class Parts:
     denoiser: Denoiser
     normalizer: Normalizer
     hookpoints: tuple[Hookpoint, ...]
-    provenance: dict[str, Any]
-    """Corpus, training summary and versions, as JSON-ready values."""
+    provenance: dict[str, Any]  # corpus, training summary and versions, JSON-ready
 
 
 def read(folder: Path, checkpoint: str) -> Parts:

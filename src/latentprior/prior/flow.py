@@ -1,7 +1,6 @@
 """Path, loss, time grids and solvers of the flow; the only module that knows the time convention.
 
-``t = 0`` is data and ``t = 1`` is noise: ``z_t = (1 - t) z_0 + t eps``, velocity ``eps - z_0`` (paper, equations
-of flow matching). Nothing here holds state; a velocity is any function of ``(z_t [N, d], t: float)``.
+``t = 0`` is data and ``t = 1`` is noise: ``z_t = (1 - t) z_0 + t eps``, velocity ``eps - z_0`` (paper, flow matching).
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 def official_knots(steps: int) -> Float[Tensor, " steps"]:
     """Times of the official sampler (float32): `steps` points from 1 to 0.001, the step to 0 not included.
 
-    The arithmetic is that of diffusers' FlowMatchEulerDiscreteScheduler with its defaults, in the same precision and
-    order, so that the values agree bit for bit.
+    The arithmetic is that of diffusers' FlowMatchEulerDiscreteScheduler, in its precision and order, so that the values
+    agree bit for bit.
     """
     smallest = float(np.float32(0.001)) * TRAIN_GRID
     return torch.from_numpy(np.linspace(TRAIN_GRID, smallest, steps) / TRAIN_GRID).float()
@@ -59,15 +58,10 @@ def time_knots(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", gr
     """Times between which a solver steps, from the starting time down to 0.
 
     Args:
-        steps: denoiser evaluations. With ``grid="official"``, steps as the official code counts them: the number for
-            the whole way from 1, of which a later start executes only the rest.
-        t_start: where to start. The official grid starts at its entry ``floor(steps (1 - t_start))``.
-        solver: two-stage solvers take intervals twice as long, so that evaluations stay `steps`; an odd number of
-            them leaves one Euler interval at the end.
-        grid: "uniform" or "official".
-
-    Raises:
-        InputError: unknown solver or grid, less than one step, a start outside [0, 1].
+        steps: denoiser evaluations; with ``grid="official"`` as the official code counts them: of the whole way from 1, of
+            which a later start, at entry ``floor(steps (1 - t_start))``, executes only the rest.
+        solver: two-stage solvers take intervals twice as long; an odd number of evaluations leaves one Euler interval at
+            the end.
     """
     if solver not in SOLVERS:
         raise unknown("solver", solver, SOLVERS)
@@ -90,10 +84,8 @@ class Schedule:
     """How a solver goes from noise to data; made by `schedule`."""
 
     solver: Solver
-    knots: list[float]
-    """Times between which it steps, from the start down to 0."""
-    stages: list[int]
-    """Velocity evaluations of each interval, 1 or 2."""
+    knots: list[float]  # times between which it steps, from the start down to 0
+    stages: list[int]  # velocity evaluations of each interval, 1 or 2
 
     @property
     def nfe(self) -> int:
@@ -108,10 +100,9 @@ class Schedule:
 
 
 def schedule(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> Schedule:
-    """Times and evaluations of an integration; arguments and errors are those of `time_knots`.
+    """Times and evaluations of an integration; arguments are those of `time_knots`.
 
-    On the uniform grid the evaluations are `steps`. On the official one, two-stage solvers take two for each of its
-    intervals but the last, which is a thousandth wide.
+    On the official grid, two-stage solvers evaluate twice in each interval but the last, which is a thousandth wide.
     """
     knots = time_knots(steps, t_start=t_start, solver=solver, grid=grid)
     intervals = len(knots) - 1
@@ -125,8 +116,8 @@ def schedule(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid
 def holding(velocity: Velocity, g: Float[Tensor, "n d"], value: Float[Tensor, " n"]) -> Velocity:
     """The velocity whose data prediction ``z_t - t v`` has the component ``g . z_0 = value``, in each row.
 
-    Where it has not, the prediction is moved as little as that takes, along `g` (rows of zero hold nothing). This is
-    guidance by a hard constraint: the flow stays free in all other directions, and adapts them to the held one.
+    Where it has not, the prediction is moved as little as that takes, along `g` (rows of zero hold nothing). The flow
+    stays free in all other directions, and adapts them to the held one.
     """
     towards = g / g.square().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
 

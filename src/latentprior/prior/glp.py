@@ -1,8 +1,8 @@
 """`GLP`, the generative latent prior: normalizer, denoiser and provenance in one object.
 
-Every public method takes and returns *raw* activations with free leading dimensions; standardised ones are called
-``z``, and noise is always standardised. What draws takes `generator`: a seed repeats exactly, before and after any
-other call, a `torch.Generator` advances, and None draws fresh numbers, which `torch.manual_seed` makes repeat.
+Raw activations have free leading dimensions; standardised ones are called ``z``, and noise is always standardised. What
+draws takes `generator`: a seed repeats exactly, a `torch.Generator` advances, and None draws fresh numbers, which
+`torch.manual_seed` makes repeat.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ class GLP(Attachable):
     Activations may be on any device: methods compute where the prior is and give the result back where they were.
 
     Args:
-        denoiser: the network.
-        normalizer: standardisation of raw activations.
         hookpoints: where in which model the training activations came from.
         provenance: corpus, training summary and versions, as JSON-ready values.
 
@@ -132,8 +130,8 @@ class GLP(Attachable):
     ) -> Float[Tensor, ""]:
         """The training loss ``mean((u_hat(z_t, t) - (eps - z_0))^2)`` (paper, flow matching), differentiable.
 
-        Times left out are drawn from the official training grid, noise from `generator`. Losses that are to be compared
-        need the same seed, or the same `t` and `noise`.
+        Times left out are drawn from the official training grid. Losses that are to be compared need the same seed, or
+        the same `t` and `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         if t is None:
@@ -160,13 +158,11 @@ class GLP(Attachable):
         """Draw `n` raw activations [n, d] by integrating the flow from noise (t = 1) to data (t = 0).
 
         Args:
-            n: how many.
             steps: denoiser evaluations; see `nfe`.
             solver: euler, midpoint, heun or ab2.
             grid: "uniform", or "official" for the official sampler's times bit for bit.
-            noise: standardised noise [n, d] to start from.
+            noise: standardised noise to start from.
             layer: which layer, for a multi-layer prior: a number, or [n].
-            generator: source of the noise, or a seed; None draws fresh noise at every call.
         """
         if n < 1:
             raise InputError(f"n must be at least 1, got {n}")
@@ -195,7 +191,7 @@ class GLP(Attachable):
 
         Standardise, noise to `t_start`, integrate back to 0, de-standardise. Larger `t_start` corrects more and keeps
         less. Attention sinks (norm over 10 times the training median) come back untouched, and so does everything at
-        ``t_start=0``. The result has `x`'s dtype.
+        ``t_start=0``. The result has `x`'s dtype. Other arguments are as in `sample`.
 
         Args:
             x: edited raw activations [..., d].
@@ -204,11 +200,6 @@ class GLP(Attachable):
                 activation cancels, and an edit of zero changes nothing.
             t_start: noise level to start from, 0 (data) to 1 (noise).
             steps: denoiser evaluations (as the official code counts them with ``grid="official"``); see `nfe`.
-            solver: as in `sample`.
-            grid: as in `sample`.
-            noise: standardised noise of `x`'s shape.
-            layer: as in `sample`, or [...].
-            generator: as in `sample`.
             hold: directions [d] or [..., d]; the result has the component along them that `x` has (and the projected
                 reference that of the reference), while the flow adapts all others to it.
         """
@@ -247,10 +238,10 @@ class GLP(Attachable):
         layer: Layer = None,
         generator: Seed = None,
     ) -> Float[Tensor, "*n blocks d_mlp"]:
-        """Meta-neurons of raw activations: the post-gate hidden units of every block, ``[..., blocks, d_mlp]``.
+        """Meta-neurons of raw activations: the post-gate hidden units of every block.
 
         One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise). Features
-        that are to be compared, such as those of an activation before and after an edit, need the same seed or `noise`.
+        that are to be compared need the same seed or `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
@@ -272,10 +263,9 @@ class GLP(Attachable):
     ) -> Float[Tensor, "*n"]:
         """How unusual each activation is: its own denoising loss, ``mean_d (u_hat(z_t, t) - (eps - z_0))^2``.
 
-        The mean over `times`, one noise each: near the held-out loss for ordinary activations, larger off the data.
-        One denoiser pass for each time. Scores that are to be compared, such as those of activations before and after
-        an edit, need the same seed: then row i has the same noise in every call of as many rows, and differences are
-        not noise.
+        The mean over `times`, one noise and one denoiser pass each: near the held-out loss for ordinary activations,
+        larger off the data. Scores that are to be compared need the same seed: then row i has the same noise in every
+        call of as many rows.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         layers, generator = self._layers(layer, x.shape[:-1]), generator_of(generator)
@@ -314,14 +304,9 @@ class GLP(Attachable):
         """Load a prior from a folder or a Hub repository, of this project's format or the official one.
 
         Args:
-            path_or_repo: folder or repository id.
-            checkpoint: which weights: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
+            checkpoint: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
             revision: branch, tag or commit of the repository.
-            device: where to put it; the CPU by default.
             dtype: precision of the denoiser's weights; as saved by default.
-
-        Raises:
-            InputError: nothing there, an unknown checkpoint, or files that do not fit together.
         """
         folder = fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
         parts = pretrained.read(folder, checkpoint)

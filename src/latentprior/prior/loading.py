@@ -21,13 +21,10 @@ def priors_of(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> tuple[dict[str, GLP], Hookpoint]:
-    """The priors by the names they were given, and their one hookpoint.
+    """The priors by the names they were given (folders or repositories), and their one hookpoint.
 
     Args:
-        names: folders or repositories, at least one.
-        checkpoint: which of their weights.
         layer: which layer of multi-layer priors.
-        device: where to put them; "auto" is this process's CUDA device if there is one, else the CPU.
         precision: of the denoisers; "auto" is bfloat16 where the device is fast at it.
     """
     place = resolve_device(device)
@@ -53,5 +50,5 @@ def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
 
 
 def heldout_loss(glp: GLP) -> float | None:
-    """The held-out loss at the end of its training; None if it does not say."""
+    """The held-out loss at the end of its training, if known."""
     return glp.provenance.get("training", {}).get("heldout_loss")

@@ -1,7 +1,4 @@
-"""Standardisation: raw activations to mean 0 and variance 1, and back, for each layer.
-
-Of each dimension by itself, or along the principal directions of the covariance (whitened).
-"""
+"""Standardisation to mean 0 and variance 1, and back: of each dimension, or along principal directions (whitened)."""
 
 from __future__ import annotations
 
@@ -23,20 +20,17 @@ LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes ab
 class Normalizer(nn.Module):
     """Standardisation with the statistics of the training data, per dimension (paper, section on training).
 
-    Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to
-    its mean, never to infinity. The statistics are float32 buffers, one row for each layer, and stay float32 whatever
-    the module, or one around it, is cast to.
+    Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to its
+    mean, never to infinity. The statistics are buffers that stay float32 whatever the module is cast to.
 
     With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
     columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
 
     Args:
-        mean: per-layer means.
-        var: per-layer variances.
-        layers: the language model's layers that the rows belong to, in order.
-        mean_norm: mean norm of an activation, the unit of steering strength; nan where unknown.
-        median_norm: median norm, of which attention sinks have over 10 times; nan where unknown.
-        basis: orthogonal columns for whitening, see `whitened`; None standardises each dimension by itself.
+        layers: the language model's layers that the rows belong to.
+        mean_norm: of an activation, the unit of steering strength; nan where unknown.
+        median_norm: of which attention sinks have over 10 times; nan where unknown.
+        basis: see `whitened`.
     """
 
     mean: Tensor
@@ -89,7 +83,7 @@ class Normalizer(nn.Module):
         )  # CPU: checked without a wait
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
-        """Called by every move and cast of a module: the statistics move along and keep their precision."""
+        """Called by every move and cast: the statistics move along and keep their precision."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
@@ -99,7 +93,6 @@ class Normalizer(nn.Module):
 
     @classmethod
     def from_moments(cls, moments: Moments) -> Normalizer:
-        """The normalizer of streamed moments."""
         return cls(
             moments.mean,
             moments.variance(),
@@ -113,12 +106,8 @@ class Normalizer(nn.Module):
         """The normalizer that decorrelates: z has mean 0 and covariance 1 over the data.
 
         Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much: noise
-        is not amplified, and every activation can be restored. Directions are in descending order of variance, and the
-        largest entry of each is positive.
-
-        Args:
-            moments: of the training data.
-            covariance: of the same rows, for each layer of the moments; see `moments.Covariance`.
+        is not amplified, and every activation can be restored. They are in descending order of variance, and the
+        largest entry of each is positive. `covariance` is that of the rows of `moments` (`moments.Covariance`).
         """
         if covariance.shape != (*moments.mean.shape, moments.width):
             raise InputError(
@@ -144,11 +133,7 @@ class Normalizer(nn.Module):
         return self.mean.shape[1]
 
     def normalize(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """Raw to standardised activations, float32 or wider: ``[..., d] -> [..., d]``.
-
-        Raises:
-            InputError: another width, a layer without statistics, or several layers and none named.
-        """
+        """Raw to standardised activations, float32 or wider."""
         return self.standardised(x, self.rows(layer))
 
     def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, " ..."] | int) -> Tensor:
@@ -162,7 +147,7 @@ class Normalizer(nn.Module):
         return _multiplied(centred, self.basis, row) / self.divisor[at].square()
 
     def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        """Standardised to raw activations."""
         self.check_width(z)
         row = self.rows(layer)
         if self.basis is None:
@@ -171,7 +156,7 @@ class Normalizer(nn.Module):
         return _multiplied(_wide(z).expand(torch.broadcast_shapes(z.shape, mean.shape)), self.basis.mT, row) + mean
 
     def covector(self, w: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """`g` such that ``g . z`` is ``w . x`` up to a constant: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        """`g` such that ``g . z`` is ``w . x`` up to a constant."""
         self.check_width(w)
         row = self.rows(layer)
         return _wide(w) * self.scale[row] if self.basis is None else _multiplied(_wide(w), self.basis, row)
@@ -234,7 +219,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
-    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics.
+    """``x @ matrices[row]``, one product for each row of the statistics.
 
     Never in autocast's precision, which cannot tell small directions from the rounding of large ones.
     """

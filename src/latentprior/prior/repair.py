@@ -30,15 +30,9 @@ class Projector(Protocol):
 class PositionNoise:
     """Standard normal noise that depends on seed, layer, prompt and position alone.
 
-    A position gets the same noise however often it is computed and whatever else is in the batch: generation without a
-    cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one prompt,
+    A position gets the same noise however often it is computed and whatever else is in the batch. Rows of one prompt,
     such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the row's
-    index stands for them.
-
-    Args:
-        seed: of everything.
-        samples: noises of each position.
-        shared: one noise for all positions of a sequence.
+    index stands for them. `shared` is one noise for all positions of a sequence.
     """
 
     BLOCK = 32  # positions that are drawn together
@@ -61,7 +55,6 @@ class PositionNoise:
         return chosen.flatten(0, 1).to(at.row.device)
 
     def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
-        """Noise [samples, positions, width]."""
         key = (layer, prompt, block)
         if key not in self._blocks:
             rows = 1 if self._shared else self.BLOCK
@@ -75,17 +68,11 @@ class PositionNoise:
 
 
 class RunningRepair:
-    """Projects activations of a running model; what `attach` and steering's `PriorRepair` have in common.
+    """Projects activations of a running model, with the mean over `samples` noises (`PositionNoise`).
 
-    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at
-    the same few times. The prior moves to the device of the first activations; what comes later from other devices it
-    moves itself.
-
-    Args:
-        prior: the prior.
-        seed: of the noise, see `PositionNoise`.
-        samples: projections with different noises, of which the mean is taken.
-        shared: one noise for all positions of a sequence.
+    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at the
+    same few times. The prior moves to the device of the first activations; what comes later from other devices it moves
+    itself.
     """
 
     def __init__(self, prior: Projector, seed: int, *, samples: int = 1, shared: bool = False) -> None:
@@ -146,7 +133,7 @@ def attach(
     sinks: Callable[[Tensor, int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[EditCounts]:
-    """See `GLP.attach`, whose implementation this is; `sinks` as in `edit_positions`."""
+    """See `GLP.attach`; `sinks` as in `edit_positions`."""
     if paired and edit is None:
         raise InputError("paired repair compares an activation with its edit: give `edit`")
     chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)

@@ -1,8 +1,7 @@
-"""Reading and changing the hidden states of a language model.
+"""Reading and changing the hidden states of any decoder-only language model.
 
 A *layer* is the index of a decoder block; its "output" side is `hidden_states[layer + 1]` of transformers, its "input"
-side `hidden_states[layer]`, its "mlp" side the hidden units of its MLP, the input of the down projection. Blocks are
-found from the model itself, so any decoder-only architecture works.
+side `hidden_states[layer]`, its "mlp" side the hidden units of its MLP, the input of the down projection.
 """
 
 from latentprior.lm.hooks.blocks import (

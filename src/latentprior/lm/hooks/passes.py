@@ -20,8 +20,8 @@ from latentprior.utils.errors import InputError
 def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -> Iterator[dict[int, Tensor]]:
     """A dict that every forward pass fills with the hidden states [B, T, d] of `layers`.
 
-    The tensors are the model's own, not copies, and part of the autograd graph if there is one. Edits that were
-    entered before are seen, later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
+    They are the model's own, not copies, and part of the autograd graph if there is one. Edits entered before are seen,
+    later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
     """
     hidden_states: dict[int, Tensor] = {}
     with _visiting(model, {layer: _keeper(hidden_states, layer) for layer in layers}, side):
@@ -29,16 +29,13 @@ def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -
 
 
 class _Reached(Exception):
-    """Every needed hidden state is there."""
+    pass
 
 
 def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", **inputs: Any) -> dict[int, Tensor]:
-    """Run the model on `inputs` up to the last block of `layers`: no later block and no head runs.
+    """The hidden states [B, T, d] of `layers` on `inputs`: no later block and no head runs.
 
     The model runs without gradients, cache or dropout; its training mode is as before afterwards.
-
-    Returns:
-        hidden states [B, T, d] for each layer, in the order of `layers`.
     """
     layers = list(dict.fromkeys(layers))
     if not layers:
@@ -69,8 +66,8 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
 def edit(model: nn.Module, edits: Mapping[int, Callable[[Tensor], Tensor]], *, side: Side = "output") -> Iterator[None]:
     """Replace hidden states while the context is open, also under `generate()`.
 
-    Each function gets a copy of the hidden state [B, T, d] and returns its replacement, which is cast back to the
-    model's dtype and device. Edits of nested contexts apply in the order in which they were entered.
+    Each function gets a copy of the hidden state [B, T, d]; what it returns is cast back to the model's dtype and
+    device. Edits of nested contexts apply in the order in which they were entered.
     """
     with _visiting(model, {layer: _editor(layer, function) for layer, function in edits.items()}, side):
         yield
@@ -168,29 +165,21 @@ def _eager_generation(model: nn.Module) -> Iterator[None]:
 class ForwardInputs:
     """What the model was last called with."""
 
-    ids: Tensor | None = None
-    """[B, T] token ids; None if the call gave embeddings."""
-    embeds: Tensor | None = None
-    """[B, T, d] embeddings; None if the call gave token ids."""
-    attention_mask: Tensor | None = None
-    """[B, past + T], or [B, 1, T, keys] under a static cache; None if the call gave none."""
-    position_ids: Tensor | None = None
-    """[B, T] or [1, T]; None if the call gave none."""
-    past_length: int = 0
-    """Columns already in the key-value cache: column t of this call is column past_length + t of the sequence."""
-    placed: bool = False
-    """Whether anything in the call (cache, positions, mask) told `past_length`; else it is taken for 0."""
-    calls: int = 0
-    """Forward passes begun so far."""
-    completed: int = 0
-    """Forward passes that ran to their end."""
+    ids: Tensor | None = None  # [B, T]; None if the call gave embeddings
+    embeds: Tensor | None = None  # [B, T, d]; None if the call gave token ids
+    attention_mask: Tensor | None = None  # [B, past + T], or [B, 1, T, keys] under a static cache
+    position_ids: Tensor | None = None  # [B, T] or [1, T]
+    past_length: int = 0  # columns in the key-value cache, before the first of this call
+    placed: bool = False  # whether anything in the call told `past_length`; else it is taken for 0
+    calls: int = 0  # forward passes begun so far
+    completed: int = 0  # forward passes that ran to their end
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which this model, in the installed version of transformers, takes its key-value cache."""
+    """The name of this model's argument for its key-value cache, in the installed version of transformers."""
     taken = forward_parameters(model)
     return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
 
@@ -239,8 +228,7 @@ def _position_ids(given: Any, width: int) -> Tensor | None:
 def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | None, width: int) -> int | None:
     """Columns before this call's; None if nothing tells.
 
-    The cache is known by what it is: its argument has had three names so far. Caches without keys, as of state space
-    models, say 0 at any time, so whatever says more is believed.
+    Caches without keys, as of state space models, say 0 at any time, so whatever says more is believed.
     """
     told = []
     for value in inputs.values():

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_map
 from latentprior.config import Side
 from latentprior.lm.hooks.blocks import check_side, select_blocks
 
-Outputs = dict[int, Any]
-"""What blocks returned, by layer."""
+Outputs = dict[int, Any]  # what blocks returned, by layer
 
 
 def blocks_before(model: nn.Module, layer: int, side: Side) -> range:
@@ -41,9 +40,9 @@ def keeping(model: nn.Module, layers: range) -> Iterator[Outputs]:
 def replaying(model: nn.Module, outputs: Outputs) -> Iterator[None]:
     """Blocks whose outputs `keeping` kept return these and do not run; hooks on them see and change them as ever.
 
-    The result is that of a whole forward pass only if the inputs are the same ones and if blocks pass on what they
-    found by what they return alone: one that leaves keys and values in a cache for later blocks does not. Compare an
-    unedited pass with a whole one.
+    The result is that of a whole pass only if the inputs are the same and if blocks pass on all they found by what they
+    return: one that leaves keys and values in a cache for later blocks does not. Compare an unedited pass with a whole
+    one.
     """
     with ExitStack() as stack:
         for layer, block in select_blocks(model, outputs).items():

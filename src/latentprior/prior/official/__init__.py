@@ -1,5 +1,4 @@
-"""The official implementation's files as plain tensors.
+"""The official implementation's files: `checkpoint` (priors), `activations` (folders of them), and `convert` both ways.
 
-`checkpoint` reads and writes its priors, `activations` its activation folders, and `convert` turns both into this
-project's and back. Folders enter and leave; nothing in them is executed.
+Nothing in a file is executed.
 """

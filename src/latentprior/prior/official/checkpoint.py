@@ -1,7 +1,6 @@
 """Reader and writer of the official implementation's checkpoints, as plain tensors.
 
-A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``. Nothing in a file is ever executed.
-Activation folders are read by `official.activations`.
+A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``, also in ``checkpoints/``.
 """
 
 from __future__ import annotations
@@ -45,12 +44,7 @@ class OfficialCheckpoint:
 
 
 def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCheckpoint:
-    """Read an official checkpoint.
-
-    Args:
-        folder: holds ``config.yaml``, ``rep_statistics.pt`` and the weights.
-        checkpoint: name of the weights' file without its ending, in the folder or in its ``checkpoints/``.
-    """
+    """Read the official checkpoint of this name in `folder`."""
     folder = Path(folder)
     values = _read_yaml(folder / CONFIG)
     config = _denoiser_config(values, folder / CONFIG)
@@ -85,14 +79,9 @@ def write_checkpoint(
     The official code finds a multi-layer prior's statistics by layer number, so layers without any get rows of nan.
 
     Args:
-        folder: made if it is not there.
-        config: shape of the denoiser.
-        weights: its state dict.
-        mean, var: statistics of the activations.
-        hookpoints: where the activations came from; all on one side of one model.
-        statistics_layers: layers of the rows of `mean`; those of the hookpoints, else all, by default.
+        weights: the denoiser's state dict.
+        statistics_layers: of the rows of `mean`; those of the hookpoints, else all, by default.
         name: of the weights' file, without its ending.
-        run_name: of the training run.
     """
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise InputError(f"checkpoint name {name!r} may hold letters, digits, '_', '-' and '.' only")
@@ -135,7 +124,7 @@ class _Traced:
 
 
 def _traced(values: object) -> _Traced | None:
-    """``tracedict_config``; None if it does not name different members of one list of blocks.
+    """``tracedict_config``, if it names different members of one list of blocks.
 
     Layers are numbers below ``layer_prefix``, or whole module names if there is no prefix.
     """
