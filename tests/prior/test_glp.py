@@ -19,9 +19,9 @@ from torch import Tensor
 from latentprior.config import GRIDS, SOLVERS
 from latentprior.data.moments import Covariance, Moments
 from latentprior.prior import flow
+from latentprior.prior.files import fetch
 from latentprior.prior.glp import GLP
 from latentprior.prior.normalizer import Normalizer
-from latentprior.prior.repository import fetch
 from latentprior.utils import hub
 from latentprior.utils.errors import InputError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -112,8 +113,7 @@ def edit_positions(
             decoding, guidance, chunked prompts). On leaving, a layer that never ran, or nothing edited.
     """
     check_positions(positions)
-    counts = EditCounts()
-    tracker = GenerationTracker()
+    counts, tracker = EditCounts(), GenerationTracker()
     reached: set[int] = set()
 
     with hooks.forward_inputs(model) as inputs:
@@ -131,20 +131,16 @@ def edit_positions(
             counts.add(edited, first, ~real, sink, ordinary & ~asked)
             return edited, position
 
-        def on_hidden_state(layer: int, edit: EditFunction) -> Callable[[Tensor], Tensor]:
-            def apply(hidden: Tensor) -> Tensor:
-                reached.add(layer)
-                mask, position = chosen(hidden, layer)
-                row, column = mask.nonzero(as_tuple=True)
-                if not len(row):
-                    return hidden
+        def apply(layer: int, edit: EditFunction, hidden: Tensor) -> Tensor:
+            reached.add(layer)
+            mask, position = chosen(hidden, layer)
+            row, column = mask.nonzero(as_tuple=True)
+            if len(row):
                 at = EditedPositions(layer, row, position[row, column], hidden.shape[0], tracker.keys(hidden.shape[0]))
                 hidden[row, column] = edit(hidden[row, column], at).to(hidden.dtype)  # `hidden` is a copy
-                return hidden
+            return hidden
 
-            return apply
-
-        functions = {layer: on_hidden_state(layer, edit) for layer, edit in edits.items()}
+        functions = {layer: partial(apply, layer, edit) for layer, edit in edits.items()}
         named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
         with hooks.edit(model, functions, side=side), tracker.generations(model, needs_prompt=named_by_prompt):
             yield counts

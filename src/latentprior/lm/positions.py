@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latentprior.lm import hooks
+from latentprior.lm.hooks.passes import replaced_attribute
 from latentprior.utils.errors import InputError
 
 # What `generate()` does under these options cannot be told from its forward passes alone.
@@ -146,7 +147,7 @@ class GenerationTracker:
         if generator is None:
             yield
             return
-        before, own = generator.generate, "generate" in vars(generator)
+        before = generator.generate
 
         @functools.wraps(before)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -159,14 +160,8 @@ class GenerationTracker:
             finally:
                 self._generation = None
 
-        generator.generate = generate
-        try:
+        with replaced_attribute(generator, "generate", generate):
             yield
-        finally:
-            if own:
-                generator.generate = before
-            else:
-                del generator.generate
 
 
 def prompt_keys(given: Tensor, real: Tensor) -> list[int]:

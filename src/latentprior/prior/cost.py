@@ -13,9 +13,6 @@ from latentprior.prior.flow import TRAIN_GRID
 FLOAT32 = 4  # bytes
 
 
-# -- the prior -----------------------------------------------------------------------------------------------------
-
-
 def parameters(config: DenoiserConfig) -> int:
     """Parameters of `Denoiser(config)`.
 
@@ -37,8 +34,7 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
     m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
 
     Args:
-        distinct_times: of each activation: 1 if every row has its own (as the official code executes it), 0 if very many
-            rows share one.
+        distinct_times: of each activation: 1 if each has its own (as in the official code), 0 if very many share one.
         distinct_layers: of each activation; 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)

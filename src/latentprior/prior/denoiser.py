@@ -138,11 +138,7 @@ class Denoiser(nn.Module):
         depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
         return self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
 
-    def run(
-        self,
-        z_t: Float[Tensor, "n d"],
-        factors: list[Float[Tensor, "m d_mlp"]],
-    ) -> Float[Tensor, "n d"]:
+    def run(self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]) -> Float[Tensor, "n d"]:
         """Velocity with given factors (n rows or one each)."""
         x = self.in_proj(z_t.to(self.dtype))
         for block, factor in zip(self._blocks(), factors, strict=True):

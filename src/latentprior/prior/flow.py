@@ -18,7 +18,6 @@ from latentprior.utils.errors import InputError, unknown
 
 Velocity = Callable[[Tensor, float], Tensor]
 TRAIN_GRID = 1000  # the official code draws training times from a grid of 1000
-TWO_STAGE: tuple[Solver, ...] = ("midpoint", "heun")
 
 
 def interpolate(
@@ -54,31 +53,6 @@ def official_knots(steps: int) -> Float[Tensor, " steps"]:
     return torch.from_numpy(np.linspace(TRAIN_GRID, smallest, steps) / TRAIN_GRID).float()
 
 
-def time_knots(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> list[float]:
-    """Times between which a solver steps, from the starting time down to 0.
-
-    Args:
-        steps: denoiser evaluations; with ``grid="official"`` as the official code counts them: of the whole way from 1, of
-            which a later start, at entry ``floor(steps (1 - t_start))``, executes only the rest.
-        solver: two-stage solvers take intervals twice as long; an odd number of evaluations leaves one Euler interval at
-            the end.
-    """
-    if solver not in SOLVERS:
-        raise unknown("solver", solver, SOLVERS)
-    if grid not in GRIDS:
-        raise unknown("grid", grid, GRIDS)
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    if not 0 <= t_start <= 1:
-        raise InputError(f"t_start must lie in [0, 1] (0 is data, 1 is noise), got {t_start}")
-    if grid == "official":
-        start = int(steps * (1 - t_start) + 1e-9)  # 20 * (1 - 0.9) is a hair under 2 in floating point
-        return [*official_knots(steps)[start:].tolist(), 0.0]
-    stride = 2 if solver in TWO_STAGE else 1
-    evaluations = list(range(0, steps, stride)) + [steps]
-    return [t_start * (1 - done / steps) for done in evaluations]
-
-
 @dataclass(frozen=True)
 class Schedule:
     """How a solver goes from noise to data; made by `schedule`."""
@@ -100,17 +74,30 @@ class Schedule:
 
 
 def schedule(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> Schedule:
-    """Times and evaluations of an integration; arguments are those of `time_knots`.
+    """Times and evaluations of an integration from `t_start` down to 0.
 
-    On the official grid, two-stage solvers evaluate twice in each interval but the last, which is a thousandth wide.
+    `steps` are the evaluations. Two-stage solvers take intervals twice as long; an odd number leaves one Euler interval
+    at the end. With ``grid="official"`` they are counted as the official code does: of the whole way from 1, of which a
+    later start, at entry ``floor(steps (1 - t_start))``, executes the rest, and two-stage solvers evaluate twice in all
+    intervals but the last, a thousandth wide.
     """
-    knots = time_knots(steps, t_start=t_start, solver=solver, grid=grid)
-    intervals = len(knots) - 1
-    if grid == "uniform":
-        two = steps - intervals
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    if grid not in GRIDS:
+        raise unknown("grid", grid, GRIDS)
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
+    if not 0 <= t_start <= 1:
+        raise InputError(f"t_start must lie in [0, 1] (0 is data, 1 is noise), got {t_start}")
+    two_stage = solver in ("midpoint", "heun")
+    if grid == "official":
+        start = int(steps * (1 - t_start) + 1e-9)  # 20 * (1 - 0.9) is a hair under 2 in floating point
+        knots = [*official_knots(steps)[start:].tolist(), 0.0]
+        two = max(len(knots) - 2, 0) if two_stage else 0
     else:
-        two = max(intervals - 1, 0) if solver in TWO_STAGE else 0
-    return Schedule(solver, knots, [2] * two + [1] * (intervals - two))
+        knots = [t_start * (1 - done / steps) for done in [*range(0, steps, 2 if two_stage else 1), steps]]
+        two = steps - (len(knots) - 1)
+    return Schedule(solver, knots, [2] * two + [1] * (len(knots) - 1 - two))
 
 
 def holding(velocity: Velocity, g: Float[Tensor, "n d"], value: Float[Tensor, " n"]) -> Velocity:

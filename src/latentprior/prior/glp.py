@@ -21,10 +21,9 @@ from latentprior.config import Grid, Solver
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import files as pretrained
 from latentprior.prior import flow
-from latentprior.prior.attachable import Attachable
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.prior.repository import fetch
+from latentprior.prior.repair import Attachable
 from latentprior.prior.sampler import by_row, integrate, vectors_by_row
 from latentprior.utils.errors import InputError
 from latentprior.utils.hub import upload
@@ -105,17 +104,13 @@ class GLP(Attachable):
         self.denoiser.to(dtype)
         return self
 
-    # -- the flow ------------------------------------------------------------------------------------------------
-
     @_on_priors_device
     def velocity(
         self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float, layer: Layer = None
     ) -> Float[Tensor, "*n d"]:
         """Velocity ``u_hat(z_t, t)`` at standardised `z_t` [..., d]; `t` is a scalar or [...]."""
         self.normalizer.check_width(z_t)
-        times = torch.as_tensor(t, dtype=torch.float32, device=z_t.device)
-        times = by_row("t", times, z_t.shape[:-1])
-        layers = self._layers(layer, z_t.shape[:-1])
+        times, layers = self._times(t, z_t.shape[:-1]), self._layers(layer, z_t.shape[:-1])
         return self.denoiser(z_t.reshape(-1, self.width), times, layers).reshape(z_t.shape)
 
     @_on_priors_device
@@ -137,7 +132,7 @@ class GLP(Attachable):
         if t is None:
             generator = generator_of(generator)  # goes on to draw the noise
             t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
-        t = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        t = self._times(t, x.shape[:-1])
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
         predicted = self.denoiser(flow.interpolate(z_0, eps, t), t, self._layers(layer, x.shape[:-1]))
         return F.mse_loss(predicted, flow.target(z_0, eps))
@@ -245,7 +240,7 @@ class GLP(Attachable):
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
-        times = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        times = self._times(t, x.shape[:-1])
         z_t = flow.interpolate(z_0, eps, times)
         factors = self.denoiser.row_factors(times, self._layers(layer, x.shape[:-1]))
         stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
@@ -283,14 +278,10 @@ class GLP(Attachable):
         schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
         return schedule.nfe if t_start > 0 else 0
 
-    # -- files ---------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, path: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card into the folder `path`."""
-        folder = Path(path)
-        parts = pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance)
-        pretrained.write(folder, parts)
-        return folder
+        pretrained.write(Path(path), pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance))
+        return Path(path)
 
     @classmethod
     def from_pretrained(
@@ -308,7 +299,7 @@ class GLP(Attachable):
             revision: branch, tag or commit of the repository.
             dtype: precision of the denoiser's weights; as saved by default.
         """
-        folder = fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
+        folder = pretrained.fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
         parts = pretrained.read(folder, checkpoint)
         glp = cls(parts.denoiser, parts.normalizer, parts.hookpoints, parts.provenance)
         if dtype is not None:
@@ -319,14 +310,15 @@ class GLP(Attachable):
         """Save to a temporary folder and upload it to the Hub repository `repo`; returns the commit's address."""
         return upload(self.save_pretrained, repo, private=private, revision=revision)
 
-    # -- parts ---------------------------------------------------------------------------------------------------
-
     def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
         if noise is None:
             return normal(*shape, seed=generator, device=self.device)
         if tuple(noise.shape) != tuple(shape):
             raise InputError(f"noise has shape {tuple(noise.shape)}, activations have {tuple(shape)}")
         return noise.to(self.device, torch.float32)
+
+    def _times(self, t: Tensor | float, leading: Sequence[int]) -> Tensor:
+        return by_row("t", torch.as_tensor(t, dtype=torch.float32, device=self.device), leading)
 
     def _layers(self, layer: Layer, leading: Sequence[int]) -> Tensor | None:
         """Layer numbers as the denoiser wants them: None, a scalar, or one for each row."""
@@ -337,7 +329,7 @@ class GLP(Attachable):
         return by_row("layer", layers, leading)
 
     def _project(
-        self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None = None
+        self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None
     ) -> Tensor:
         """Standardise, noise to the first knot, integrate, de-standardise: [N, d] -> [N, d]."""
         z_0 = self.normalizer.normalize(x, layers)

@@ -29,17 +29,13 @@ def priors_of(
     """
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
-    priors: dict[str, GLP] = {}
-    found: list[Hookpoint] = []
-    for name in names:
-        glp = GLP.from_pretrained(name, checkpoint, device=place).cast(dtype)
-        mine = hookpoint_of(glp, name, layer)
-        first = found[0] if found else mine
+    priors = {name: GLP.from_pretrained(name, checkpoint, device=place, dtype=dtype) for name in names}
+    places = {name: hookpoint_of(glp, name, layer) for name, glp in priors.items()}
+    first = places[names[0]]
+    for name, mine in places.items():
         if not mine.same_place(first):
             raise InputError(f"{name} is a prior of {mine}, {names[0]} of {first}")
-        found.append(mine)
-        priors[name] = glp
-    return priors, found[0]
+    return priors, first
 
 
 def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:

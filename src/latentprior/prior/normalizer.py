@@ -33,15 +33,7 @@ class Normalizer(nn.Module):
         basis: see `whitened`.
     """
 
-    mean: Tensor
-    var: Tensor
-    layers: Tensor
-    mean_norm: Tensor
-    median_norm: Tensor
     basis: Tensor | None
-    scale: Tensor
-    divisor: Tensor
-    row_of_layer: Tensor
 
     def __init__(
         self,
@@ -67,20 +59,17 @@ class Normalizer(nn.Module):
         missing = torch.full((len(layers),), float("nan"))
         lookup = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         lookup[list(layers)] = torch.arange(len(layers))
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("var", var.float())
-        self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
-        self.register_buffer("mean_norm", missing.clone() if mean_norm is None else mean_norm.float())
-        self.register_buffer("median_norm", missing.clone() if median_norm is None else median_norm.float())
+        self.mean = nn.Buffer(mean.float())
+        self.var = nn.Buffer(var.float())
+        self.layers = nn.Buffer(torch.tensor(layers, dtype=torch.int64))
+        self.mean_norm = nn.Buffer(missing.clone() if mean_norm is None else mean_norm.float())
+        self.median_norm = nn.Buffer(missing.clone() if median_norm is None else median_norm.float())
         self.register_buffer("basis", None if basis is None else basis.float().contiguous())
         scale = self.var.sqrt() if self.basis is None else self.basis.norm(dim=-2)  # of each coordinate of z
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
-        self.register_buffer("row_of_layer", lookup, persistent=False)
-        self._served, self._row_of_layer = (
-            list(layers),
-            lookup.cpu(),
-        )  # CPU: checked without a wait
+        self.scale = nn.Buffer(scale, persistent=False)
+        self.divisor = nn.Buffer(torch.where(scale > 0, scale, torch.inf), persistent=False)
+        self.row_of_layer = nn.Buffer(lookup, persistent=False)
+        self._served, self._row_of_layer = list(layers), lookup.cpu()  # CPU: checked without a wait
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
         """Called by every move and cast: the statistics move along and keep their precision."""
@@ -92,14 +81,9 @@ class Normalizer(nn.Module):
         return self
 
     @classmethod
-    def from_moments(cls, moments: Moments) -> Normalizer:
-        return cls(
-            moments.mean,
-            moments.variance(),
-            moments.layers,
-            mean_norm=moments.mean_norm(),
-            median_norm=moments.median_norm,
-        )
+    def from_moments(cls, moments: Moments, basis: Tensor | None = None) -> Normalizer:
+        norms = {"mean_norm": moments.mean_norm(), "median_norm": moments.median_norm}
+        return cls(moments.mean, moments.variance(), moments.layers, **norms, basis=basis)
 
     @classmethod
     def whitened(cls, moments: Moments, covariance: Float[Tensor, "layers d d"]) -> Normalizer:
@@ -119,14 +103,7 @@ class Normalizer(nn.Module):
         variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
         largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
         scale = variance.clamp(min=LEAST_VARIANCE * variance[:, :1]).sqrt()
-        return cls(
-            moments.mean,
-            moments.variance(),
-            moments.layers,
-            mean_norm=moments.mean_norm(),
-            median_norm=moments.median_norm,
-            basis=directions * largest.sign() * scale[:, None, :],
-        )
+        return cls.from_moments(moments, directions * largest.sign() * scale[:, None, :])
 
     @property
     def width(self) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from latentprior.config import Side
 from latentprior.lm.hooks.blocks import check_side, down_projection, forward_parameters, language_model, select_blocks
@@ -24,7 +26,7 @@ def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -
     later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
     """
     hidden_states: dict[int, Tensor] = {}
-    with _visiting(model, {layer: _keeper(hidden_states, layer) for layer in layers}, side):
+    with _visiting(model, {layer: partial(hidden_states.__setitem__, layer) for layer in layers}, side):
         yield hidden_states
 
 
@@ -41,7 +43,9 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
     if not layers:
         raise InputError("name at least one layer")
     hidden_states: dict[int, Tensor] = {}
-    keepers = {layer: _keeper(hidden_states, layer) for layer in layers}
+    keepers: dict[int, Callable[[Tensor], None]] = {
+        layer: partial(hidden_states.__setitem__, layer) for layer in layers
+    }
 
     def stop(hidden: Tensor) -> None:
         hidden_states[last] = hidden
@@ -52,11 +56,12 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
     if "use_cache" in forward_parameters(model):
         inputs.setdefault("use_cache", False)
     # Not inference mode: its tensors could not be trained on.
-    with torch.no_grad(), _evaluating(model), _visiting(model, keepers, side):
-        try:
-            model(**inputs)
-        except _Reached:
-            pass
+    with torch.no_grad(), ExitStack() as stack, suppress(_Reached):
+        stack.enter_context(_visiting(model, {layer: partial(keep, layer) for layer in layers}, side))
+        for module in model.modules():
+            if module.training:
+                stack.enter_context(replaced_attribute(module, "training", False))
+        model(**inputs)
     if lost := [layer for layer in layers if layer not in hidden_states]:
         raise InputError(f"the hooks of layers {lost} did not run: they cannot be read")
     return {layer: hidden_states[layer] for layer in layers}
@@ -69,26 +74,16 @@ def edit(model: nn.Module, edits: Mapping[int, Callable[[Tensor], Tensor]], *, s
     Each function gets a copy of the hidden state [B, T, d]; what it returns is cast back to the model's dtype and
     device. Edits of nested contexts apply in the order in which they were entered.
     """
-    with _visiting(model, {layer: _editor(layer, function) for layer, function in edits.items()}, side):
+    with _visiting(model, {layer: partial(_edited, layer, function) for layer, function in edits.items()}, side):
         yield
 
 
-def _keeper(hidden_states: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
-    def keep(hidden: Tensor) -> None:
-        hidden_states[layer] = hidden
-
-    return keep
-
-
-def _editor(layer: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def replace(hidden: Tensor) -> Tensor:
-        edited = function(hidden.clone())  # a copy, as `h[:, -1] += v` must not reach what others hold
-        if not isinstance(edited, Tensor) or edited.shape != hidden.shape:
-            got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise InputError(f"the edit of layer {layer} must return a tensor {list(hidden.shape)}, got {got}")
-        return edited.to(hidden.device, hidden.dtype)
-
-    return replace
+def _edited(layer: int, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    edited = function(hidden.clone())  # a copy, as `h[:, -1] += v` must not reach what others hold
+    if not isinstance(edited, Tensor) or edited.shape != hidden.shape:
+        got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise InputError(f"the edit of layer {layer} must return a tensor {list(hidden.shape)}, got {got}")
+    return edited.to(hidden.device, hidden.dtype)
 
 
 @contextmanager
@@ -97,7 +92,9 @@ def _visiting(model: nn.Module, visitors: Mapping[int, Callable[[Tensor], Tensor
     check_side(side)
     blocks = select_blocks(model, visitors)
     with ExitStack() as stack:
-        stack.enter_context(_eager_generation(model))
+        if (settings := getattr(language_model(model), "generation_config", None)) is not None:
+            # `generate()` compiles the model for static caches: it would run past the hooks.
+            stack.enter_context(replaced_attribute(settings, "disable_compile", True))
         for layer, visit in visitors.items():
             register = _on_output if side == "output" else _on_input
             place = down_projection(model, blocks[layer]) if side == "mlp" else blocks[layer]
@@ -134,31 +131,15 @@ def _hidden_state(value: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def replaced_attribute(owner: object, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this one object is `value` while the context is open; one of its own comes back."""
+    before = {key: own for key, own in vars(owner).items() if key == name}
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _eager_generation(model: nn.Module) -> Iterator[None]:
-    """Keep `generate()` from compiling the model, as it does for static caches: it would run past the hooks."""
-    settings = getattr(language_model(model), "generation_config", None)
-    if settings is None:
-        yield
-        return
-    before = settings.disable_compile
-    settings.disable_compile = True
-    try:
-        yield
-    finally:
-        settings.disable_compile = before
+        delattr(owner, name)
+        vars(owner).update(before)
 
 
 @dataclass
@@ -248,3 +229,50 @@ def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | No
             "columns came with it: where the tokens stand cannot be told"
         )
     return next((length for length in told if length), 0) if told else None
+
+
+Outputs = dict[int, Any]  # what blocks returned, by layer
+
+
+def blocks_before(model: nn.Module, layer: int, side: Side) -> range:
+    """The layers of the blocks that run before an edit at one side of `layer` is made."""
+    check_side(side)
+    select_blocks(model, [layer])
+    return range(layer + 1 if side == "output" else layer)
+
+
+@contextmanager
+def keeping(model: nn.Module, layers: range) -> Iterator[Outputs]:
+    """A dict that every forward pass fills with copies of what the blocks of `layers` return, whatever that is."""
+    kept: Outputs = {}
+    with ExitStack() as stack:
+        for layer, block in select_blocks(model, layers).items():
+
+            def keep(_block: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
+                kept[layer] = _copied(output)
+
+            stack.callback(block.register_forward_hook(keep).remove)
+        yield kept
+
+
+@contextmanager
+def replaying(model: nn.Module, outputs: Outputs) -> Iterator[None]:
+    """Blocks whose outputs `keeping` kept return these and do not run; hooks on them see and change them as ever.
+
+    The result is that of a whole pass only if the inputs are the same and if blocks pass on all they found by what they
+    return: one that leaves keys and values in a cache for later blocks does not. Compare an unedited pass with a whole
+    one.
+    """
+    with ExitStack() as stack:
+        for layer, block in select_blocks(model, outputs).items():
+
+            def forward(*_args: Any, layer: int = layer, **_kwargs: Any) -> Any:
+                return _copied(outputs[layer])
+
+            stack.enter_context(replaced_attribute(block, "forward", forward))
+        yield
+
+
+def _copied(output: Any) -> Any:
+    """A copy that no later block can change in place."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)

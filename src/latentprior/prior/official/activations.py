@@ -56,13 +56,6 @@ class OfficialActivations:
         out = torch.from_numpy(gathered)
         return out.view(self.dtype) if self._storage == np.int16 else out.to(self.dtype)
 
-    def statistics(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean [d] and variance [d] as the folder holds them."""
-        mean, var = read_statistics(self.folder / STATISTICS, self.width)
-        if len(mean) != 1:
-            raise InputError(f"{self.folder / STATISTICS} holds statistics of {len(mean)} layers, expected one")
-        return mean[0], var[0]
-
     def _windows(self, number: int) -> np.ndarray:
         """All runs of `width` elements of a file [n, d], without a copy: row s begins at element s."""
         if number not in self._maps:
@@ -78,14 +71,7 @@ def read_activations(folder: str | Path) -> OfficialActivations:
     index = _read_index(folder / INDEX)
     width = _check_index(folder, index, storage)
     layer = re.search(r"layer_(\d+)", folder.resolve().name)
-    return OfficialActivations(
-        folder=folder,
-        width=width,
-        layer=int(layer[1]) if layer else None,
-        dtype=STORED_AS[storage.name],
-        _storage=storage,
-        _index=index,
-    )
+    return OfficialActivations(folder, width, int(layer[1]) if layer else None, STORED_AS[storage.name], storage, index)
 
 
 def write_activations(

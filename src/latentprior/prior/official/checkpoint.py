@@ -57,7 +57,10 @@ def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCh
         mean=mean,
         var=var,
         statistics_layers=layers,
-        hookpoints=() if traced is None else tuple(traced.hookpoint(model, layer, config.d_input) for layer in layers),
+        hookpoints=tuple(
+            Hookpoint(model, layer, config.d_input, traced.side, f"{traced.prefix}.{layer}".lstrip("."))
+            for layer in (layers if traced else ())
+        ),
         provenance={"format": "official", "run_name": str(values.get("run_name") or ""), "checkpoint": checkpoint},
     )
 
@@ -71,8 +74,6 @@ def write_checkpoint(
     var: Float[Tensor, "layers d"],
     hookpoints: Sequence[Hookpoint],
     statistics_layers: Sequence[int] | None = None,
-    name: str = "final",
-    run_name: str = "latentprior",
 ) -> Path:
     """Write an official checkpoint that `read_checkpoint` and the official code read; returns the folder.
 
@@ -81,10 +82,7 @@ def write_checkpoint(
     Args:
         weights: the denoiser's state dict.
         statistics_layers: of the rows of `mean`; those of the hookpoints, else all, by default.
-        name: of the weights' file, without its ending.
     """
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise InputError(f"checkpoint name {name!r} may hold letters, digits, '_', '-' and '.' only")
     weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     _check_weights(weights, config, "the given weights")
     if statistics_layers is None:
@@ -92,7 +90,7 @@ def write_checkpoint(
     tables = {"mean": _by_layer(mean, statistics_layers, config), "var": _by_layer(var, statistics_layers, config)}
     values = {
         "model_name": hookpoints[0].model if hookpoints else None,
-        "run_name": run_name,
+        "run_name": "latentprior",
         "rep_statistic": STATISTICS,
         "glp_kwargs": {
             "normalizer_config": {"rep_statistic": "${rep_statistic}"},
@@ -102,7 +100,7 @@ def write_checkpoint(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(folder / f"{name}.safetensors") as partial:
+    with replaced(folder / "final.safetensors") as partial:
         save_file(weights, partial)
     with replaced(folder / STATISTICS) as partial:
         torch.save(tables, partial)
@@ -117,10 +115,6 @@ class _Traced:
     prefix: str
     side: Side
     layers: list[int]
-
-    def hookpoint(self, model: str, layer: int, width: int) -> Hookpoint:
-        path = f"{self.prefix}.{layer}".lstrip(".")
-        return Hookpoint(model=model, layer=layer, width=width, side=self.side, path=path)
 
 
 def _traced(values: object) -> _Traced | None:

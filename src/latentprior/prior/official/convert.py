@@ -44,15 +44,9 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     if not config.overwrite and output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} holds something: add --overwrite, or choose another folder")
     with locked(output):
-        return _convert(config, source)
-
-
-def _convert(config: ConvertConfig, source: Path) -> dict[str, Any]:
-    if (source / MANIFEST).is_file():
-        return _store_to_official(config)
-    if (source / INDEX).is_file():
-        return _official_to_store(config)
-    return _prior(config)
+        if (source / MANIFEST).is_file():
+            return _store_to_official(config)
+        return _official_to_store(config) if (source / INDEX).is_file() else _prior(config)
 
 
 def _prior(config: ConvertConfig) -> dict[str, Any]:
