@@ -99,13 +99,9 @@ def edit_positions(
 ) -> Iterator[EditCounts]:
     """Replace the activations of `model` at given layers and positions while the context is open.
 
-    The first position of a sequence and padding are never touched. Every call of ``generate()`` starts a new prompt.
-    Between passes of the caller's own, a pass continues the one before if it adds one token: to the key-value cache,
-    or, without one, to the same beginning.
-
-    Args:
-        edits: for each layer a function of activations [N, d] and their `EditedPositions`.
-        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not edited.
+    The first position of a sequence, padding and `sinks`, bool [B, T] of hidden states [B, T, d] and their layer, are
+    never touched. Every ``generate()`` starts a new prompt. Between passes of the caller's own, a pass continues the
+    one before if it adds one token: to the key-value cache, or, without one, to the same beginning.
 
     Raises:
         InputError: a forward pass whose positions cannot be told or that the mask does not fit; in ``generate()``, a
@@ -118,8 +114,8 @@ def edit_positions(
 
     with hooks.forward_inputs(model) as inputs:
 
-        def chosen(hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-            """Mask [B, T] of the columns to edit and position [B, T] of every column."""
+        def apply(layer: int, edit: EditFunction, hidden: Tensor) -> Tensor:
+            reached.add(layer)
             real, position = token_positions(hidden, inputs)
             prompt = tracker.prompt_of(inputs, hidden, real)
             column = inputs.past_length + torch.arange(hidden.shape[1], device=hidden.device)
@@ -129,12 +125,7 @@ def edit_positions(
             sink = torch.zeros_like(asked) if sinks is None else asked & sinks(hidden, layer)
             edited = asked & ~sink
             counts.add(edited, first, ~real, sink, ordinary & ~asked)
-            return edited, position
-
-        def apply(layer: int, edit: EditFunction, hidden: Tensor) -> Tensor:
-            reached.add(layer)
-            mask, position = chosen(hidden, layer)
-            row, column = mask.nonzero(as_tuple=True)
+            row, column = edited.nonzero(as_tuple=True)
             if len(row):
                 at = EditedPositions(layer, row, position[row, column], hidden.shape[0], tracker.keys(hidden.shape[0]))
                 hidden[row, column] = edit(hidden[row, column], at).to(hidden.dtype)  # `hidden` is a copy
@@ -170,7 +161,6 @@ def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise `InputError` unless `positions` is one of `Positions`."""
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim != 2 or not positions.numel():
             found = f"{positions.dtype} {list(positions.shape)}"

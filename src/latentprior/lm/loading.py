@@ -42,7 +42,6 @@ def load_llm(
 
     Args:
         model: a Hugging Face id, a folder, "smollm2-135m" (requirements-assets.txt installs it), or a configuration.
-        device: "auto" is this process's CUDA device if there is one, else the CPU.
         gguf: a GGUF file to take the weights from.
         dtype: "float32", "bfloat16" or "auto" (the default): bfloat16 where the device is fast at it.
         device_map: "auto" spreads a large model over all of the machine's GPUs.

@@ -16,9 +16,9 @@ FLOAT32 = 4  # bytes
 def parameters(config: DenoiserConfig) -> int:
     """Parameters of `Denoiser(config)`.
 
-    With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; an embedding of two
-    square linears ``2 (m² + m)`` for time and one more for layers; last LayerNorm ``2 m``; each block three linears in
-    (up, gate, time) ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
+    With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; two square linears
+    each for time and layers ``2 (m² + m)``; last LayerNorm ``2 m``; each block three linears in (up, gate, time) ``3 (m
+    h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
     """
     d, m, h, n = _shape(config)
     embeddings = 2 if config.multi_layer_n_layers else 1
@@ -30,12 +30,9 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
     """FLOPs of one forward pass for one activation, as executed.
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
-    one of each block) runs once for each *distinct* time, and for each distinct layer of a multi-layer prior: ``2 (2 d
-    m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
-
-    Args:
-        distinct_times: of each activation: 1 if each has its own (as in the official code), 0 if very many share one.
-        distinct_layers: of each activation; 0 for a prior of one layer.
+    one of each block) runs once for each *distinct* time and layer: ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² +
+    n m h)``. `distinct_times` are those of each activation: 1 if each has its own (as in the official code), 0 if very
+    many share one; `distinct_layers` are 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
     return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
@@ -86,13 +83,10 @@ def training_flops(
     times: int | float | None = None,
     passes: int = 1,
 ) -> TrainingFlops:
-    """What training by a recipe executes. The time path runs once in each pass for each distinct time in it.
+    """What training by a recipe executes, with `rows` activations a step from `layers` of the language model.
 
-    Args:
-        rows: activations of a step.
-        layers: of the language model whose activations are mixed.
-        times: distinct times of a pass; by default as many as are expected of `rows`.
-        passes: in which the rows of a step are computed.
+    The time path runs once in each of the `passes` of a step for each distinct time in it: `times`, by default as many
+    as are expected of `rows`.
     """
     distinct = passes * (distinct_times(recipe, rows) if times is None else times) / rows
     several = passes * layers / rows if layers > 1 else 0.0
@@ -119,20 +113,14 @@ def training_bytes(
     average: bool = False,
     item: int = 2,
 ) -> dict[str, int]:
-    """Bytes that training takes in each process, by what they hold.
+    """Bytes that training takes in each process, by what they hold, with `rows` activations a step in this process.
 
     Weights, gradients, optimizer and average are float32: ``4 N``, ``4 N``, ``8 N`` (AdamW's two moments; Muon has one
     of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes, FSDP2 one part in `world` of
-    each. ``copies`` are of the weights in the precision of the matrix work: all of them under DDP (autocast keeps them
-    for the step); under FSDP2 all outside the blocks, the running block and the one fetched ahead, and float32
-    gradients on their way: of one block, or of everything if several micro-batches are added up first. ``batch`` is raw
-    bf16 and noise float32.
-
-    Args:
-        rows: activations of a step in this process.
-        micro_batch: rows of one forward and backward pass.
-        average: an exponential average of the weights is kept.
-        item: bytes of a number in the matrix work: 2 for bfloat16, 4 for float32.
+    each. ``copies`` are of the weights in the precision of the matrix work, of `item` bytes: all of them under DDP
+    (autocast keeps them for the step); under FSDP2 all outside the blocks, the running block and the one fetched ahead,
+    and float32 gradients on their way: of one block, or of everything if several micro-batches are added up first.
+    ``batch`` is raw bf16 and noise float32.
     """
     whole = parameters(config)
     share = -(-whole // world) if parallel == "fsdp" else whole
@@ -159,9 +147,9 @@ def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int
 
     Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
     (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
-    hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, out projection ``s m``, in projection ``s d``, and
-    the loss the error ``4 d``. Working space: gradients of three hidden vectors of one block, ``3 s h``. Few distinct
-    times are left out. This is eager execution; compiled blocks save less.
+    hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, the projections ``s m`` and ``s d``, and the loss
+    ``4 d``. Working space: gradients of three hidden vectors of one block, ``3 s h``. This is eager execution with few
+    distinct times.
     """
     d, m, h, n = _shape(config)
     block = 8 * m + 8 + 6 * item * h

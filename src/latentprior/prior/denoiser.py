@@ -1,7 +1,7 @@
 """The network: a gated MLP that predicts the flow's velocity at one noisy activation (paper, architecture).
 
-The time factor ``W_time e`` of a block depends on ``t`` alone. With one row for each activation it is a quarter of
-the matrix work, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
+The time factor ``W_time e`` of a block depends on ``t`` alone and would be a quarter of the matrix work with one row
+for each activation, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
 """
 
 from __future__ import annotations
@@ -183,7 +183,6 @@ class Denoiser(nn.Module):
         time_index: Int[Tensor, " n"] | None = None,
         layer_index: Int[Tensor, " n"] | None = None,
     ) -> Condition:
-        """Embeddings of the distinct times and layers, once each."""
         if layer is None and self.layer_embed is not None:
             raise InputError("this prior serves several layers: say which with `layer`")
         if time_index is None:

@@ -44,10 +44,9 @@ def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 
 def official_knots(steps: int) -> Float[Tensor, " steps"]:
-    """Times of the official sampler (float32): `steps` points from 1 to 0.001, the step to 0 not included.
+    """Times of the official sampler: `steps` points from 1 to 0.001, the step to 0 not included.
 
-    The arithmetic is that of diffusers' FlowMatchEulerDiscreteScheduler, in its precision and order, so that the values
-    agree bit for bit.
+    In the precision and order of diffusers' FlowMatchEulerDiscreteScheduler: the values agree bit for bit.
     """
     smallest = float(np.float32(0.001)) * TRAIN_GRID
     return torch.from_numpy(np.linspace(TRAIN_GRID, smallest, steps) / TRAIN_GRID).float()

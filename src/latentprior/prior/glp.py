@@ -92,7 +92,6 @@ class GLP(Attachable):
 
     @property
     def width(self) -> int:
-        """Width d of the activations."""
         return self.normalizer.width
 
     @property
@@ -189,7 +188,6 @@ class GLP(Attachable):
         ``t_start=0``. The result has `x`'s dtype. Other arguments are as in `sample`.
 
         Args:
-            x: edited raw activations [..., d].
             reference: the activations before they were edited. Then the answer is
                 ``reference + project(x) - project(reference)`` with the same noise: what projecting costs an unedited
                 activation cancels, and an edit of zero changes nothing.
@@ -296,7 +294,6 @@ class GLP(Attachable):
 
         Args:
             checkpoint: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
-            revision: branch, tag or commit of the repository.
             dtype: precision of the denoiser's weights; as saved by default.
         """
         folder = pretrained.fetch(path_or_repo, revision=revision, checkpoint=checkpoint)

@@ -21,16 +21,12 @@ class Normalizer(nn.Module):
     """Standardisation with the statistics of the training data, per dimension (paper, section on training).
 
     Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to its
-    mean, never to infinity. The statistics are buffers that stay float32 whatever the module is cast to.
+    mean, never to infinity. The statistics are buffers that stay float32 whatever the module is cast to; `mean_norm`,
+    the unit of steering strength, and `median_norm`, of which attention sinks have over 10 times, are nan where
+    unknown.
 
     With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
     columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
-
-    Args:
-        layers: the language model's layers that the rows belong to.
-        mean_norm: of an activation, the unit of steering strength; nan where unknown.
-        median_norm: of which attention sinks have over 10 times; nan where unknown.
-        basis: see `whitened`.
     """
 
     basis: Tensor | None

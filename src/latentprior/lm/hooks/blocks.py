@@ -18,12 +18,12 @@ _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a causal language model, in order.
+    """The decoder blocks of a causal language model, in order; wrappers (PEFT, DDP, `torch.compile`) are looked
+    through.
 
     They are the `ModuleList` below the model's decoder that has as many members, mostly of one class, as the text
     config has layers; the one with most parameters if there are several. Without a transformers config, the largest
-    list of one class. Wrappers (PEFT, DDP, `torch.compile`) are looked through. An encoder-decoder model is an
-    `InputError`.
+    list of one class. An encoder-decoder model is an `InputError`.
     """
     return find_blocks_at(model)[1]
 
@@ -115,7 +115,6 @@ def _stream_width(model: nn.Module, block: nn.Module) -> int:
 
 
 def check_in_range(layer: int, blocks: int, name: str) -> None:
-    """Raise `InputError` unless the model called `name` has `layer` among its `blocks` blocks."""
     if not 0 <= layer < blocks:
         raise InputError(f"layer {layer} is out of range: {name} has layers 0 to {blocks - 1}")
 

@@ -119,9 +119,8 @@ class Hookpoint:
 def check_recorded(layers: Iterable[int], recorded: Iterable[int]) -> None:
     """Raise `InputError` for the first of `layers` that is not among those `recorded`."""
     recorded = list(recorded)
-    for layer in layers:
-        if layer not in recorded:
-            raise unknown("layer", layer, recorded)
+    if wrong := [layer for layer in layers if layer not in recorded]:
+        raise unknown("layer", wrong[0], recorded)
 
 
 def at_layers(hookpoints: Sequence[Hookpoint], layers: Iterable[int] | None = None) -> list[Hookpoint]:

@@ -43,16 +43,12 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
     if not layers:
         raise InputError("name at least one layer")
     hidden_states: dict[int, Tensor] = {}
-    keepers: dict[int, Callable[[Tensor], None]] = {
-        layer: partial(hidden_states.__setitem__, layer) for layer in layers
-    }
 
-    def stop(hidden: Tensor) -> None:
-        hidden_states[last] = hidden
-        raise _Reached
+    def keep(layer: int, hidden: Tensor) -> None:
+        hidden_states[layer] = hidden
+        if layer == max(layers):
+            raise _Reached
 
-    last = max(layers)
-    keepers[last] = stop
     if "use_cache" in forward_parameters(model):
         inputs.setdefault("use_cache", False)
     # Not inference mode: its tensors could not be trained on.

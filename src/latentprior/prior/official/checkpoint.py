@@ -53,7 +53,7 @@ def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCh
     model = str(values.get("model_name") or "")
     return OfficialCheckpoint(
         config=config,
-        weights=_read_weights(_weights_file(folder, checkpoint), config),
+        weights=_read_weights(folder, checkpoint, config),
         mean=mean,
         var=var,
         statistics_layers=layers,
@@ -83,6 +83,7 @@ def write_checkpoint(
         weights: the denoiser's state dict.
         statistics_layers: of the rows of `mean`; those of the hookpoints, else all, by default.
     """
+    folder = Path(folder)
     weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     _check_weights(weights, config, "the given weights")
     if statistics_layers is None:
@@ -98,7 +99,6 @@ def write_checkpoint(
             "tracedict_config": _tracedict(hookpoints),
         },
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(folder / "final.safetensors") as partial:
         save_file(weights, partial)
@@ -226,15 +226,12 @@ def _denoiser_config(values: dict[str, Any], path: Path) -> DenoiserConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def _weights_file(folder: Path, checkpoint: str) -> Path:
-    """The file of a checkpoint, found among those that exist: no name can lead out of the folder."""
+def _read_weights(folder: Path, checkpoint: str, config: DenoiserConfig) -> dict[str, Tensor]:
+    # Found among those that exist: no name can lead out of the folder.
     files = {path.stem: path for place in (folder / "checkpoints", folder) for path in place.glob("*.safetensors")}
     if checkpoint not in files:
         raise unknown("checkpoint", checkpoint, sorted(sorted(files), key=len))
-    return files[checkpoint]
-
-
-def _read_weights(path: Path, config: DenoiserConfig) -> dict[str, Tensor]:
+    path = files[checkpoint]
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
