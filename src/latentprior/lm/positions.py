@@ -33,10 +33,7 @@ _HIDES_THE_PROMPT = {
 
 
 def token_positions(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
-    """Which columns of a forward pass are real tokens, bool [B, T], and every column's position, int64 [B, T].
-
-    Under a cache the pass holds the new columns alone: their positions go on from `inputs.past_length`, less padding.
-    """
+    """Which columns of a forward pass are real tokens, bool [B, T], and every column's position, int64 [B, T]."""
     batch, width = hidden.shape[:2]
     attention, ids, past = inputs.attention_mask, inputs.position_ids, inputs.past_length
     if attention is None:
@@ -89,8 +86,6 @@ class Prompt:
 
 @dataclass
 class _Generation:
-    """A running call of ``generate()``."""
-
     columns: int  # that are known to exist
     keys: Sequence[int] | None
     passes: int = 0
@@ -137,9 +132,8 @@ class GenerationTracker:
 
     @contextmanager
     def generations(self, model: nn.Module, *, needs_prompt: bool) -> Iterator[None]:
-        """Begin a new prompt with each ``model.generate()``, and refuse options that cannot be followed.
-
-        With `needs_prompt` also those that hide where the prompt ends.
+        """Begin a new prompt with each ``model.generate()``; what cannot be followed, or hides a needed prompt, is
+        refused.
         """
         from transformers import GenerationMixin  # slow to import
 

@@ -106,7 +106,7 @@ def _read_own(folder: Path) -> Parts:
         provenance = dict(config["provenance"])
     except KeyError as error:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
     return Parts(
         _denoiser(shape, _below("denoiser.", state), folder),
@@ -118,15 +118,9 @@ def _read_own(folder: Path) -> Parts:
 
 def _normalizer(state: dict[str, Tensor], folder: Path, *, whitened: bool) -> Normalizer:
     statistics = _below("normalizer.", state)
+    names = ["mean", "var", "mean_norm", "median_norm"] + ["basis"] * whitened
     try:
-        return Normalizer(
-            statistics["mean"],
-            statistics["var"],
-            statistics["layers"].tolist(),
-            mean_norm=statistics["mean_norm"],
-            median_norm=statistics["median_norm"],
-            basis=statistics["basis"] if whitened else None,
-        )
+        return Normalizer(layers=statistics["layers"].tolist(), **{name: statistics[name] for name in names})
     except KeyError as error:
         raise InputError(f"{folder / WEIGHTS} lacks the statistic {error}") from error
     except InputError as error:

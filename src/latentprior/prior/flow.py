@@ -17,6 +17,7 @@ from latentprior.config import GRIDS, SOLVERS, Grid, Solver
 from latentprior.utils.errors import InputError, unknown
 
 Velocity = Callable[[Tensor, float], Tensor]
+TWO_STAGE: tuple[Solver, ...] = ("midpoint", "heun")
 TRAIN_GRID = 1000  # the official code draws training times from a grid of 1000
 
 
@@ -88,7 +89,7 @@ def schedule(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid
         raise InputError(f"steps must be at least 1, got {steps}")
     if not 0 <= t_start <= 1:
         raise InputError(f"t_start must lie in [0, 1] (0 is data, 1 is noise), got {t_start}")
-    two_stage = solver in ("midpoint", "heun")
+    two_stage = solver in TWO_STAGE
     if grid == "official":
         start = int(steps * (1 - t_start) + 1e-9)  # 20 * (1 - 0.9) is a hair under 2 in floating point
         knots = [*official_knots(steps)[start:].tolist(), 0.0]

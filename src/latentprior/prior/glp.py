@@ -24,7 +24,7 @@ from latentprior.prior import flow
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.repair import Attachable
-from latentprior.prior.sampler import by_row, integrate, vectors_by_row
+from latentprior.prior.sampler import by_row, integrate
 from latentprior.utils.errors import InputError
 from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
@@ -204,7 +204,7 @@ class GLP(Attachable):
             return x.clone()
         eps = self._noise(shape, noise, generator).reshape(flat.shape)
         keep = self.normalizer.sinks(flat, layers)
-        held = None if hold is None else vectors_by_row("hold", hold, shape)
+        held = None if hold is None else by_row("hold", torch.atleast_1d(hold), shape).reshape(flat.shape)
         if reference is None:
             projected = self._project(flat, eps, schedule, layers, held)
         else:

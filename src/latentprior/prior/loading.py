@@ -23,9 +23,7 @@ def priors_of(
 ) -> tuple[dict[str, GLP], Hookpoint]:
     """The priors by the names they were given (folders or repositories), and their one hookpoint.
 
-    Args:
-        layer: which layer of multi-layer priors.
-        precision: of the denoisers; "auto" is bfloat16 where the device is fast at it.
+    `layer` says which of multi-layer priors; precision "auto" is bfloat16 where the device is fast at it.
     """
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)

@@ -159,10 +159,7 @@ class Normalizer(nn.Module):
         if isinstance(layer, int):
             check_recorded([layer], self._served)
             return self._served.index(layer)
-        layer = torch.as_tensor(layer)
-        row = self.known_rows(layer)
-        self._check_served(layer, row)
-        return row.to(self.layers.device)
+        return self.known_rows(torch.as_tensor(layer).cpu()).to(self.layers.device)
 
     def known_rows(self, layer: Int[Tensor, " ..."]) -> Tensor:
         """`rows` on the device of `layer`; layers on a GPU are not checked, as the host would have to wait for it."""
@@ -171,12 +168,8 @@ class Normalizer(nn.Module):
         inside = (layer >= 0) & (layer < len(table))
         row = torch.where(inside, table[layer.long().clamp(0, len(table) - 1)], -1)
         if on_host:
-            self._check_served(layer, row)
+            check_recorded(layer[row < 0].flatten().tolist(), self._served)
         return row
-
-    def _check_served(self, layer: Tensor, row: Tensor) -> None:
-        if (wrong := row < 0).any():
-            check_recorded(layer[wrong].flatten().tolist(), self._served)
 
     def check_width(self, x: Tensor) -> None:
         """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""

@@ -214,9 +214,6 @@ class Attachable(nn.Module):
         Yields:
             counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
-        Raises:
-            InputError: a model, layer or width that the prior was not trained on; what `edit_positions` refuses.
-
         Examples:
             >>> with glp.attach(model, t_start=0.3, generator=0) as counts:
             ...     ids = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=3)
@@ -262,17 +259,10 @@ class Attachable(nn.Module):
         """Steer a running model along a direction, each edit repaired in pairs: `attach` with an edit of its own.
 
         An activation a [d] becomes ``a + project(a + r m w) - project(a)`` with the same noise, for a strength r, the
-        layer's mean norm m and a unit vector w (paper, on-manifold steering; paired). The defaults are those of
-        `latentprior steer`, the best of docs/steering.md. Several edits at once, and other kinds: `steering` with a
-        `PriorRepair`.
-
-        Args:
-            strength: in multiples of the mean norm of the layer's activations.
-            mean_norm: by default the prior's own, else the direction's (`Normalizer.norm_unit`).
-            samples: projections with different noises, of which the mean is taken.
-
-        Raises:
-            InputError: a direction of another hookpoint than the prior's, and what `attach` refuses.
+        layer's mean norm m and a unit vector w (paper, on-manifold steering; paired). `mean_norm` is by default the
+        prior's own, else the direction's (`Normalizer.norm_unit`); `samples` are projections with different noises, of
+        which the mean is taken. The defaults are those of `latentprior steer`, the best of docs/steering.md. Several
+        edits at once, and other kinds: `steering` with a `PriorRepair`.
 
         Examples:
             >>> with glp.steer(model, direction, strength=0.8):

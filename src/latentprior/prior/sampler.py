@@ -25,9 +25,8 @@ def integrate(
 ) -> Float[Tensor, "n d"]:
     """Integrate along the schedule; the time path is computed once for all rows and steps.
 
-    Args:
-        layers: of a multi-layer prior, a scalar or [N].
-        held: directions [N, d], and the components [N] along them that the data prediction keeps.
+    `layers` of a multi-layer prior are a scalar or [N]; `held` are directions [N, d] and the components [N] along them
+    that the data prediction keeps.
     """
     times = sorted(set(schedule.times()))
     tables = denoiser.cached_factors(times)
@@ -53,16 +52,9 @@ def integrate(
 
 def by_row(name: str, value: Tensor, leading: Sequence[int]) -> Tensor:
     """`value` itself if it is a scalar, else one entry for each activation of shape [*leading, d]: [N]."""
-    return value if value.ndim == 0 else _expanded(name, value, leading).reshape(-1)
-
-
-def vectors_by_row(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
-    """`value` [d] or [..., d] as one vector for each activation of `shape`: [N, d]."""
-    return _expanded(name, value, shape).reshape(-1, shape[-1])
-
-
-def _expanded(name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    if value.ndim == 0:
+        return value
     try:
-        return value.expand(*shape)
+        return value.expand(*leading).reshape(-1)
     except RuntimeError as error:
-        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(shape)}") from error
+        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(leading)}") from error

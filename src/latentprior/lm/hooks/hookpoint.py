@@ -80,11 +80,7 @@ class Hookpoint:
         return _same_name(self.model, other.model)
 
     def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
-        """The block of `model` that this hookpoint names.
-
-        Raises:
-            InputError: another model (unless `check_model` is False), a layer that it does not have, or another width.
-        """
+        """The block that this hookpoint names; another model (by `check_model`), layer or width is an `InputError`."""
         name = getattr(getattr(language_model(model), "config", None), "_name_or_path", "")
         if check_model and not _same_name(self.model, name) and not self.weights:
             raise self._refusal(repr(name))  # before a layer or width that can only be wrong
@@ -145,9 +141,7 @@ def same_places(some: Sequence[Hookpoint], others: Sequence[Hookpoint]) -> bool:
 
 
 def _digest_of(block: nn.Module) -> str | None:
-    """SHA-256, shortened, of how often each bfloat16 value occurs: whatever the precision, the order of the weights and
-    how they are split. None where they cannot be read: quantised, in float16, or not in one memory.
-    """
+    """SHA-256 of how often each bfloat16 value occurs, whatever precision, order and split; None where not readable."""
     counts = torch.zeros(2**16, dtype=torch.int64)
     for p in block.parameters():
         if (
@@ -161,12 +155,11 @@ def _digest_of(block: nn.Module) -> str | None:
 
 
 def _same_name(name: str, other: str) -> bool:
-    """Whether two names mean one model, as far as they tell. Two folders, or two ids `org/name`, have to be equal; one
-    and another kind of name, such as a bare `gpt2`, only have to end alike. An empty one is unknown.
-    """
+    """Whether two names mean one model, as far as they tell; an empty one is unknown."""
     name, other = _spelled_alike(name), _spelled_alike(other)
     if not name or not other or name == other:
         return True
+    # Two folders, or two ids, have to be equal; an id, a folder and a bare `gpt2` only have to end alike.
     return _kind(name) != _kind(other) and name.rpartition("/")[2] == other.rpartition("/")[2]
 
 

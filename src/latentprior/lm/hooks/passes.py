@@ -35,10 +35,7 @@ class _Reached(Exception):
 
 
 def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", **inputs: Any) -> dict[int, Tensor]:
-    """The hidden states [B, T, d] of `layers` on `inputs`: no later block and no head runs.
-
-    The model runs without gradients, cache or dropout; its training mode is as before afterwards.
-    """
+    """The hidden states [B, T, d] of `layers`, without gradients, cache or dropout: no later block and no head runs."""
     layers = list(dict.fromkeys(layers))
     if not layers:
         raise InputError("name at least one layer")
@@ -195,22 +192,15 @@ def forward_inputs(model: nn.Module) -> Iterator[ForwardInputs]:
 
 
 def _position_ids(given: Any, width: int) -> Tensor | None:
-    """[B, T] or [1, T]; None for those of other shapes, such as one for each axis of an image."""
     if not isinstance(given, Tensor):
         return None
-    given = given[None] if given.ndim == 1 else given
+    given = given[None] if given.ndim == 1 else given  # other shapes have one for each axis of an image
     return given if given.ndim == 2 and given.shape[1] == width else None
 
 
 def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | None, width: int) -> int | None:
-    """Columns before this call's; None if nothing tells.
-
-    Caches without keys, as of state space models, say 0 at any time, so whatever says more is believed.
-    """
-    told = []
-    for value in inputs.values():
-        if hasattr(value, "get_seq_length"):
-            told.append(int(value.get_seq_length()))
+    """Columns before this call's; None if nothing tells."""
+    told = [int(value.get_seq_length()) for value in inputs.values() if hasattr(value, "get_seq_length")]
     cache_position = inputs.get("cache_position")
     if isinstance(cache_position, Tensor) and cache_position.numel():
         told.append(int(cache_position.flatten()[0]))
@@ -224,6 +214,7 @@ def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | No
             f"the cache ({type(unknown).__name__}) has no get_seq_length, and neither positions nor a mask of all "
             "columns came with it: where the tokens stand cannot be told"
         )
+    # Caches without keys, as of state space models, say 0 at any time, so whatever says more is believed.
     return next((length for length in told if length), 0) if told else None
 
 

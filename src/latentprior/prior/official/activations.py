@@ -67,7 +67,13 @@ class OfficialActivations:
 def read_activations(folder: str | Path) -> OfficialActivations:
     """Open an official activation folder; every row's place is checked, no row is read."""
     folder = Path(folder)
-    storage = _read_dtype(folder / DTYPE)
+    path = folder / DTYPE
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    name = path.read_text(errors="replace").strip().removeprefix("np.")  # the official code writes both
+    if name not in STORED_AS:
+        raise unknown(f"storage type in {path}:", name, STORED_AS)
+    storage = np.dtype(name)
     index = _read_index(folder / INDEX)
     width = _check_index(folder, index, storage)
     layer = re.search(r"layer_(\d+)", folder.resolve().name)
@@ -146,16 +152,6 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 
 def _data_file(folder: Path, number: int) -> Path:
     return folder / f"data_{number:04d}.npy"
-
-
-def _read_dtype(path: Path) -> np.dtype:
-    """The storage type; the official code writes it with and without "np."."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    name = path.read_text(errors="replace").strip().removeprefix("np.")
-    if name not in STORED_AS:
-        raise unknown(f"storage type in {path}:", name, STORED_AS)
-    return np.dtype(name)
 
 
 def _read_index(path: Path) -> np.ndarray:

@@ -110,17 +110,14 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class _Traced:
-    """The blocks that ``tracedict_config`` names."""
-
     prefix: str
     side: Side
     layers: list[int]
 
 
 def _traced(values: object) -> _Traced | None:
-    """``tracedict_config``, if it names different members of one list of blocks.
-
-    Layers are numbers below ``layer_prefix``, or whole module names if there is no prefix.
+    """``tracedict_config``, if it names different members of one list of blocks: below ``layer_prefix``, or whole
+    names.
     """
     match values:
         case {"layers": [*layers], "retain": "output" | "input" as side, **rest} if layers:
