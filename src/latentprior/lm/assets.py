@@ -43,26 +43,22 @@ def cache_folder(name: str) -> Path:
 
 
 def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None]) -> Path:
-    """The folder that `build` fills from the package `module`, made once for each version of the package.
-
-    Raise `recipe` when `build` changes what it writes.
-    """
+    """The folder that `build` fills from the package `module`, made once for each version of it and each `recipe`."""
     _package(module)
     version = importlib.metadata.version(REQUIREMENTS[module].partition("==")[0])
     return build_version_once(name, f"{version}-{recipe}", build)
 
 
 def build_version_once(name: str, version: str, build: Callable[[Path], None]) -> Path:
-    """The folder of one version of `name` in the cache, which `build` fills on first use.
-
-    It has its final name only once whole and on disk. Processes that start together wait for one to build.
+    """The folder of one version of `name` in the cache, filled on first use; it has this name only once whole and on
+    disk.
     """
     try:
         parent = cache_folder(name)
         final = parent / version
         if final.exists():
             return final
-        with WeakFileLock(parent / ".lock"):
+        with WeakFileLock(parent / ".lock"):  # processes that start together wait for one to build
             if not final.exists():
                 for leftover in parent.glob("building-*"):  # of killed builds: whoever holds the lock is alone
                     shutil.rmtree(leftover)

@@ -24,10 +24,7 @@ _RECIPE = 1
 
 
 def dense_copy(path: str) -> Path:
-    """The cached folder with a dense copy of a GGUF file and its tokenizer, made anew when the file changes.
-
-    Quantised weights become bfloat16, others float32. A part of a split file is an `InputError`.
-    """
+    """The cached folder of a GGUF file, made anew when that changes: quantised weights as bfloat16, others float32."""
     file = _checked(path)
     facts = file.stat()
     place = hashlib.sha256(str(file).encode()).hexdigest()[:12]  # files of one name in several folders

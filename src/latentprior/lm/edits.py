@@ -1,8 +1,4 @@
-"""Changing chosen positions of a running model, whatever a forward pass holds.
-
-Under ``generate()`` that is a whole prompt, one new token, or (without a cache) all tokens so far; rows may be padded
-on the left, and beams reordered.
-"""
+"""Changing chosen positions of a running model, whether a pass holds a prompt, a new token or, without a cache, all."""
 
 from __future__ import annotations
 
@@ -151,10 +147,7 @@ def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
 
 
 def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
-    """`values` [b, ...] of the caller's rows for the `batch` rows that the model sees.
-
-    Under beam search and with several returned sequences ``generate()`` puts the copies of a row next to one another.
-    """
+    """`values` [b, ...] for `batch` rows: ``generate()`` puts the copies of a row, such as its beams, side by side."""
     if batch % len(values):
         raise InputError(f"{name} has {len(values)} rows, which does not fit a batch of {batch}")
     return values.repeat_interleave(batch // len(values), dim=0)

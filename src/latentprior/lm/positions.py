@@ -1,8 +1,4 @@
-"""Which position a column of a forward pass has (`token_positions`), and where its prompt ends (`GenerationTracker`).
-
-Cache, mask and position ids tell positions; the calls of ``generate()`` and, between passes of the caller's own, their
-shapes tell prompts from what follows them.
-"""
+"""Which position a column of a forward pass has , and where its prompt ends: `token_positions`, `GenerationTracker`."""
 
 from __future__ import annotations
 

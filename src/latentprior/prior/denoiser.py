@@ -101,8 +101,8 @@ class Denoiser(nn.Module):
     def caching(self) -> Iterator[None]:
         """While it is open, `cached_factors` computes each list of times once; the weights must not be changed.
 
-        A decoding step projects a few rows at the same few times as the one before, and the time path would be most of
-        its work. Contexts may be nested; the last one to close empties the cache.
+        A decoding step projects a few rows at the same times as the one before, and the time path would be most of its
+        work. Contexts may be nested.
         """
         self._caching += 1
         try:
@@ -170,18 +170,14 @@ class Denoiser(nn.Module):
         With `time_index`, `t` [U] holds the distinct times and the index says which one each row has; so with
         `layer_index`. Finding them in the data would make the host wait for a GPU.
         """
-        condition = self.condition(t, layer, time_index, layer_index)
+        condition = self._condition(t, layer, time_index, layer_index)
         x = self.in_proj(z_t.to(self.dtype))
         for block in self.layers:
             x = block(x, condition)
         return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
 
-    def condition(
-        self,
-        t: Float[Tensor, " ..."],
-        layer: Int[Tensor, " ..."] | None,
-        time_index: Int[Tensor, " n"] | None = None,
-        layer_index: Int[Tensor, " n"] | None = None,
+    def _condition(
+        self, t: Tensor, layer: Tensor | None, time_index: Tensor | None = None, layer_index: Tensor | None = None
     ) -> Condition:
         if layer is None and self.layer_embed is not None:
             raise InputError("this prior serves several layers: say which with `layer`")
@@ -198,7 +194,7 @@ class Denoiser(nn.Module):
         self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None
     ) -> list[Float[Tensor, "m d_mlp"]]:
         """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
-        condition = self.condition(t, layer)
+        condition = self._condition(t, layer)
         return [block.factor(condition) for block in self._blocks()]
 
     def layer_factors(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:

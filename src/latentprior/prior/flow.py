@@ -36,10 +36,7 @@ def target(z_0: Float[Tensor, "*n d"], noise: Float[Tensor, "*n d"]) -> Float[Te
 
 
 def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Uniform draws `u` in [0, 1) to times on the training grid ``linspace(1, 0.001, 1000)[floor(1000 u)]``.
-
-    A grid costs nothing in quality at this spacing and makes times repeat, which the denoiser uses.
-    """
+    """Uniform draws `u` in [0, 1) to the grid ``linspace(1, 0.001, 1000)[floor(1000 u)]``, so that times repeat."""
     index = (u * TRAIN_GRID).long().clamp_(0, TRAIN_GRID - 1)
     return official_knots(TRAIN_GRID).to(u.device)[index]
 

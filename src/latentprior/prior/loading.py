@@ -21,10 +21,7 @@ def priors_of(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> tuple[dict[str, GLP], Hookpoint]:
-    """The priors by the names they were given (folders or repositories), and their one hookpoint.
-
-    `layer` says which of multi-layer priors; precision "auto" is bfloat16 where the device is fast at it.
-    """
+    """The priors by their folders or repositories, and their one hookpoint: that of `layer` if they have several."""
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
     priors = {name: GLP.from_pretrained(name, checkpoint, device=place, dtype=dtype) for name in names}

@@ -131,7 +131,7 @@ def replaced_attribute(owner: object, name: str, value: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        delattr(owner, name)
+        vars(owner).pop(name, None)
         vars(owner).update(before)
 
 

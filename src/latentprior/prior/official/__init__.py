@@ -1,4 +1,1 @@
-"""The official implementation's files: `checkpoint` (priors), `activations` (folders of them), and `convert` both ways.
-
-Nothing in a file is executed.
-"""
+"""The official files, of which nothing is executed: `checkpoint`, `activations`, and `convert` from and to them."""

@@ -1,7 +1,4 @@
-"""Reader and writer of the official implementation's checkpoints, as plain tensors.
-
-A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``, also in ``checkpoints/``.
-"""
+"""Reader and writer of official checkpoints: ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``."""
 
 from __future__ import annotations
 
@@ -50,17 +47,18 @@ def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCh
     config = _denoiser_config(values, folder / CONFIG)
     traced = _traced(values["glp_kwargs"].get("tracedict_config"))
     mean, var, layers = _statistics(folder / STATISTICS, config, traced)
-    model = str(values.get("model_name") or "")
+    hookpoints: tuple[Hookpoint, ...] = ()
+    if traced is not None:
+        model, width = str(values.get("model_name") or ""), config.d_input
+        paths = [f"{traced.prefix}.{layer}".lstrip(".") for layer in layers]
+        hookpoints = tuple(Hookpoint(model, n, width, traced.side, path) for n, path in zip(layers, paths, strict=True))
     return OfficialCheckpoint(
         config=config,
         weights=_read_weights(folder, checkpoint, config),
         mean=mean,
         var=var,
         statistics_layers=layers,
-        hookpoints=tuple(
-            Hookpoint(model, layer, config.d_input, traced.side, f"{traced.prefix}.{layer}".lstrip("."))
-            for layer in (layers if traced else ())
-        ),
+        hookpoints=hookpoints,
         provenance={"format": "official", "run_name": str(values.get("run_name") or ""), "checkpoint": checkpoint},
     )
 
@@ -78,10 +76,7 @@ def write_checkpoint(
     """Write an official checkpoint that `read_checkpoint` and the official code read; returns the folder.
 
     The official code finds a multi-layer prior's statistics by layer number, so layers without any get rows of nan.
-
-    Args:
-        weights: the denoiser's state dict.
-        statistics_layers: of the rows of `mean`; those of the hookpoints, else all, by default.
+    `statistics_layers` are those of the rows of `mean`: by default the hookpoints', else all.
     """
     folder = Path(folder)
     weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
