@@ -1,4 +1,4 @@
-"""Which position a column of a forward pass has , and where its prompt ends: `token_positions`, `GenerationTracker`."""
+"""Which position a column of a forward pass has, and where its prompt ends: `token_positions`, `GenerationTracker`."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentprior.config import DenoiserConfig
+from latentprior.prior import flow
 from latentprior.utils.errors import InputError
 
+CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
 CACHE_SIZE = 64  # lists of times, such as those of an adaptive repair's noise levels
 TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
 
@@ -144,6 +147,41 @@ class Denoiser(nn.Module):
         for block, factor in zip(self._blocks(), factors, strict=True):
             x = x + block.down_proj(block.hidden(x, factor))
         return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def integrate(
+        self,
+        z: Float[Tensor, "n d"],
+        schedule: flow.Schedule,
+        layers: Tensor | None,
+        held: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "n d"]:
+        """Integrate along the schedule; the time path is computed once for all rows and steps.
+
+        `layers` are a scalar or [N]; `held` are directions [N, d], and the components [N] along them that the data
+        prediction keeps.
+        """
+        times = sorted(set(schedule.times()))
+        tables = self.cached_factors(times)
+        row_of = {t: i for i, t in enumerate(times)}
+
+        def integrate_part(part: Tensor, part_layers: Tensor | None, *part_held: Tensor) -> Tensor:
+            extra = None if part_layers is None else self.layer_factors(part_layers)
+
+            def velocity(z_t: Tensor, t: float) -> Tensor:
+                i = row_of[t]
+                factors = [table[i : i + 1] for table in tables]
+                if extra is not None:
+                    factors = [a + b for a, b in zip(factors, extra, strict=True)]
+                return self.run(z_t, factors)
+
+            return flow.integrate(flow.holding(velocity, *part_held) if part_held else velocity, part, schedule)
+
+        chunk = CPU_CHUNK if z.device.type == "cpu" else max(len(z), 1)
+        layer_parts = repeat(layers) if layers is None or layers.ndim == 0 else layers.split(chunk)
+        held_parts = (part.split(chunk) for part in held or ())
+        return torch.cat(
+            [integrate_part(*part) for part in zip(z.split(chunk), layer_parts, *held_parts, strict=False)]
+        )
 
     def units(
         self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]

@@ -24,7 +24,6 @@ from latentprior.prior import flow
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.repair import Attachable
-from latentprior.prior.sampler import by_row, integrate
 from latentprior.utils.errors import InputError
 from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
@@ -163,7 +162,7 @@ class GLP(Attachable):
         start = self._noise((n, self.width), noise, generator)
         schedule = flow.schedule(steps, solver=solver, grid=grid)
         layers = self._layers(layer, (n,))
-        return self.normalizer.denormalize(integrate(self.denoiser, start, schedule, layers), layers)
+        return self.normalizer.denormalize(self.denoiser.integrate(start, schedule, layers), layers)
 
     @_on_priors_device
     @torch.no_grad()
@@ -204,7 +203,7 @@ class GLP(Attachable):
             return x.clone()
         eps = self._noise(shape, noise, generator).reshape(flat.shape)
         keep = self.normalizer.sinks(flat, layers)
-        held = None if hold is None else by_row("hold", torch.atleast_1d(hold), shape).reshape(flat.shape)
+        held = None if hold is None else _by_row("hold", torch.atleast_1d(hold), shape).reshape(flat.shape)
         if reference is None:
             projected = self._project(flat, eps, schedule, layers, held)
         else:
@@ -315,7 +314,7 @@ class GLP(Attachable):
         return noise.to(self.device, torch.float32)
 
     def _times(self, t: Tensor | float, leading: Sequence[int]) -> Tensor:
-        return by_row("t", torch.as_tensor(t, dtype=torch.float32, device=self.device), leading)
+        return _by_row("t", torch.as_tensor(t, dtype=torch.float32, device=self.device), leading)
 
     def _layers(self, layer: Layer, leading: Sequence[int]) -> Tensor | None:
         """Layer numbers as the denoiser wants them: None, a scalar, or one for each row."""
@@ -323,7 +322,7 @@ class GLP(Attachable):
         if self.denoiser.layer_embed is None:
             return None
         layers = self.normalizer.layers[0] if layer is None else torch.as_tensor(layer, device=self.device)
-        return by_row("layer", layers, leading)
+        return _by_row("layer", layers, leading)
 
     def _project(
         self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None
@@ -332,8 +331,18 @@ class GLP(Attachable):
         z_0 = self.normalizer.normalize(x, layers)
         z = flow.interpolate(z_0, eps, schedule.knots[0])
         if held is None:
-            return self.normalizer.denormalize(integrate(self.denoiser, z, schedule, layers), layers)
+            return self.normalizer.denormalize(self.denoiser.integrate(z, schedule, layers), layers)
         g = self.normalizer.covector(held.to(z), layers).expand_as(z)
         value = (g * z_0).sum(dim=-1)
-        z = integrate(self.denoiser, z, schedule, layers, (g, value))
+        z = self.denoiser.integrate(z, schedule, layers, (g, value))
         return self.normalizer.denormalize(flow.hold(z, g, value), layers)  # solvers but Euler end a little beside it
+
+
+def _by_row(name: str, value: Tensor, leading: Sequence[int]) -> Tensor:
+    """`value` itself if it is a scalar, else one entry for each activation of shape [*leading, d]: [N]."""
+    if value.ndim == 0:
+        return value
+    try:
+        return value.expand(*leading).reshape(-1)
+    except RuntimeError as error:
+        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(leading)}") from error
