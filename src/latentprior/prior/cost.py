@@ -17,8 +17,8 @@ def parameters(config: DenoiserConfig) -> int:
     """Parameters of `Denoiser(config)`.
 
     With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; two square linears
-    each for time and layers ``2 (m² + m)``; last LayerNorm ``2 m``; each block three linears in (up, gate, time) ``3 (m
-    h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
+    for time, and two for layers, ``2 (m² + m)``; last LayerNorm ``2 m``; each block three linears in (up, gate, time)
+    ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
     """
     d, m, h, n = _shape(config)
     embeddings = 2 if config.multi_layer_n_layers else 1
@@ -30,9 +30,9 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
     """FLOPs of one forward pass for one activation, as executed.
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
-    one of each block) runs once for each *distinct* time and layer: ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² +
-    n m h)``. `distinct_times` are those of each activation: 1 if each has its own (as in the official code), 0 if very
-    many share one; `distinct_layers` are 0 for a prior of one layer.
+    one of each block) runs once for each *distinct* time and layer:
+    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``. `distinct_times` are those of each activation: 1 if each
+    has its own (as in the official code), 0 if very many share one; `distinct_layers` are 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
     return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
