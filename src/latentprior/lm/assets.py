@@ -50,9 +50,7 @@ def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None
 
 
 def build_version_once(name: str, version: str, build: Callable[[Path], None]) -> Path:
-    """The folder of one version of `name` in the cache, filled on first use; it has this name only once whole and on
-    disk.
-    """
+    """The folder of one version of `name` in the cache, filled on first use; it has this name only once whole."""
     try:
         parent = cache_folder(name)
         final = parent / version

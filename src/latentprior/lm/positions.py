@@ -128,7 +128,7 @@ class GenerationTracker:
 
     @contextmanager
     def generations(self, model: nn.Module, *, needs_prompt: bool) -> Iterator[None]:
-        """Begin a new prompt with each ``model.generate()``; what cannot be followed, or hides a needed prompt, is
+        """Begin a new prompt with each ``model.generate()``; options that hide positions, or a needed prompt, are
         refused.
         """
         from transformers import GenerationMixin  # slow to import

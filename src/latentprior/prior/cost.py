@@ -31,8 +31,8 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
     one of each block) runs once for each *distinct* time and layer:
-    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``. `distinct_times` are those of each activation: 1 if each
-    has its own (as in the official code), 0 if very many share one; `distinct_layers` are 0 for a prior of one layer.
+    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``. `distinct_times` of an activation are 1 if each has its
+    own (as in the official code), 0 if very many share one; `distinct_layers` are 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
     return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))

@@ -22,8 +22,7 @@ class Normalizer(nn.Module):
 
     Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to its
     mean, never to infinity. The statistics are buffers that stay float32 whatever the module is cast to; `mean_norm`,
-    the unit of steering strength, and `median_norm`, of which attention sinks have over 10 times, are nan where
-    unknown.
+    the unit of steering strength, and `median_norm`, a tenth of what makes an attention sink, may be nan.
 
     With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
     columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.

@@ -74,8 +74,7 @@ class RunningRepair:
     """Projects activations of a running model, with the mean over `samples` noises (`PositionNoise`).
 
     While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at the
-    same few times. The prior moves to the device of the first activations; what comes later from other devices it moves
-    itself.
+    same few times. The prior moves to the device of the first activations.
     """
 
     def __init__(self, prior: Projector, seed: int, *, samples: int = 1, shared: bool = False) -> None:

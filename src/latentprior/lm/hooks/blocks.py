@@ -18,8 +18,7 @@ _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a causal language model, in order; wrappers (PEFT, DDP, `torch.compile`) are looked
-    through.
+    """The decoder blocks of a causal language model, in order, below any wrapper (PEFT, DDP, `torch.compile`).
 
     They are the `ModuleList` below the model's decoder that has as many members, mostly of one class, as the text
     config has layers; the one with most parameters if there are several. Without a transformers config, the largest

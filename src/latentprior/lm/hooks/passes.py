@@ -247,8 +247,7 @@ def replaying(model: nn.Module, outputs: Outputs) -> Iterator[None]:
     """Blocks whose outputs `keeping` kept return these and do not run; hooks on them see and change them as ever.
 
     The result is that of a whole pass only if the inputs are the same and if blocks pass on all they found by what they
-    return: one that leaves keys and values in a cache for later blocks does not. Compare an unedited pass with a whole
-    one.
+    return: one that leaves keys and values in a cache does not. Compare an unedited pass with a whole one.
     """
     with ExitStack() as stack:
         for layer, block in select_blocks(model, outputs).items():

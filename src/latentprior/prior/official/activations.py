@@ -89,8 +89,7 @@ def write_activations(
 ) -> Path:
     """Write activations, or parts of them, as an official activation folder with the statistics of all rows.
 
-    Name it ``layer_NN`` for the layer to be known; `dtype` is bfloat16 or float32, and `file_rows` the most of one
-    file.
+    Name it ``layer_NN`` for the layer to be known; `dtype` is bfloat16 or float32.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise unknown("storage type", str(dtype).removeprefix("torch."), ("bfloat16", "float32"))

@@ -111,9 +111,7 @@ class _Traced:
 
 
 def _traced(values: object) -> _Traced | None:
-    """``tracedict_config``, if it names different members of one list of blocks: below ``layer_prefix``, or whole
-    names.
-    """
+    """``tracedict_config``, if it names different members of one list of blocks."""
     match values:
         case {"layers": [*layers], "retain": "output" | "input" as side, **rest} if layers:
             prefix = rest.get("layer_prefix")
