@@ -46,7 +46,7 @@ def dense_copy(path: str) -> Path:
 
 
 def copied_tokenizer(path: str) -> Path:
-    """`dense_copy`; an `InputError` if the file's tokenizer could not be read."""
+    """`dense_copy`, whose tokenizer has to be there."""
     folder = dense_copy(path)
     if (reason := folder / NO_TOKENIZER).is_file():
         raise InputError(f"{reason.read_text(encoding='utf-8')}; name a folder that has it with --llm.model")

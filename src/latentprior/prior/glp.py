@@ -51,13 +51,10 @@ def _on_priors_device(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable
 
 
 class GLP(Attachable):
-    """A generative latent prior over a language model's activations.
+    """A generative latent prior over a language model's activations at `hookpoints`.
 
     Activations may be on any device: methods compute where the prior is and give the result back where they were.
-
-    Args:
-        hookpoints: where in which model the training activations came from.
-        provenance: corpus, training summary and versions, as JSON-ready values.
+    `provenance` is corpus, training summary and versions, as JSON-ready values.
 
     Examples:
         >>> glp = lp.GLP.from_pretrained("runs/prior")
@@ -291,9 +288,8 @@ class GLP(Attachable):
     ) -> GLP:
         """Load a prior from a folder or a Hub repository, of this project's format or the official one.
 
-        Args:
-            checkpoint: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
-            dtype: precision of the denoiser's weights; as saved by default.
+        `checkpoint` is "final" or the name of one under ``checkpoints/``; `dtype` is that of the denoiser's weights, as
+        saved by default.
         """
         folder = pretrained.fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
         parts = pretrained.read(folder, checkpoint)

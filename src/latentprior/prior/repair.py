@@ -193,7 +193,7 @@ class Attachable(nn.Module):
         solver: Solver = "euler",
         grid: Grid = "uniform",
     ) -> AbstractContextManager[EditCounts]:
-        """Repair what flows through the hookpoint of a running model, also under ``generate()``.
+        """Repair what flows through the hookpoint of a running model, also under ``generate()``; yields counts.
 
         Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
         attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
@@ -209,9 +209,6 @@ class Attachable(nn.Module):
             paired: project the edit against the unedited activation (`project`'s `reference`).
             check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
                 say False for that. Width and layer are always checked.
-
-        Yields:
-            counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
         Examples:
             >>> with glp.attach(model, t_start=0.3, generator=0) as counts:
