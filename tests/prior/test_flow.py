@@ -120,7 +120,7 @@ def diffusers_sigmas(steps: int) -> list[float]:
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 20, 50, 100, 1000])
 def test_official_times_bit_for_bit(steps, t_start):
     first = math.floor(steps * (1 - Fraction(t_start)))
-    knots = flow.time_knots(steps, t_start=float(t_start), grid="official")
+    knots = flow.schedule(steps, t_start=float(t_start), grid="official").knots
     assert knots == diffusers_sigmas(steps)[first:]
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from latentprior.config import GRIDS, SOLVERS
 from latentprior.data.moments import Covariance, Moments
 from latentprior.prior import flow
+from latentprior.prior.files import fetch
 from latentprior.prior.glp import GLP
 from latentprior.prior.normalizer import Normalizer
-from latentprior.prior.repository import fetch
 from latentprior.utils import hub
 from latentprior.utils.errors import InputError
 
@@ -646,7 +646,7 @@ DAMAGE = {
     "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json.*denoiser"),
     "no hookpoints": (lambda f: rewrite_config(f, hookpoints=None), "config.json.*hookpoints"),
     "no provenance": (lambda f: rewrite_config(f, provenance=None), "config.json.*provenance"),
-    "denoiser without width": (lambda f: rewrite_config(f, denoiser={"d_model": 4}), "no configuration.*d_input"),
+    "denoiser without width": (lambda f: rewrite_config(f, denoiser={"d_model": 4}), "no configuration.*d.input"),
     "unknown key": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_modle": 1}), "d_modle"),
     "odd width": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": 15}), "d_model"),
     "width of words": (lambda f: rewrite_config(f, denoiser=SHAPE | {"d_model": "x"}), "no configuration"),

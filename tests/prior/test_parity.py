@@ -74,7 +74,7 @@ def test_sampling(glp: GLP, golden: dict[str, Tensor], steps: int):
 def test_projection(glp: GLP, golden: dict[str, Tensor], u: str, t_start: float, nfe: int):
     projected = glp.project(golden["activations"], t_start=t_start, steps=20, grid="official", noise=golden["noise"])
     assert_agrees(projected, golden[f"project_{u}_20_steps"])
-    first = flow.time_knots(20, t_start=t_start, grid="official")[0]
+    first = flow.schedule(20, t_start=t_start, grid="official").knots[0]
     assert torch.equal(torch.tensor([first]), golden[f"project_{u}_20_steps_start_t"])  # bit for bit
     assert glp.nfe(20, t_start=t_start, grid="official") == nfe
 

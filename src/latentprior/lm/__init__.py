@@ -2,7 +2,6 @@
 
 - `loading`: from the Hub, a folder, a GGUF file (`dequantise`) or an embedded package (`assets`).
 - `hooks`: decoder blocks, hookpoints, and the only hooks that are registered on a model.
-- `positions`: what position each column of a forward pass has. `token_positions` decides it, for a whole prompt as for
-  one decode step under a cache; `GenerationTracker` knows where the prompt ends.
+- `positions`: what position each column of a forward pass has, and where the prompt ends.
 - `edits`: `edit_positions` changes activations at chosen positions, also under ``generate()``.
 """

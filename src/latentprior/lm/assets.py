@@ -1,7 +1,4 @@
-"""The embedded packages (`requirements-assets.txt`): where their files lie, and a cache for what is made of them.
-
-The packages are found, never imported: their code needs dependencies that nobody installed.
-"""
+"""The embedded packages (`requirements-assets.txt`), found and never imported: their code needs other dependencies."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def smollm2_gguf() -> Path:
 
 
 def sae_probes_data() -> Path:
-    """The folder with the probing tasks: `cleaned_data/*.csv.zst` and `probing_datasets_MASTER.csv.zst`."""
+    """The folder of the probing tasks: `cleaned_data/*.csv.zst` and `probing_datasets_MASTER.csv.zst`."""
     return _package("sae_probes") / "data"
 
 
@@ -41,35 +38,25 @@ def minilm_folder() -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder for files made from the asset `name`, inside the Hugging Face cache; created if missing."""
+    """The folder for files made from `name`, inside the Hugging Face cache; created if missing."""
     return Path(cached_assets_path(library_name="latentprior", subfolder=name))
 
 
 def build_once(name: str, module: str, recipe: int, build: Callable[[Path], None]) -> Path:
-    """The folder that `build` fills from an embedded package, made on first use and read from the cache afterwards.
-
-    Args:
-        name: of the asset, see `cache_folder`.
-        module: the package it is made from; another version of the package is built anew.
-        recipe: number to raise when `build` changes what it writes.
-        build: called with the empty folder to fill.
-    """
+    """The folder that `build` fills from the package `module`, made once for each version of it and each `recipe`."""
     _package(module)
     version = importlib.metadata.version(REQUIREMENTS[module].partition("==")[0])
     return build_version_once(name, f"{version}-{recipe}", build)
 
 
 def build_version_once(name: str, version: str, build: Callable[[Path], None]) -> Path:
-    """The folder of one version of `name` in the cache, which `build` fills on first use.
-
-    It appears under its final name only once whole and on disk. Processes that start together wait for one to build.
-    """
+    """The folder of one version of `name` in the cache, filled on first use; it has this name only once whole."""
     try:
         parent = cache_folder(name)
         final = parent / version
         if final.exists():
             return final
-        with WeakFileLock(parent / ".lock"):
+        with WeakFileLock(parent / ".lock"):  # processes that start together wait for one to build
             if not final.exists():
                 for leftover in parent.glob("building-*"):  # of killed builds: whoever holds the lock is alone
                     shutil.rmtree(leftover)
@@ -85,7 +72,6 @@ def build_version_once(name: str, version: str, build: Callable[[Path], None]) -
 
 
 def _package(module: str) -> Path:
-    """The folder of an embedded package; an `InputError` says how to install one that is missing."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         requirement = REQUIREMENTS[module]

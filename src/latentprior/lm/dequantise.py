@@ -24,11 +24,7 @@ _RECIPE = 1
 
 
 def dense_copy(path: str) -> Path:
-    """The folder with a dense copy of one's own GGUF file and its tokenizer, made on first use.
-
-    It is made anew when the file's size or time of change is another. Quantised weights become bfloat16, others
-    float32. A file that is one of several parts, or that transformers cannot read, is an `InputError`.
-    """
+    """The cached folder of a GGUF file, made anew when that changes: quantised weights as bfloat16, others float32."""
     file = _checked(path)
     facts = file.stat()
     place = hashlib.sha256(str(file).encode()).hexdigest()[:12]  # files of one name in several folders
@@ -50,7 +46,7 @@ def dense_copy(path: str) -> Path:
 
 
 def copied_tokenizer(path: str) -> Path:
-    """`dense_copy`; an `InputError` if the file's tokenizer could not be read."""
+    """`dense_copy`, whose tokenizer has to be there."""
     folder = dense_copy(path)
     if (reason := folder / NO_TOKENIZER).is_file():
         raise InputError(f"{reason.read_text(encoding='utf-8')}; name a folder that has it with --llm.model")

@@ -1,15 +1,11 @@
-"""Changing chosen positions of a running model: which columns of which forward pass belong to which position.
-
-Under ``generate()`` a forward pass sees a whole prompt, one new token, or (without a cache) the prompt and all
-tokens so far; rows may be padded on the left; beams are reordered. `edit_positions` turns all that into one thing:
-activations [N, d] with their row and position, each position once for every time that the model computes it.
-"""
+"""Changing chosen positions of a running model, whether a pass holds a prompt, a new token or, without a cache, all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,10 +21,10 @@ POSITIONS: tuple[NamedPositions, ...] = ("all", "last", "prompt", "generated")
 Positions = NamedPositions | int | Tensor
 """Which positions are edited.
 
-- "all"; "prompt"; "generated", the positions after the prompt; "last", the prompt's last one and every one after it.
-- A number n: from the token with position n on. Padding does not count, and 0 is the first token.
-- A mask, bool [B, columns], over the columns of the prompt with its padding, as in `attention_mask`. It must cover
-  the whole prompt; columns after the mask are left alone, so a wider mask reaches generated tokens too.
+- "all"; "prompt"; "generated"; "last", the prompt's last one and every one after it.
+- A number n: from position n on. Padding does not count, and 0 is the first token.
+- A mask, bool [B, columns], over at least the whole prompt with its padding, as in `attention_mask`; columns after the
+  mask are left alone, so a wider one reaches generated tokens too.
 """
 
 
@@ -37,24 +33,17 @@ class EditedPositions:
     """Where the activations of one call come from."""
 
     layer: int
-    row: Tensor
-    """[N] int64, row in the batch."""
-    position: Tensor
-    """[N] int64, index of the token in its sequence; padding does not count, 0 is the first token."""
-    batch: int
-    """Rows in the batch."""
-    prompts: Sequence[int] | None = None
-    """[batch] a number for each row's prompt, the same for the same tokens; None where they are not known."""
+    row: Tensor  # [N] int64, in the batch
+    position: Tensor  # [N] int64, in its sequence; padding does not count, 0 is the first token
+    batch: int  # rows in it
+    prompts: Sequence[int] | None = None  # [batch], equal for equal prompts; None where not known
 
 
 EditFunction = Callable[[Tensor, EditedPositions], Tensor]  # [N, d] -> [N, d]
 
 
 class EditCounts:
-    """What a context has done so far: one count for every position of every edited layer in every forward pass.
-
-    ``seen`` is the sum of ``edited`` and of what ``passed_over`` counts by reason.
-    """
+    """What a context has done so far: one count for every position of every edited layer in every forward pass."""
 
     REASONS = ("first", "padding", "sink", "not asked for")
 
@@ -75,12 +64,11 @@ class EditCounts:
 
     @property
     def edited(self) -> int:
-        """Positions that were edited."""
         return self._count(0)
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """Positions that were left alone: first positions, padding, attention sinks, and those not asked for."""
+        """Positions that were left alone, by reason."""
         return {reason: self._count(i) for i, reason in enumerate(self.REASONS, 1)}
 
     @property
@@ -107,36 +95,23 @@ def edit_positions(
 ) -> Iterator[EditCounts]:
     """Replace the activations of `model` at given layers and positions while the context is open.
 
-    The first position of a sequence and padding are never touched; see `Positions` for the rest.
-
-    Every call of ``generate()`` starts a new prompt. Between forward passes of the caller's own, a pass continues the
-    one before if it adds one token: to the key-value cache, or, without a cache, to the same beginning.
-
-    Args:
-        model: the language model.
-        edits: for each layer a function of activations [N, d] and their `EditedPositions`.
-        positions: which positions.
-        side: of the blocks.
-        sinks: which of the hidden states [B, T, d] of a layer are attention sinks, bool [B, T]; they are not edited.
-
-    Yields:
-        what was done so far.
+    The first position of a sequence, padding and `sinks`, bool [B, T] of hidden states [B, T, d] and their layer, are
+    never touched. Every ``generate()`` starts a new prompt. Between passes of the caller's own, a pass continues the
+    one before if it adds one token: to the key-value cache, or, without one, to the same beginning.
 
     Raises:
-        InputError: in the forward pass, a mask or cache that does not tell where the tokens stand, or a mask of
-            positions that does not fit the prompt. From ``generate()``, a paged cache, and, unless positions are "all"
-            or a number, what hides where the prompt ends (assisted decoding, classifier-free guidance, chunked
-            prompts). On leaving the context, a layer that never ran, or nothing edited of what was asked for.
+        InputError: a forward pass whose positions cannot be told or that the mask does not fit; in ``generate()``, a
+            paged cache, and, unless positions are "all" or a number, what hides where the prompt ends (assisted
+            decoding, guidance, chunked prompts). On leaving, a layer that never ran, or nothing edited.
     """
     check_positions(positions)
-    counts = EditCounts()
-    tracker = GenerationTracker()
+    counts, tracker = EditCounts(), GenerationTracker()
     reached: set[int] = set()
 
     with hooks.forward_inputs(model) as inputs:
 
-        def chosen(hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-            """Mask [B, T] of the columns to edit and position [B, T] of every column."""
+        def apply(layer: int, edit: EditFunction, hidden: Tensor) -> Tensor:
+            reached.add(layer)
             real, position = token_positions(hidden, inputs)
             prompt = tracker.prompt_of(inputs, hidden, real)
             column = inputs.past_length + torch.arange(hidden.shape[1], device=hidden.device)
@@ -146,22 +121,13 @@ def edit_positions(
             sink = torch.zeros_like(asked) if sinks is None else asked & sinks(hidden, layer)
             edited = asked & ~sink
             counts.add(edited, first, ~real, sink, ordinary & ~asked)
-            return edited, position
-
-        def on_hidden_state(layer: int, edit: EditFunction) -> Callable[[Tensor], Tensor]:
-            def apply(hidden: Tensor) -> Tensor:
-                reached.add(layer)
-                mask, position = chosen(hidden, layer)
-                row, column = mask.nonzero(as_tuple=True)
-                if not len(row):
-                    return hidden
+            row, column = edited.nonzero(as_tuple=True)
+            if len(row):
                 at = EditedPositions(layer, row, position[row, column], hidden.shape[0], tracker.keys(hidden.shape[0]))
                 hidden[row, column] = edit(hidden[row, column], at).to(hidden.dtype)  # `hidden` is a copy
-                return hidden
+            return hidden
 
-            return apply
-
-        functions = {layer: on_hidden_state(layer, edit) for layer, edit in edits.items()}
+        functions = {layer: partial(apply, layer, edit) for layer, edit in edits.items()}
         named_by_prompt = isinstance(positions, Tensor) or positions in ("last", "prompt", "generated")
         with hooks.edit(model, functions, side=side), tracker.generations(model, needs_prompt=named_by_prompt):
             yield counts
@@ -172,7 +138,6 @@ def edit_positions(
 
 
 def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
-    """Raise `InputError` if something that was not edited had been asked for."""
     if sinks := counts.passed_over["sink"]:
         raise InputError(f"nothing was edited: all {sinks:,} positions asked for are attention sinks ({counts})")
     if isinstance(positions, Tensor):
@@ -182,17 +147,13 @@ def _refuse_untouched(positions: Positions, counts: EditCounts) -> None:
 
 
 def for_batch(values: Tensor, batch: int, name: str) -> Tensor:
-    """`values` [b, ...], one for each row that the caller gave, for the `batch` rows that the model sees.
-
-    Under beam search and with several returned sequences ``generate()`` puts the copies of a row next to one another.
-    """
+    """`values` [b, ...] for `batch` rows: ``generate()`` puts the copies of a row, such as its beams, side by side."""
     if batch % len(values):
         raise InputError(f"{name} has {len(values)} rows, which does not fit a batch of {batch}")
     return values.repeat_interleave(batch // len(values), dim=0)
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise `InputError` unless `positions` is one of `Positions`."""
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim != 2 or not positions.numel():
             found = f"{positions.dtype} {list(positions.shape)}"

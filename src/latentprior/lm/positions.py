@@ -1,8 +1,4 @@
-"""Which position a column of a forward pass has (`token_positions`), and where its prompt ends (`GenerationTracker`).
-
-Both are read from what a forward pass was given (`hooks.forward_inputs`): cache, mask and position ids tell positions;
-the calls of ``generate()`` and, between passes of the caller's own, their shapes tell prompts from what follows them.
-"""
+"""Which position a column of a forward pass has, and where its prompt ends: `token_positions`, `GenerationTracker`."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentprior.lm import hooks
+from latentprior.lm.hooks.passes import replaced_attribute
 from latentprior.utils.errors import InputError
 
 # What `generate()` does under these options cannot be told from its forward passes alone.
@@ -32,10 +29,7 @@ _HIDES_THE_PROMPT = {
 
 
 def token_positions(hidden: Tensor, inputs: hooks.ForwardInputs) -> tuple[Tensor, Tensor]:
-    """Which columns of a forward pass are real tokens, bool [B, T], and every column's position, int64 [B, T].
-
-    Under a cache the pass holds the new columns alone: their positions go on from `inputs.past_length`, less padding.
-    """
+    """Which columns of a forward pass are real tokens, bool [B, T], and every column's position, int64 [B, T]."""
     batch, width = hidden.shape[:2]
     attention, ids, past = inputs.attention_mask, inputs.position_ids, inputs.past_length
     if attention is None:
@@ -78,24 +72,16 @@ class Prompt:
     """The first forward pass of the sequence being generated, to tell prompt from generated columns."""
 
     ids: Tensor | None
-    last: Tensor
-    """[B] column of each row's last prompt token."""
-    begun: int
-    """Columns of the prompt, those from a cache included."""
-    width: int
-    """Columns seen so far."""
-    keys: Sequence[int] | None
-    """A number for each row that was given, see `prompt_keys`; None if neither tokens nor embeddings were."""
-    call: int
-    """The forward pass that was seen last."""
-    cached: bool = False
-    """Whether it has been continued from a key-value cache."""
+    last: Tensor  # [B] column of each row's last prompt token
+    begun: int  # columns of the prompt, those from a cache included
+    width: int  # columns seen so far
+    keys: Sequence[int] | None  # of the rows that were given, see `prompt_keys`
+    call: int  # the forward pass that was seen last
+    cached: bool = False  # whether a key-value cache has continued it
 
 
 @dataclass
 class _Generation:
-    """A running call of ``generate()``."""
-
     columns: int  # that are known to exist
     keys: Sequence[int] | None
     passes: int = 0
@@ -134,10 +120,7 @@ class GenerationTracker:
         return Prompt(None if ids is None else ids.detach().clone(), last, width, width, keys, inputs.calls)
 
     def keys(self, batch: int) -> list[int] | None:
-        """A number for each of `batch` rows that stands for its prompt; None where it is not known.
-
-        Beams and returned sequences have that of the prompt which they continue.
-        """
+        """`prompt_keys` for each of `batch` rows, where known; beams and returned sequences have their prompt's."""
         keys = None if self._prompt is None else self._prompt.keys
         if keys is None or batch % len(keys):
             return None
@@ -145,9 +128,8 @@ class GenerationTracker:
 
     @contextmanager
     def generations(self, model: nn.Module, *, needs_prompt: bool) -> Iterator[None]:
-        """Begin a new prompt with each ``model.generate()``, and refuse options that cannot be followed.
-
-        With `needs_prompt` those that hide where the prompt ends are refused, too.
+        """Begin a new prompt with each ``model.generate()``; options that hide positions, or a needed prompt, are
+        refused.
         """
         from transformers import GenerationMixin  # slow to import
 
@@ -155,7 +137,7 @@ class GenerationTracker:
         if generator is None:
             yield
             return
-        before, own = generator.generate, "generate" in vars(generator)
+        before = generator.generate
 
         @functools.wraps(before)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -168,14 +150,8 @@ class GenerationTracker:
             finally:
                 self._generation = None
 
-        generator.generate = generate
-        try:
+        with replaced_attribute(generator, "generate", generate):
             yield
-        finally:
-            if own:
-                generator.generate = before
-            else:
-                del generator.generate
 
 
 def prompt_keys(given: Tensor, real: Tensor) -> list[int]:
@@ -188,7 +164,6 @@ def prompt_keys(given: Tensor, real: Tensor) -> list[int]:
 
 
 def _begun(arguments: Mapping[str, Any]) -> _Generation:
-    """The generation of what ``generate()`` was given."""
     given = next((arguments[n] for n in ("inputs_embeds", "input_ids", "inputs") if arguments.get(n) is not None), None)
     if not isinstance(given, Tensor) or given.ndim not in (2, 3):
         return _Generation(0, None)
@@ -216,7 +191,6 @@ def _refuse_unfollowable(given: Mapping[str, Any], defaults: Any, needs_prompt: 
 
 
 def _check_placed(running: _Generation, inputs: hooks.ForwardInputs, width: int) -> None:
-    """Raise `InputError` at a pass of ``generate()`` that seems to begin a sequence which it must continue."""
     if inputs.past_length == 0 and width < running.columns and (running.passes or not inputs.placed):
         raise InputError(
             "this model's passes under generate() do not tell which positions they compute: they have neither a cache "

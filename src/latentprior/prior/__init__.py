@@ -1,7 +1,6 @@
 """The generative latent prior: a flow-matching model of activations.
 
-`glp` is the class that users hold: `normalizer` and `denoiser` in one, on the time convention of `flow`, integrated by
-`sampler`; `attachable` and `repair` put it on a running model. `files` reads and writes its folder, `repository` finds
-it on disk or the Hub, `loading` opens several to be compared, `cost` counts what it takes, `official` is the other
-format. Raw activations [..., d] enter and leave.
+`glp` is the class that users hold: `normalizer` and `denoiser` in one, on the time convention of `flow`; `repair` puts
+it on a running model. `files` reads and writes its folder, here or on the Hub, `loading` opens several to be compared,
+`cost` counts what it takes, `official` is the other format. Raw activations [..., d] enter and leave.
 """

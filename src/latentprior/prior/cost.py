@@ -1,7 +1,6 @@
-"""What things cost, counted exactly from shapes: parameters, FLOPs and bytes of prior and language model.
+"""What a prior costs, counted exactly from shapes: parameters, FLOPs and bytes.
 
-A multiply-add is two FLOPs. Only matrix products are counted: all else is well under a hundredth of them. No name in
-here loads or runs a model but `matrix_peak`, which multiplies two matrices.
+A multiply-add is two FLOPs. Only matrix products are counted: all else is well under a hundredth of them.
 """
 
 from __future__ import annotations
@@ -14,15 +13,12 @@ from latentprior.prior.flow import TRAIN_GRID
 FLOAT32 = 4  # bytes
 
 
-# -- the prior -----------------------------------------------------------------------------------------------------
-
-
 def parameters(config: DenoiserConfig) -> int:
     """Parameters of `Denoiser(config)`.
 
-    With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; an embedding of two
-    square linears ``2 (m² + m)`` for time and one more for layers; last LayerNorm ``2 m``; each block three linears in
-    (up, gate, time) ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
+    With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; two square linears
+    for time, and two for layers, ``2 (m² + m)``; last LayerNorm ``2 m``; each block three linears in (up, gate, time)
+    ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
     """
     d, m, h, n = _shape(config)
     embeddings = 2 if config.multi_layer_n_layers else 1
@@ -34,13 +30,9 @@ def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0,
     """FLOPs of one forward pass for one activation, as executed.
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
-    one linear of each block) runs once for each *distinct* time, and once for each distinct layer of a multi-layer
-    prior: ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``.
-
-    Args:
-        distinct_times: distinct times for each activation: 1 if every row has its own (as the official code executes
-            it), 0 if very many rows share one.
-        distinct_layers: distinct layers for each activation; 0 for a prior of one layer.
+    one of each block) runs once for each *distinct* time and layer:
+    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``. `distinct_times` of an activation are 1 if each has its
+    own (as in the official code), 0 if very many share one; `distinct_layers` are 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
     return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
@@ -51,9 +43,8 @@ def training_flops_per_activation(
 ) -> float:
     """FLOPs of one forward and backward pass for one activation, as executed.
 
-    A linear's backward is two products of the forward's size, for the gradients of weight and input, so all is three
-    times the forward. The first linear of each path has data as its input and needs no gradient there: less ``2 d m``
-    for each row and ``2 m²`` for each distinct time and layer.
+    A linear's backward is two products of the forward's size. The first linear of each path needs no gradient of its
+    input: less ``2 d m`` for each row and ``2 m²`` for each distinct time and layer.
     """
     forward = flops_per_activation(config, distinct_times=distinct_times, distinct_layers=distinct_layers)
     d, m, _, _ = _shape(config)
@@ -66,7 +57,7 @@ def paper_flops_per_activation(config: DenoiserConfig) -> float:
 
 
 def muon_flops_per_step(config: DenoiserConfig) -> float:
-    """FLOPs of one update of the blocks' four matrices by Muon, whatever the batch; AdamW has no matrix products.
+    """FLOPs of one update of the blocks' four matrices by Muon; AdamW has no matrix products.
 
     Each of five Newton-Schulz iterations on a matrix [a, b], a <= b, takes its Gram matrix (``2 a² b``), squares that
     (``2 a³``) and multiplies back (``2 a² b``).
@@ -79,10 +70,8 @@ def muon_flops_per_step(config: DenoiserConfig) -> float:
 class TrainingFlops(NamedTuple):
     """FLOPs of the matrix products of one process."""
 
-    activation: float
-    """Of forward and backward passes, for each activation; all of its noise samples."""
-    update: float
-    """Of each optimizer step's update."""
+    activation: float  # forward and backward of each activation, all of its noise samples
+    update: float  # each optimizer step's
 
 
 def training_flops(
@@ -94,13 +83,10 @@ def training_flops(
     times: int | float | None = None,
     passes: int = 1,
 ) -> TrainingFlops:
-    """What training by a recipe executes. The time path runs once in each pass for each distinct time in it.
+    """What training by a recipe executes, with `rows` activations a step from `layers` of the language model.
 
-    Args:
-        rows: activations of a step.
-        layers: of the language model whose activations are mixed.
-        times: distinct times of a pass; by default as many as are expected of `rows`.
-        passes: in which the rows of a step are computed.
+    The time path runs once in each of the `passes` of a step for each distinct time in it: `times`, by default as many
+    as are expected of `rows`.
     """
     distinct = passes * (distinct_times(recipe, rows) if times is None else times) / rows
     several = passes * layers / rows if layers > 1 else 0.0
@@ -127,22 +113,14 @@ def training_bytes(
     average: bool = False,
     item: int = 2,
 ) -> dict[str, int]:
-    """Bytes that training takes in each process, by what they hold.
+    """Bytes that training takes in each process, by what they hold, with `rows` activations a step in this process.
 
     Weights, gradients, optimizer and average are float32: ``4 N``, ``4 N``, ``8 N`` (AdamW's two moments; Muon has one
-    of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes (gradients are views of its
-    buckets), FSDP2 one part in `world` of each. ``copies`` are of the weights in the precision of the matrix work: all
-    of them under DDP (autocast keeps them for the step). FSDP2 gathers block by block: all outside the blocks, the
-    running block and the one fetched ahead; and float32 gradients on their way to the others: of one block, or of
-    everything if there are several micro-batches, which are added up first. ``activations`` are those of one
-    micro-batch, see `activation_bytes`. ``batch`` is the process's part of it: raw bf16 and noise float32.
-
-    Args:
-        rows: activations of a step in this process.
-        micro_batch: rows of one forward and backward pass.
-        world: processes.
-        average: an exponential average of the weights is kept.
-        item: bytes of a number in the matrix work: 2 for bfloat16, 4 for float32.
+    of the blocks' matrices), ``4 N``. DDP holds them whole in each of `world` processes, FSDP2 one part in `world` of
+    each. ``copies`` are of the weights in the precision of the matrix work, of `item` bytes: all of them under DDP
+    (autocast keeps them for the step); under FSDP2 all outside the blocks, the running block and the one fetched ahead,
+    and float32 gradients on their way: of one block, or of everything if several micro-batches are added up first.
+    ``batch`` is raw bf16 and noise float32.
     """
     whole = parameters(config)
     share = -(-whole // world) if parallel == "fsdp" else whole
@@ -169,10 +147,9 @@ def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int
 
     Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
     (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
-    hidden vectors (gate, time factor, their product, its SiLU, up, meta-neurons: ``6 s h``); the last LayerNorm keeps
-    ``4 m + 8``, out projection ``s m``, in projection ``s d``, and the loss the error ``4 d``. Working space:
-    gradients of three hidden vectors of one block, ``3 s h``. The time path of few distinct times is left out. This is
-    eager execution; compiled blocks save less.
+    hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, the projections ``s m`` and ``s d``, and the loss
+    ``4 d``. Working space: gradients of three hidden vectors of one block, ``3 s h``. This is eager execution with few
+    distinct times.
     """
     d, m, h, n = _shape(config)
     block = 8 * m + 8 + 6 * item * h

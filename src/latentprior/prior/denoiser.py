@@ -1,7 +1,7 @@
 """The network: a gated MLP that predicts the flow's velocity at one noisy activation (paper, architecture).
 
-The time factor ``W_time e`` of a block depends on ``t`` alone. With one row for each activation it is a quarter of
-the matrix work, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
+The time factor ``W_time e`` of a block depends on ``t`` alone and would be a quarter of the matrix work with one row
+for each activation, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latentprior.config import DenoiserConfig
+from latentprior.prior import flow
 from latentprior.utils.errors import InputError
 
+CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
 CACHE_SIZE = 64  # lists of times, such as those of an adaptive repair's noise levels
 TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
 
@@ -57,7 +60,7 @@ class Block(nn.Module):
         return F.silu(self.gate_proj(h) * factor) * self.up_proj(h)
 
     def factor(self, condition: Condition) -> Float[Tensor, "m d_mlp"]:
-        """``W_time e`` for every row, from the embeddings of the distinct times and layers."""
+        """``W_time e`` for every row."""
         factor = _gather(self.time_proj(condition.time), condition.time_index)
         if condition.layer is None:
             return factor
@@ -101,8 +104,8 @@ class Denoiser(nn.Module):
     def caching(self) -> Iterator[None]:
         """While it is open, `cached_factors` computes each list of times once; the weights must not be changed.
 
-        A decoding step projects a few rows at the same few times as the one before, and the time path would be most of
-        its work. Contexts may be nested; the last one to close empties the cache.
+        A decoding step projects a few rows at the same times as the one before, and the time path would be most of its
+        work. Contexts may be nested.
         """
         self._caching += 1
         try:
@@ -133,22 +136,52 @@ class Denoiser(nn.Module):
         return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
 
     def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
-        """The embedding of layers, by their relative depth."""
         if self.config.multi_layer_n_layers is None or self.layer_embed is None:
             raise InputError("this prior has one layer: call it without `layer`")
         depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
         return self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
 
-    def run(
-        self,
-        z_t: Float[Tensor, "n d"],
-        factors: list[Float[Tensor, "m d_mlp"]],
-    ) -> Float[Tensor, "n d"]:
+    def run(self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]) -> Float[Tensor, "n d"]:
         """Velocity with given factors (n rows or one each)."""
         x = self.in_proj(z_t.to(self.dtype))
         for block, factor in zip(self._blocks(), factors, strict=True):
             x = x + block.down_proj(block.hidden(x, factor))
         return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+
+    def integrate(
+        self,
+        z: Float[Tensor, "n d"],
+        schedule: flow.Schedule,
+        layers: Tensor | None,
+        held: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "n d"]:
+        """Integrate along the schedule; the time path is computed once for all rows and steps.
+
+        `layers` are a scalar or [N]; `held` are directions [N, d], and the components [N] along them that the data
+        prediction keeps.
+        """
+        times = sorted(set(schedule.times()))
+        tables = self.cached_factors(times)
+        row_of = {t: i for i, t in enumerate(times)}
+
+        def integrate_part(part: Tensor, part_layers: Tensor | None, *part_held: Tensor) -> Tensor:
+            extra = None if part_layers is None else self.layer_factors(part_layers)
+
+            def velocity(z_t: Tensor, t: float) -> Tensor:
+                i = row_of[t]
+                factors = [table[i : i + 1] for table in tables]
+                if extra is not None:
+                    factors = [a + b for a, b in zip(factors, extra, strict=True)]
+                return self.run(z_t, factors)
+
+            return flow.integrate(flow.holding(velocity, *part_held) if part_held else velocity, part, schedule)
+
+        chunk = CPU_CHUNK if z.device.type == "cpu" else max(len(z), 1)
+        layer_parts = repeat(layers) if layers is None or layers.ndim == 0 else layers.split(chunk)
+        held_parts = (part.split(chunk) for part in held or ())
+        return torch.cat(
+            [integrate_part(*part) for part in zip(z.split(chunk), layer_parts, *held_parts, strict=False)]
+        )
 
     def units(
         self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]
@@ -175,20 +208,15 @@ class Denoiser(nn.Module):
         With `time_index`, `t` [U] holds the distinct times and the index says which one each row has; so with
         `layer_index`. Finding them in the data would make the host wait for a GPU.
         """
-        condition = self.condition(t, layer, time_index, layer_index)
+        condition = self._condition(t, layer, time_index, layer_index)
         x = self.in_proj(z_t.to(self.dtype))
         for block in self.layers:
             x = block(x, condition)
         return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
 
-    def condition(
-        self,
-        t: Float[Tensor, " ..."],
-        layer: Int[Tensor, " ..."] | None,
-        time_index: Int[Tensor, " n"] | None = None,
-        layer_index: Int[Tensor, " n"] | None = None,
+    def _condition(
+        self, t: Tensor, layer: Tensor | None, time_index: Tensor | None = None, layer_index: Tensor | None = None
     ) -> Condition:
-        """Embeddings of the distinct times and layers, once each."""
         if layer is None and self.layer_embed is not None:
             raise InputError("this prior serves several layers: say which with `layer`")
         if time_index is None:
@@ -204,7 +232,7 @@ class Denoiser(nn.Module):
         self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None
     ) -> list[Float[Tensor, "m d_mlp"]]:
         """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
-        condition = self.condition(t, layer)
+        condition = self._condition(t, layer)
         return [block.factor(condition) for block in self._blocks()]
 
     def layer_factors(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:

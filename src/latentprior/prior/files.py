@@ -1,7 +1,8 @@
-"""Priors on disk: reading and writing the folder of a prior, of this project's format or the official one."""
+"""The folder of a prior, here or on the Hub, of this project's format or the official one."""
 
 from __future__ import annotations
 
+import glob
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.official import checkpoint as official
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.files import replace_text, replaced
+from latentprior.utils.hub import snapshot
 
 FORMAT = 1
 WHITENED_FORMAT = 2  # with the normalizer's basis, which readers of format 1 do not know
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")  # one of which a prior has
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,38 @@ class Parts:
     denoiser: Denoiser
     normalizer: Normalizer
     hookpoints: tuple[Hookpoint, ...]
-    provenance: dict[str, Any]
-    """Corpus, training summary and versions, as JSON-ready values."""
+    provenance: dict[str, Any]  # corpus, training summary and versions, JSON-ready
+
+
+def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
+    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository."""
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        if not any(any(folder.glob(pattern)) for pattern in CONFIGS):
+            raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
+        return folder
+    own = "model.safetensors" if checkpoint == "final" else f"checkpoints/{checkpoint}/model.safetensors"
+    weights = [own, f"{checkpoint}.safetensors", f"checkpoints/{checkpoint}.safetensors"]
+    # All else, other weights above all, is large.
+    patterns = [*CONFIGS, "rep_statistics.pt", *map(glob.escape, weights)]
+    folder = snapshot("prior", str(path_or_repo), revision=revision, allow_patterns=patterns)
+    official = not any(folder.glob(CONFIGS[0])) and not any(folder.glob(CONFIGS[2]))
+    if official and not any((folder / name).is_file() for name in weights):
+        raise InputError(f"{path_or_repo} has no checkpoint {checkpoint!r}: its files on the Hub show which there are")
+    return folder
 
 
 def read(folder: Path, checkpoint: str) -> Parts:
     """The prior in `folder`, with its final weights or those of an intermediate checkpoint."""
-    return _read_own(folder, checkpoint) if _own_checkpoints(folder) else _read_official(folder, checkpoint)
+    files = [folder / CONFIG, *folder.glob(f"checkpoints/*/{CONFIG}")]  # a run in progress has no final weights
+    folders = {"final" if f.parent == folder else f.parent.name: f.parent for f in files if f.is_file()}
+    if not folders:
+        parts = official.read_checkpoint(folder, checkpoint)
+        normalizer = Normalizer(parts.mean, parts.var, parts.statistics_layers)
+        return Parts(_denoiser(parts.config, parts.weights, folder), normalizer, parts.hookpoints, parts.provenance)
+    if checkpoint not in folders:  # found among those that exist: no name can lead out of the prior's folder
+        raise unknown("checkpoint", checkpoint, sorted(sorted(folders), key=len))
+    return _read_own(folders[checkpoint])
 
 
 def write(folder: Path, parts: Parts) -> None:
@@ -53,28 +81,17 @@ def write(folder: Path, parts: Parts) -> None:
         "hookpoints": [h.to_dict() for h in parts.hookpoints],
         "provenance": parts.provenance,
     }
-    texts = {
-        CONFIG: json.dumps(config, indent=2) + "\n",
-        "README.md": model_card(parts),
-    }  # can fail, so before anything is written
+    text, card = json.dumps(config, indent=2) + "\n", _model_card(parts)  # can fail, so before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(denoiser=parts.denoiser, normalizer=parts.normalizer)
+    tensors = nn.ModuleDict({"denoiser": parts.denoiser, "normalizer": parts.normalizer}).state_dict()
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replaced(folder / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
-    for name, text in texts.items():
-        replace_text(folder / name, text)
+    replace_text(folder / CONFIG, text)
+    replace_text(folder / "README.md", card)
 
 
-def _state(**modules: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}": tensor.detach().cpu().contiguous()
-        for prefix, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def _read_own(folder: Path, checkpoint: str) -> Parts:
-    folder = _checkpoint_folder(folder, checkpoint)
+def _read_own(folder: Path) -> Parts:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS)
@@ -89,7 +106,7 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
         provenance = dict(config["provenance"])
     except KeyError as error:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from error
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
     return Parts(
         _denoiser(shape, _below("denoiser.", state), folder),
@@ -99,31 +116,11 @@ def _read_own(folder: Path, checkpoint: str) -> Parts:
     )
 
 
-def _own_checkpoints(folder: Path) -> dict[str, Path]:
-    """Folders of the weights that are there, by name; a run in progress has no final ones."""
-    files = [folder / CONFIG, *folder.glob(f"checkpoints/*/{CONFIG}")]
-    return {"final" if f.parent == folder else f.parent.name: f.parent for f in files if f.is_file()}
-
-
-def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
-    """The folder of a checkpoint, found among those that exist: no name can lead out of the prior's folder."""
-    folders = _own_checkpoints(folder)
-    if checkpoint not in folders:
-        raise unknown("checkpoint", checkpoint, sorted(sorted(folders), key=len))
-    return folders[checkpoint]
-
-
 def _normalizer(state: dict[str, Tensor], folder: Path, *, whitened: bool) -> Normalizer:
     statistics = _below("normalizer.", state)
+    names = ["mean", "var", "mean_norm", "median_norm"] + ["basis"] * whitened
     try:
-        return Normalizer(
-            statistics["mean"],
-            statistics["var"],
-            statistics["layers"].tolist(),
-            mean_norm=statistics["mean_norm"],
-            median_norm=statistics["median_norm"],
-            basis=statistics["basis"] if whitened else None,
-        )
+        return Normalizer(layers=statistics["layers"].tolist(), **{name: statistics[name] for name in names})
     except KeyError as error:
         raise InputError(f"{folder / WEIGHTS} lacks the statistic {error}") from error
     except InputError as error:
@@ -132,12 +129,6 @@ def _normalizer(state: dict[str, Tensor], folder: Path, *, whitened: bool) -> No
 
 def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _read_official(folder: Path, checkpoint: str) -> Parts:
-    parts = official.read_checkpoint(folder, checkpoint)
-    normalizer = Normalizer(parts.mean, parts.var, parts.statistics_layers)
-    return Parts(_denoiser(parts.config, parts.weights, folder), normalizer, parts.hookpoints, parts.provenance)
 
 
 def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) -> Denoiser:
@@ -151,7 +142,7 @@ def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) 
     return denoiser
 
 
-def model_card(parts: Parts) -> str:
+def _model_card(parts: Parts) -> str:
     """The README of a saved prior: what it was trained on and how to use it."""
     hookpoints = "\n".join(f"| {h.model} | {h.layer} | {h.side} | {h.width} |" for h in parts.hookpoints)
     config = parts.denoiser.config

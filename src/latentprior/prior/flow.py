@@ -1,7 +1,6 @@
 """Path, loss, time grids and solvers of the flow; the only module that knows the time convention.
 
-``t = 0`` is data and ``t = 1`` is noise: ``z_t = (1 - t) z_0 + t eps``, velocity ``eps - z_0`` (paper, equations
-of flow matching). Nothing here holds state; a velocity is any function of ``(z_t [N, d], t: float)``.
+``t = 0`` is data and ``t = 1`` is noise: ``z_t = (1 - t) z_0 + t eps``, velocity ``eps - z_0`` (paper, flow matching).
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from latentprior.config import GRIDS, SOLVERS, Grid, Solver
 from latentprior.utils.errors import InputError, unknown
 
 Velocity = Callable[[Tensor, float], Tensor]
-TRAIN_GRID = 1000  # the official code draws training times from a grid of 1000
 TWO_STAGE: tuple[Solver, ...] = ("midpoint", "heun")
+TRAIN_GRID = 1000  # the official code draws training times from a grid of 1000
 
 
 def interpolate(
@@ -37,52 +36,18 @@ def target(z_0: Float[Tensor, "*n d"], noise: Float[Tensor, "*n d"]) -> Float[Te
 
 
 def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Uniform draws `u` in [0, 1) to times on the training grid ``linspace(1, 0.001, 1000)[floor(1000 u)]``.
-
-    A grid costs nothing in quality at this spacing and makes times repeat, which the denoiser uses.
-    """
+    """Uniform draws `u` in [0, 1) to the grid ``linspace(1, 0.001, 1000)[floor(1000 u)]``, so that times repeat."""
     index = (u * TRAIN_GRID).long().clamp_(0, TRAIN_GRID - 1)
     return official_knots(TRAIN_GRID).to(u.device)[index]
 
 
 def official_knots(steps: int) -> Float[Tensor, " steps"]:
-    """Times of the official sampler (float32): `steps` points from 1 to 0.001, the step to 0 not included.
+    """Times of the official sampler: `steps` points from 1 to 0.001, the step to 0 not included.
 
-    The arithmetic is that of diffusers' FlowMatchEulerDiscreteScheduler with its defaults, in the same precision and
-    order, so that the values agree bit for bit.
+    In the precision and order of diffusers' FlowMatchEulerDiscreteScheduler: the values agree bit for bit.
     """
     smallest = float(np.float32(0.001)) * TRAIN_GRID
     return torch.from_numpy(np.linspace(TRAIN_GRID, smallest, steps) / TRAIN_GRID).float()
-
-
-def time_knots(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> list[float]:
-    """Times between which a solver steps, from the starting time down to 0.
-
-    Args:
-        steps: denoiser evaluations. With ``grid="official"``, steps as the official code counts them: the number for
-            the whole way from 1, of which a later start executes only the rest.
-        t_start: where to start. The official grid starts at its entry ``floor(steps (1 - t_start))``.
-        solver: two-stage solvers take intervals twice as long, so that evaluations stay `steps`; an odd number of
-            them leaves one Euler interval at the end.
-        grid: "uniform" or "official".
-
-    Raises:
-        InputError: unknown solver or grid, less than one step, a start outside [0, 1].
-    """
-    if solver not in SOLVERS:
-        raise unknown("solver", solver, SOLVERS)
-    if grid not in GRIDS:
-        raise unknown("grid", grid, GRIDS)
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, got {steps}")
-    if not 0 <= t_start <= 1:
-        raise InputError(f"t_start must lie in [0, 1] (0 is data, 1 is noise), got {t_start}")
-    if grid == "official":
-        start = int(steps * (1 - t_start) + 1e-9)  # 20 * (1 - 0.9) is a hair under 2 in floating point
-        return [*official_knots(steps)[start:].tolist(), 0.0]
-    stride = 2 if solver in TWO_STAGE else 1
-    evaluations = list(range(0, steps, stride)) + [steps]
-    return [t_start * (1 - done / steps) for done in evaluations]
 
 
 @dataclass(frozen=True)
@@ -90,10 +55,8 @@ class Schedule:
     """How a solver goes from noise to data; made by `schedule`."""
 
     solver: Solver
-    knots: list[float]
-    """Times between which it steps, from the start down to 0."""
-    stages: list[int]
-    """Velocity evaluations of each interval, 1 or 2."""
+    knots: list[float]  # times between which it steps, from the start down to 0
+    stages: list[int]  # velocity evaluations of each interval, 1 or 2
 
     @property
     def nfe(self) -> int:
@@ -108,25 +71,37 @@ class Schedule:
 
 
 def schedule(steps: int, *, t_start: float = 1.0, solver: Solver = "euler", grid: Grid = "uniform") -> Schedule:
-    """Times and evaluations of an integration; arguments and errors are those of `time_knots`.
+    """Times and evaluations of an integration from `t_start` down to 0.
 
-    On the uniform grid the evaluations are `steps`. On the official one, two-stage solvers take two for each of its
-    intervals but the last, which is a thousandth wide.
+    `steps` are the evaluations. Two-stage solvers take intervals twice as long; an odd number leaves one Euler interval
+    at the end. With ``grid="official"`` they are counted as the official code does: of the whole way from 1, of which a
+    later start, at entry ``floor(steps (1 - t_start))``, executes the rest, and two-stage solvers evaluate twice in all
+    intervals but the last, a thousandth wide.
     """
-    knots = time_knots(steps, t_start=t_start, solver=solver, grid=grid)
-    intervals = len(knots) - 1
-    if grid == "uniform":
-        two = steps - intervals
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    if grid not in GRIDS:
+        raise unknown("grid", grid, GRIDS)
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, got {steps}")
+    if not 0 <= t_start <= 1:
+        raise InputError(f"t_start must lie in [0, 1] (0 is data, 1 is noise), got {t_start}")
+    two_stage = solver in TWO_STAGE
+    if grid == "official":
+        start = int(steps * (1 - t_start) + 1e-9)  # 20 * (1 - 0.9) is a hair under 2 in floating point
+        knots = [*official_knots(steps)[start:].tolist(), 0.0]
+        two = max(len(knots) - 2, 0) if two_stage else 0
     else:
-        two = max(intervals - 1, 0) if solver in TWO_STAGE else 0
-    return Schedule(solver, knots, [2] * two + [1] * (intervals - two))
+        knots = [t_start * (1 - done / steps) for done in [*range(0, steps, 2 if two_stage else 1), steps]]
+        two = steps - (len(knots) - 1)
+    return Schedule(solver, knots, [2] * two + [1] * (len(knots) - 1 - two))
 
 
 def holding(velocity: Velocity, g: Float[Tensor, "n d"], value: Float[Tensor, " n"]) -> Velocity:
     """The velocity whose data prediction ``z_t - t v`` has the component ``g . z_0 = value``, in each row.
 
-    Where it has not, the prediction is moved as little as that takes, along `g` (rows of zero hold nothing). This is
-    guidance by a hard constraint: the flow stays free in all other directions, and adapts them to the held one.
+    Where it has not, the prediction is moved as little as that takes, along `g` (rows of zero hold nothing). The flow
+    stays free in all other directions, and adapts them to the held one.
     """
     towards = g / g.square().sum(dim=-1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
 

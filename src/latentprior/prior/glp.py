@@ -1,8 +1,8 @@
 """`GLP`, the generative latent prior: normalizer, denoiser and provenance in one object.
 
-Every public method takes and returns *raw* activations with free leading dimensions; standardised ones are called
-``z``, and noise is always standardised. What draws takes `generator`: a seed repeats exactly, before and after any
-other call, a `torch.Generator` advances, and None draws fresh numbers, which `torch.manual_seed` makes repeat.
+Raw activations have free leading dimensions; standardised ones are called ``z``, and noise is always standardised. What
+draws takes `generator`: a seed repeats exactly, a `torch.Generator` advances, and None draws fresh numbers, which
+`torch.manual_seed` makes repeat.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from latentprior.config import Grid, Solver
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior import files as pretrained
 from latentprior.prior import flow
-from latentprior.prior.attachable import Attachable
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
-from latentprior.prior.repository import fetch
-from latentprior.prior.sampler import by_row, integrate, vectors_by_row
+from latentprior.prior.repair import Attachable
 from latentprior.utils.errors import InputError
 from latentprior.utils.hub import upload
 from latentprior.utils.random import Seed, generator_of, normal
@@ -53,15 +51,10 @@ def _on_priors_device(method: Callable[Concatenate[GLP, P], Tensor]) -> Callable
 
 
 class GLP(Attachable):
-    """A generative latent prior over a language model's activations.
+    """A generative latent prior over a language model's activations at `hookpoints`.
 
     Activations may be on any device: methods compute where the prior is and give the result back where they were.
-
-    Args:
-        denoiser: the network.
-        normalizer: standardisation of raw activations.
-        hookpoints: where in which model the training activations came from.
-        provenance: corpus, training summary and versions, as JSON-ready values.
+    `provenance` is corpus, training summary and versions, as JSON-ready values.
 
     Examples:
         >>> glp = lp.GLP.from_pretrained("runs/prior")
@@ -95,7 +88,6 @@ class GLP(Attachable):
 
     @property
     def width(self) -> int:
-        """Width d of the activations."""
         return self.normalizer.width
 
     @property
@@ -107,17 +99,13 @@ class GLP(Attachable):
         self.denoiser.to(dtype)
         return self
 
-    # -- the flow ------------------------------------------------------------------------------------------------
-
     @_on_priors_device
     def velocity(
         self, z_t: Float[Tensor, "*n d"], t: Float[Tensor, " ..."] | float, layer: Layer = None
     ) -> Float[Tensor, "*n d"]:
         """Velocity ``u_hat(z_t, t)`` at standardised `z_t` [..., d]; `t` is a scalar or [...]."""
         self.normalizer.check_width(z_t)
-        times = torch.as_tensor(t, dtype=torch.float32, device=z_t.device)
-        times = by_row("t", times, z_t.shape[:-1])
-        layers = self._layers(layer, z_t.shape[:-1])
+        times, layers = self._times(t, z_t.shape[:-1]), self._layers(layer, z_t.shape[:-1])
         return self.denoiser(z_t.reshape(-1, self.width), times, layers).reshape(z_t.shape)
 
     @_on_priors_device
@@ -132,14 +120,14 @@ class GLP(Attachable):
     ) -> Float[Tensor, ""]:
         """The training loss ``mean((u_hat(z_t, t) - (eps - z_0))^2)`` (paper, flow matching), differentiable.
 
-        Times left out are drawn from the official training grid, noise from `generator`. Losses that are to be compared
-        need the same seed, or the same `t` and `noise`.
+        Times left out are drawn from the official training grid. Losses that are to be compared need the same seed, or
+        the same `t` and `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         if t is None:
             generator = generator_of(generator)  # goes on to draw the noise
             t = flow.training_times(torch.rand(x.shape[:-1], generator=generator, device=generator.device))
-        t = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        t = self._times(t, x.shape[:-1])
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
         predicted = self.denoiser(flow.interpolate(z_0, eps, t), t, self._layers(layer, x.shape[:-1]))
         return F.mse_loss(predicted, flow.target(z_0, eps))
@@ -160,20 +148,18 @@ class GLP(Attachable):
         """Draw `n` raw activations [n, d] by integrating the flow from noise (t = 1) to data (t = 0).
 
         Args:
-            n: how many.
             steps: denoiser evaluations; see `nfe`.
             solver: euler, midpoint, heun or ab2.
             grid: "uniform", or "official" for the official sampler's times bit for bit.
-            noise: standardised noise [n, d] to start from.
+            noise: standardised noise to start from.
             layer: which layer, for a multi-layer prior: a number, or [n].
-            generator: source of the noise, or a seed; None draws fresh noise at every call.
         """
         if n < 1:
             raise InputError(f"n must be at least 1, got {n}")
         start = self._noise((n, self.width), noise, generator)
         schedule = flow.schedule(steps, solver=solver, grid=grid)
         layers = self._layers(layer, (n,))
-        return self.normalizer.denormalize(integrate(self.denoiser, start, schedule, layers), layers)
+        return self.normalizer.denormalize(self.denoiser.integrate(start, schedule, layers), layers)
 
     @_on_priors_device
     @torch.no_grad()
@@ -195,20 +181,14 @@ class GLP(Attachable):
 
         Standardise, noise to `t_start`, integrate back to 0, de-standardise. Larger `t_start` corrects more and keeps
         less. Attention sinks (norm over 10 times the training median) come back untouched, and so does everything at
-        ``t_start=0``. The result has `x`'s dtype.
+        ``t_start=0``. The result has `x`'s dtype. Other arguments are as in `sample`.
 
         Args:
-            x: edited raw activations [..., d].
             reference: the activations before they were edited. Then the answer is
                 ``reference + project(x) - project(reference)`` with the same noise: what projecting costs an unedited
                 activation cancels, and an edit of zero changes nothing.
             t_start: noise level to start from, 0 (data) to 1 (noise).
             steps: denoiser evaluations (as the official code counts them with ``grid="official"``); see `nfe`.
-            solver: as in `sample`.
-            grid: as in `sample`.
-            noise: standardised noise of `x`'s shape.
-            layer: as in `sample`, or [...].
-            generator: as in `sample`.
             hold: directions [d] or [..., d]; the result has the component along them that `x` has (and the projected
                 reference that of the reference), while the flow adapts all others to it.
         """
@@ -220,7 +200,7 @@ class GLP(Attachable):
             return x.clone()
         eps = self._noise(shape, noise, generator).reshape(flat.shape)
         keep = self.normalizer.sinks(flat, layers)
-        held = None if hold is None else vectors_by_row("hold", hold, shape)
+        held = None if hold is None else _by_row("hold", torch.atleast_1d(hold), shape).reshape(flat.shape)
         if reference is None:
             projected = self._project(flat, eps, schedule, layers, held)
         else:
@@ -247,14 +227,14 @@ class GLP(Attachable):
         layer: Layer = None,
         generator: Seed = None,
     ) -> Float[Tensor, "*n blocks d_mlp"]:
-        """Meta-neurons of raw activations: the post-gate hidden units of every block, ``[..., blocks, d_mlp]``.
+        """Meta-neurons of raw activations: the post-gate hidden units of every block.
 
         One denoiser pass at noise level `t`, a scalar or [...] (paper, 1-D probing: t = 0.1 with fixed noise). Features
-        that are to be compared, such as those of an activation before and after an edit, need the same seed or `noise`.
+        that are to be compared need the same seed or `noise`.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         eps = self._noise(x.shape, noise, generator).reshape(z_0.shape)
-        times = by_row("t", torch.as_tensor(t, dtype=torch.float32, device=x.device), x.shape[:-1])
+        times = self._times(t, x.shape[:-1])
         z_t = flow.interpolate(z_0, eps, times)
         factors = self.denoiser.row_factors(times, self._layers(layer, x.shape[:-1]))
         stacked = torch.stack(list(self.denoiser.units(z_t, factors)), dim=1)
@@ -272,10 +252,9 @@ class GLP(Attachable):
     ) -> Float[Tensor, "*n"]:
         """How unusual each activation is: its own denoising loss, ``mean_d (u_hat(z_t, t) - (eps - z_0))^2``.
 
-        The mean over `times`, one noise each: near the held-out loss for ordinary activations, larger off the data.
-        One denoiser pass for each time. Scores that are to be compared, such as those of activations before and after
-        an edit, need the same seed: then row i has the same noise in every call of as many rows, and differences are
-        not noise.
+        The mean over `times`, one noise and one denoiser pass each: near the held-out loss for ordinary activations,
+        larger off the data. Scores that are to be compared need the same seed: then row i has the same noise in every
+        call of as many rows.
         """
         z_0 = self.normalizer.normalize(x, layer).reshape(-1, self.width)
         layers, generator = self._layers(layer, x.shape[:-1]), generator_of(generator)
@@ -293,14 +272,10 @@ class GLP(Attachable):
         schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
         return schedule.nfe if t_start > 0 else 0
 
-    # -- files ---------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, path: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card into the folder `path`."""
-        folder = Path(path)
-        parts = pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance)
-        pretrained.write(folder, parts)
-        return folder
+        pretrained.write(Path(path), pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance))
+        return Path(path)
 
     @classmethod
     def from_pretrained(
@@ -313,17 +288,10 @@ class GLP(Attachable):
     ) -> GLP:
         """Load a prior from a folder or a Hub repository, of this project's format or the official one.
 
-        Args:
-            path_or_repo: folder or repository id.
-            checkpoint: which weights: "final", or the name of an intermediate checkpoint under ``checkpoints/``.
-            revision: branch, tag or commit of the repository.
-            device: where to put it; the CPU by default.
-            dtype: precision of the denoiser's weights; as saved by default.
-
-        Raises:
-            InputError: nothing there, an unknown checkpoint, or files that do not fit together.
+        `checkpoint` is "final" or the name of one under ``checkpoints/``; `dtype` is that of the denoiser's weights, as
+        saved by default.
         """
-        folder = fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
+        folder = pretrained.fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
         parts = pretrained.read(folder, checkpoint)
         glp = cls(parts.denoiser, parts.normalizer, parts.hookpoints, parts.provenance)
         if dtype is not None:
@@ -334,8 +302,6 @@ class GLP(Attachable):
         """Save to a temporary folder and upload it to the Hub repository `repo`; returns the commit's address."""
         return upload(self.save_pretrained, repo, private=private, revision=revision)
 
-    # -- parts ---------------------------------------------------------------------------------------------------
-
     def _noise(self, shape: Sequence[int], noise: Tensor | None, generator: Seed) -> Tensor:
         if noise is None:
             return normal(*shape, seed=generator, device=self.device)
@@ -343,23 +309,36 @@ class GLP(Attachable):
             raise InputError(f"noise has shape {tuple(noise.shape)}, activations have {tuple(shape)}")
         return noise.to(self.device, torch.float32)
 
+    def _times(self, t: Tensor | float, leading: Sequence[int]) -> Tensor:
+        return _by_row("t", torch.as_tensor(t, dtype=torch.float32, device=self.device), leading)
+
     def _layers(self, layer: Layer, leading: Sequence[int]) -> Tensor | None:
         """Layer numbers as the denoiser wants them: None, a scalar, or one for each row."""
         self.normalizer.rows(layer)  # refuses a layer without statistics, and none where it is needed
         if self.denoiser.layer_embed is None:
             return None
         layers = self.normalizer.layers[0] if layer is None else torch.as_tensor(layer, device=self.device)
-        return by_row("layer", layers, leading)
+        return _by_row("layer", layers, leading)
 
     def _project(
-        self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None = None
+        self, x: Tensor, eps: Tensor, schedule: flow.Schedule, layers: Tensor | None, held: Tensor | None
     ) -> Tensor:
         """Standardise, noise to the first knot, integrate, de-standardise: [N, d] -> [N, d]."""
         z_0 = self.normalizer.normalize(x, layers)
         z = flow.interpolate(z_0, eps, schedule.knots[0])
         if held is None:
-            return self.normalizer.denormalize(integrate(self.denoiser, z, schedule, layers), layers)
+            return self.normalizer.denormalize(self.denoiser.integrate(z, schedule, layers), layers)
         g = self.normalizer.covector(held.to(z), layers).expand_as(z)
         value = (g * z_0).sum(dim=-1)
-        z = integrate(self.denoiser, z, schedule, layers, (g, value))
+        z = self.denoiser.integrate(z, schedule, layers, (g, value))
         return self.normalizer.denormalize(flow.hold(z, g, value), layers)  # solvers but Euler end a little beside it
+
+
+def _by_row(name: str, value: Tensor, leading: Sequence[int]) -> Tensor:
+    """`value` itself if it is a scalar, else one entry for each activation of shape [*leading, d]: [N]."""
+    if value.ndim == 0:
+        return value
+    try:
+        return value.expand(*leading).reshape(-1)
+    except RuntimeError as error:
+        raise InputError(f"{name} has shape {list(value.shape)}, activations have {list(leading)}") from error

@@ -21,28 +21,16 @@ def priors_of(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> tuple[dict[str, GLP], Hookpoint]:
-    """The priors by the names they were given, and their one hookpoint.
-
-    Args:
-        names: folders or repositories, at least one.
-        checkpoint: which of their weights.
-        layer: which layer of multi-layer priors.
-        device: where to put them; "auto" is this process's CUDA device if there is one, else the CPU.
-        precision: of the denoisers; "auto" is bfloat16 where the device is fast at it.
-    """
+    """The priors by their folders or repositories, and their one hookpoint: that of `layer` if they have several."""
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
-    priors: dict[str, GLP] = {}
-    found: list[Hookpoint] = []
-    for name in names:
-        glp = GLP.from_pretrained(name, checkpoint, device=place).cast(dtype)
-        mine = hookpoint_of(glp, name, layer)
-        first = found[0] if found else mine
+    priors = {name: GLP.from_pretrained(name, checkpoint, device=place, dtype=dtype) for name in names}
+    places = {name: hookpoint_of(glp, name, layer) for name, glp in priors.items()}
+    first = places[names[0]]
+    for name, mine in places.items():
         if not mine.same_place(first):
             raise InputError(f"{name} is a prior of {mine}, {names[0]} of {first}")
-        found.append(mine)
-        priors[name] = glp
-    return priors, found[0]
+    return priors, first
 
 
 def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
@@ -53,5 +41,5 @@ def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
 
 
 def heldout_loss(glp: GLP) -> float | None:
-    """The held-out loss at the end of its training; None if it does not say."""
+    """The held-out loss at the end of its training, if known."""
     return glp.provenance.get("training", {}).get("heldout_loss")

@@ -1,7 +1,4 @@
-"""Standardisation: raw activations to mean 0 and variance 1, and back, for each layer.
-
-Of each dimension by itself, or along the principal directions of the covariance (whitened).
-"""
+"""Standardisation to mean 0 and variance 1, and back: of each dimension, or along principal directions (whitened)."""
 
 from __future__ import annotations
 
@@ -23,31 +20,15 @@ LEAST_VARIANCE = 1e-6  # of the largest one: rounding to bfloat16 alone makes ab
 class Normalizer(nn.Module):
     """Standardisation with the statistics of the training data, per dimension (paper, section on training).
 
-    Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to
-    its mean, never to infinity. The statistics are float32 buffers, one row for each layer, and stay float32 whatever
-    the module, or one around it, is cast to.
+    Raw activations are called ``x``, standardised ones ``z``. A dimension without variance maps to 0 and back to its
+    mean, never to infinity. The statistics are buffers that stay float32 whatever the module is cast to; `mean_norm`,
+    the unit of steering strength, and `median_norm`, a tenth of what makes an attention sink, may be nan.
 
     With a `basis` the activations are whitened instead: ``z = S^-1 U^T (x - mean)`` and ``x = mean + U S z``, where the
     columns of the basis ``U S`` are the principal directions, each as long as the standard deviation along it.
-
-    Args:
-        mean: per-layer means.
-        var: per-layer variances.
-        layers: the language model's layers that the rows belong to, in order.
-        mean_norm: mean norm of an activation, the unit of steering strength; nan where unknown.
-        median_norm: median norm, of which attention sinks have over 10 times; nan where unknown.
-        basis: orthogonal columns for whitening, see `whitened`; None standardises each dimension by itself.
     """
 
-    mean: Tensor
-    var: Tensor
-    layers: Tensor
-    mean_norm: Tensor
-    median_norm: Tensor
     basis: Tensor | None
-    scale: Tensor
-    divisor: Tensor
-    row_of_layer: Tensor
 
     def __init__(
         self,
@@ -73,23 +54,20 @@ class Normalizer(nn.Module):
         missing = torch.full((len(layers),), float("nan"))
         lookup = torch.full((max(layers) + 1,), -1, dtype=torch.int64)
         lookup[list(layers)] = torch.arange(len(layers))
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("var", var.float())
-        self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
-        self.register_buffer("mean_norm", missing.clone() if mean_norm is None else mean_norm.float())
-        self.register_buffer("median_norm", missing.clone() if median_norm is None else median_norm.float())
+        self.mean = nn.Buffer(mean.float())
+        self.var = nn.Buffer(var.float())
+        self.layers = nn.Buffer(torch.tensor(layers, dtype=torch.int64))
+        self.mean_norm = nn.Buffer(missing.clone() if mean_norm is None else mean_norm.float())
+        self.median_norm = nn.Buffer(missing.clone() if median_norm is None else median_norm.float())
         self.register_buffer("basis", None if basis is None else basis.float().contiguous())
         scale = self.var.sqrt() if self.basis is None else self.basis.norm(dim=-2)  # of each coordinate of z
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("divisor", torch.where(self.scale > 0, self.scale, torch.inf), persistent=False)
-        self.register_buffer("row_of_layer", lookup, persistent=False)
-        self._served, self._row_of_layer = (
-            list(layers),
-            lookup.cpu(),
-        )  # CPU: checked without a wait
+        self.scale = nn.Buffer(scale, persistent=False)
+        self.divisor = nn.Buffer(torch.where(scale > 0, scale, torch.inf), persistent=False)
+        self.row_of_layer = nn.Buffer(lookup, persistent=False)
+        self._served, self._row_of_layer = list(layers), lookup.cpu()  # CPU: checked without a wait
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
-        """Called by every move and cast of a module: the statistics move along and keep their precision."""
+        """Called by every move and cast: the statistics move along and keep their precision."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
@@ -98,27 +76,17 @@ class Normalizer(nn.Module):
         return self
 
     @classmethod
-    def from_moments(cls, moments: Moments) -> Normalizer:
-        """The normalizer of streamed moments."""
-        return cls(
-            moments.mean,
-            moments.variance(),
-            moments.layers,
-            mean_norm=moments.mean_norm(),
-            median_norm=moments.median_norm,
-        )
+    def from_moments(cls, moments: Moments, basis: Tensor | None = None) -> Normalizer:
+        norms = {"mean_norm": moments.mean_norm(), "median_norm": moments.median_norm}
+        return cls(moments.mean, moments.variance(), moments.layers, **norms, basis=basis)
 
     @classmethod
     def whitened(cls, moments: Moments, covariance: Float[Tensor, "layers d d"]) -> Normalizer:
         """The normalizer that decorrelates: z has mean 0 and covariance 1 over the data.
 
         Directions of less variance than `LEAST_VARIANCE` times the largest are scaled as if they had that much: noise
-        is not amplified, and every activation can be restored. Directions are in descending order of variance, and the
-        largest entry of each is positive.
-
-        Args:
-            moments: of the training data.
-            covariance: of the same rows, for each layer of the moments; see `moments.Covariance`.
+        is not amplified, and every activation can be restored. They are in descending order of variance, and the
+        largest entry of each is positive. `covariance` is that of the rows of `moments` (`moments.Covariance`).
         """
         if covariance.shape != (*moments.mean.shape, moments.width):
             raise InputError(
@@ -130,25 +98,14 @@ class Normalizer(nn.Module):
         variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
         largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
         scale = variance.clamp(min=LEAST_VARIANCE * variance[:, :1]).sqrt()
-        return cls(
-            moments.mean,
-            moments.variance(),
-            moments.layers,
-            mean_norm=moments.mean_norm(),
-            median_norm=moments.median_norm,
-            basis=directions * largest.sign() * scale[:, None, :],
-        )
+        return cls.from_moments(moments, directions * largest.sign() * scale[:, None, :])
 
     @property
     def width(self) -> int:
         return self.mean.shape[1]
 
     def normalize(self, x: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """Raw to standardised activations, float32 or wider: ``[..., d] -> [..., d]``.
-
-        Raises:
-            InputError: another width, a layer without statistics, or several layers and none named.
-        """
+        """Raw to standardised activations, float32 or wider."""
         return self.standardised(x, self.rows(layer))
 
     def standardised(self, x: Float[Tensor, "*n d"], row: Int[Tensor, " ..."] | int) -> Tensor:
@@ -162,7 +119,7 @@ class Normalizer(nn.Module):
         return _multiplied(centred, self.basis, row) / self.divisor[at].square()
 
     def denormalize(self, z: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """Standardised to raw activations: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        """Standardised to raw activations."""
         self.check_width(z)
         row = self.rows(layer)
         if self.basis is None:
@@ -171,7 +128,7 @@ class Normalizer(nn.Module):
         return _multiplied(_wide(z).expand(torch.broadcast_shapes(z.shape, mean.shape)), self.basis.mT, row) + mean
 
     def covector(self, w: Float[Tensor, "*n d"], layer: Int[Tensor, " ..."] | int | None = None) -> Tensor:
-        """`g` such that ``g . z`` is ``w . x`` up to a constant: ``[..., d] -> [..., d]``. Raises as `normalize`."""
+        """`g` such that ``g . z`` is ``w . x`` up to a constant."""
         self.check_width(w)
         row = self.rows(layer)
         return _wide(w) * self.scale[row] if self.basis is None else _multiplied(_wide(w), self.basis, row)
@@ -201,10 +158,7 @@ class Normalizer(nn.Module):
         if isinstance(layer, int):
             check_recorded([layer], self._served)
             return self._served.index(layer)
-        layer = torch.as_tensor(layer)
-        row = self.known_rows(layer)
-        self._check_served(layer, row)
-        return row.to(self.layers.device)
+        return self.known_rows(torch.as_tensor(layer).cpu()).to(self.layers.device)
 
     def known_rows(self, layer: Int[Tensor, " ..."]) -> Tensor:
         """`rows` on the device of `layer`; layers on a GPU are not checked, as the host would have to wait for it."""
@@ -213,12 +167,8 @@ class Normalizer(nn.Module):
         inside = (layer >= 0) & (layer < len(table))
         row = torch.where(inside, table[layer.long().clamp(0, len(table) - 1)], -1)
         if on_host:
-            self._check_served(layer, row)
+            check_recorded(layer[row < 0].flatten().tolist(), self._served)
         return row
-
-    def _check_served(self, layer: Tensor, row: Tensor) -> None:
-        if (wrong := row < 0).any():
-            check_recorded(layer[wrong].flatten().tolist(), self._served)
 
     def check_width(self, x: Tensor) -> None:
         """Raise `InputError` unless the activations [..., d] have this width and are where the statistics are."""
@@ -234,7 +184,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _multiplied(x: Tensor, matrices: Tensor, row: Tensor | int) -> Tensor:
-    """``x @ matrices[row]`` for activations [..., d]: one product for each row of the statistics.
+    """``x @ matrices[row]``, one product for each row of the statistics.
 
     Never in autocast's precision, which cannot tell small directions from the rounding of large ones.
     """

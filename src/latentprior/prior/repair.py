@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from latentprior.config import Side
+from latentprior.config import Grid, Side, Solver
+from latentprior.data.sinks import sinks_in
 from latentprior.lm.edits import EditCounts, EditedPositions, EditFunction, Positions, edit_positions
 from latentprior.lm.hooks import Hookpoint, at_layers
+from latentprior.prior import flow
 from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.normalizer import Normalizer
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import Seed, keyed_generator, seed_of
 
@@ -30,15 +33,9 @@ class Projector(Protocol):
 class PositionNoise:
     """Standard normal noise that depends on seed, layer, prompt and position alone.
 
-    A position gets the same noise however often it is computed and whatever else is in the batch: generation without a
-    cache equals generation with one, and a prompt alone gets the text that it gets in any batch. Rows of one prompt,
+    A position gets the same noise however often it is computed and whatever else is in the batch. Rows of one prompt,
     such as copies of it under several strengths, share their noise. Where a call does not know its prompts, the row's
-    index stands for them.
-
-    Args:
-        seed: of everything.
-        samples: noises of each position.
-        shared: one noise for all positions of a sequence.
+    index stands for them. `shared` is one noise for all positions of a sequence.
     """
 
     BLOCK = 32  # positions that are drawn together
@@ -61,7 +58,6 @@ class PositionNoise:
         return chosen.flatten(0, 1).to(at.row.device)
 
     def _block(self, layer: int, prompt: int, block: int, width: int) -> Tensor:
-        """Noise [samples, positions, width]."""
         key = (layer, prompt, block)
         if key not in self._blocks:
             rows = 1 if self._shared else self.BLOCK
@@ -75,17 +71,10 @@ class PositionNoise:
 
 
 class RunningRepair:
-    """Projects activations of a running model; what `attach` and steering's `PriorRepair` have in common.
+    """Projects activations of a running model, with the mean over `samples` noises (`PositionNoise`).
 
-    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at
-    the same few times. The prior moves to the device of the first activations; what comes later from other devices it
-    moves itself.
-
-    Args:
-        prior: the prior.
-        seed: of the noise, see `PositionNoise`.
-        samples: projections with different noises, of which the mean is taken.
-        shared: one noise for all positions of a sequence.
+    While it is open the prior's time path is computed once (`Denoiser.caching`), as every decoding step projects at the
+    same few times. The prior moves to the device of the first activations.
     """
 
     def __init__(self, prior: Projector, seed: int, *, samples: int = 1, shared: bool = False) -> None:
@@ -110,12 +99,9 @@ class RunningRepair:
                 self._prior.to(edited.device)
         self._moved = True
         noise = self._noise(at, edited.shape[-1])
-        if self._samples == 1:
-            return self._prior.project(edited, reference=reference, noise=noise, **options)
         reference = None if reference is None else reference.repeat(self._samples, 1)
-        projected = self._prior.project(
-            edited.repeat(self._samples, 1), reference=reference, noise=noise, **options
-        )  # sample-major
+        edited = edited.repeat(self._samples, 1)  # sample-major
+        projected = self._prior.project(edited, reference=reference, noise=noise, **options)
         return projected.unflatten(0, (self._samples, -1)).mean(dim=0)
 
 
@@ -146,7 +132,7 @@ def attach(
     sinks: Callable[[Tensor, int], Tensor] | None = None,
     **options: Any,
 ) -> Iterator[EditCounts]:
-    """See `GLP.attach`, whose implementation this is; `sinks` as in `edit_positions`."""
+    """See `GLP.attach`; `sinks` as in `edit_positions`."""
     if paired and edit is None:
         raise InputError("paired repair compares an activation with its edit: give `edit`")
     chosen = hookpoints_on(prior.hookpoints, model, layer, check_model=check_model)
@@ -167,3 +153,135 @@ def attach(
         edits: dict[int, EditFunction] = {h.layer: repaired for h in chosen}
         with edit_positions(model, edits, positions=positions, side=sides.pop(), sinks=sinks) as counts:
             yield counts
+
+
+@runtime_checkable
+class UnitDirection(Protocol):
+    """What `Attachable.steer` needs of a direction, such as `latentprior.Direction`."""
+
+    @property
+    def vector(self) -> Tensor: ...  # [d] float32, of norm 1
+
+    @property
+    def hookpoint(self) -> Hookpoint: ...
+
+    @property
+    def mean_norm(self) -> float | None: ...  # of the activations it was made from
+
+
+class Attachable(nn.Module):
+    """The methods of `GLP` that change a running model."""
+
+    hookpoints: tuple[Hookpoint, ...]
+    normalizer: Normalizer
+
+    def project(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+    def attach(
+        self,
+        model: nn.Module,
+        *,
+        layer: Sequence[int] | int | None = None,
+        positions: Positions = "all",
+        edit: Callable[[Tensor], Tensor] | None = None,
+        paired: bool = False,
+        check_model: bool = True,
+        generator: Seed = None,
+        t_start: float = 0.5,
+        steps: int = 4,
+        solver: Solver = "euler",
+        grid: Grid = "uniform",
+    ) -> AbstractContextManager[EditCounts]:
+        """Repair what flows through the hookpoint of a running model, also under ``generate()``; yields counts.
+
+        Works with and without a KV cache, with batches, left padding and beams. The first position, padding and
+        attention sinks are never touched. The noise depends on the generator, the prompt's tokens and the position
+        alone: a prompt gets the same text alone and in any batch (in float32; bfloat16 rounds by the batch's shape).
+        The prior's weights must not be changed meanwhile. The prior moves to the device of the first hidden states, and
+        stays there.
+
+        Args:
+            layer: which of the prior's layers; all by default.
+            positions: "all"; "last", the last position at every decoding step (the paper's protocol); "prompt";
+                "generated"; a number, from that position on; or a boolean mask (`latentprior.lm.edits.Positions`).
+            edit: changes the activations [N, d] before they are projected, for example ``lambda x: x + a * w``.
+            paired: project the edit against the unedited activation (`project`'s `reference`).
+            check_model: refuse a model of another name. The paper puts a base model's prior on the instruct model;
+                say False for that. Width and layer are always checked.
+
+        Examples:
+            >>> with glp.attach(model, t_start=0.3, generator=0) as counts:
+            ...     ids = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=3)
+            >>> counts.edited > 0
+            True
+        """
+        several, normalizer = len(self.hookpoints) > 1, self.normalizer
+
+        def sinks(hidden: Tensor, layer: int) -> Tensor:
+            found = normalizer.sinks(hidden.to(normalizer.mean.device), layer if several else None)
+            return found.to(hidden.device)
+
+        options: dict[str, Any] = {"steps": steps, "t_start": t_start, "solver": solver, "grid": grid}
+        flow.schedule(**options)  # wrong options fail here, not in generate()
+        return attach(
+            self,
+            model,
+            layer=layer,
+            positions=positions,
+            edit=edit,
+            paired=paired,
+            check_model=check_model,
+            generator=generator,
+            sinks=sinks,
+            **options,
+        )
+
+    def steer(
+        self,
+        model: nn.Module,
+        direction: UnitDirection,
+        strength: float = 1.0,
+        *,
+        mean_norm: float | None = None,
+        positions: Positions = "all",
+        t_start: float = 0.5,
+        steps: int = 4,
+        solver: Solver = "euler",
+        samples: int = 4,
+        check_model: bool = True,
+        generator: Seed = 0,
+    ) -> AbstractContextManager[EditCounts]:
+        """Steer a running model along a direction, each edit repaired in pairs: `attach` with an edit of its own.
+
+        An activation a [d] becomes ``a + project(a + r m w) - project(a)`` with the same noise, for a strength r, the
+        layer's mean norm m and a unit vector w (paper, on-manifold steering; paired). `mean_norm` is by default the
+        prior's own, else the direction's (`Normalizer.norm_unit`); `samples` are projections with different noises, of
+        which the mean is taken. The defaults are those of `latentprior steer`, the best of docs/steering.md. Several
+        edits at once, and other kinds: `steering` with a `PriorRepair`.
+
+        Examples:
+            >>> with glp.steer(model, direction, strength=0.8):
+            ...     ids = model.generate(**tokenizer("The weather", return_tensors="pt"), max_new_tokens=3)
+        """
+        place = direction.hookpoint
+        if self.hookpoints and not any(place.same_place(h, check_model=check_model) for h in self.hookpoints):
+            raise InputError(f"the direction belongs to {place}, this prior to {', '.join(map(str, self.hookpoints))}")
+        place.check(model, check_model=check_model)
+        options: dict[str, Any] = {"steps": steps, "t_start": t_start, "solver": solver}
+        flow.schedule(**options)
+        unit = mean_norm or self.normalizer.norm_unit(place.layer, otherwise=direction.mean_norm)
+        push = strength * unit * direction.vector
+        return attach(
+            self,
+            model,
+            layer=place.layer,
+            positions=positions,
+            edit=lambda x: x.float() + push.to(x.device),
+            paired=True,
+            samples=samples,
+            check_model=check_model,
+            generator=generator,
+            sinks=lambda hidden, layer: sinks_in(hidden, unit),
+            **options,
+        )

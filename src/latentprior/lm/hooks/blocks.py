@@ -18,12 +18,11 @@ _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks of a causal language model, in order.
+    """The decoder blocks of a causal language model, in order, below any wrapper (PEFT, DDP, `torch.compile`).
 
     They are the `ModuleList` below the model's decoder that has as many members, mostly of one class, as the text
-    config has layers; the one with most parameters if there are several. Without a transformers config they are the
-    largest list of members of one class. Wrappers (PEFT, DDP, `torch.compile`) are looked through. An encoder-decoder
-    model is an `InputError`.
+    config has layers; the one with most parameters if there are several. Without a transformers config, the largest
+    list of one class. An encoder-decoder model is an `InputError`.
     """
     return find_blocks_at(model)[1]
 
@@ -71,7 +70,7 @@ def drop_blocks_after(model: nn.Module, layer: int) -> int:
 
 
 def text_config(model: nn.Module) -> Any | None:
-    """The transformers config of the model's text decoder; None if there is no transformers model in `model`."""
+    """The transformers config of the model's text decoder, if `model` has one."""
     wrapped = language_model(model)
     return None if wrapped is None else wrapped.get_decoder().config.get_text_config(decoder=True)
 
@@ -87,10 +86,7 @@ def width_of(model: nn.Module, block: nn.Module, side: Side) -> int:
 
 
 def down_projection(model: nn.Module, block: nn.Module) -> nn.Module:
-    """The linear layer through which the hidden units of a block's MLP write to the residual stream.
-
-    A mixture of experts has none, which is an `InputError`.
-    """
+    """The linear layer from the hidden units of a block's MLP to the residual stream; a mixture of experts has none."""
     width = _stream_width(model, block)
     fitting = [
         module
@@ -112,14 +108,12 @@ def _sizes(linear: Any) -> tuple[int, int]:
 
 
 def _stream_width(model: nn.Module, block: nn.Module) -> int:
-    """Size of the residual stream."""
     known = getattr(text_config(model), "hidden_size", None)
     # Everything in a block reads from or writes to the residual stream, so its width is the commonest dimension.
     return known or Counter(size for p in block.parameters() for size in p.shape).most_common(1)[0][0]
 
 
 def check_in_range(layer: int, blocks: int, name: str) -> None:
-    """Raise `InputError` unless the model called `name` has `layer` among its `blocks` blocks."""
     if not 0 <= layer < blocks:
         raise InputError(f"layer {layer} is out of range: {name} has layers 0 to {blocks - 1}")
 

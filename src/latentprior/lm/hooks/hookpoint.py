@@ -27,26 +27,18 @@ class Hookpoint:
     """Where activations come from: one side of one block of one model.
 
     Two models are the same if they have one id of the Hub (`org/name`), quantised or with adapters, or if the weights
-    of the block are the same (`weights`): a copy in another folder, of another name or in another precision is, and
-    another fine-tuning in the same folder is not. Where one of the two does not tell its weights, names decide: they
-    are equal, or an id and a folder that ends in its name; two folders are never one model because they end alike. An
-    empty name is unknown and matches every model.
+    of the block are the same: a copy in another folder, of another name or in another precision is, and another
+    fine-tuning in the same folder is not. Where one does not tell its weights, names decide: they are equal, or an id
+    and a folder that ends in its name. An empty name is unknown and matches every model.
     """
 
-    model: str
-    """Hugging Face id or folder; empty if unknown."""
-    layer: int
-    """Index of the block, from 0."""
-    width: int
-    """Size of the residual stream, or of the MLP's hidden units."""
-    side: Side = "output"
-    """The block's output (`hidden_states[layer + 1]` of transformers), its input, or the hidden units of its MLP."""
-    path: str = ""
-    """The block's name in the model, such as "model.layers.15"."""
-    revision: str | None = None
-    """Commit of the model on the Hub, where known."""
-    weights: str | None = field(default=None, compare=False)
-    """Digest of the block's weights in bfloat16, where they could be read."""
+    model: str  # Hugging Face id or folder; empty if unknown
+    layer: int  # index of the block, from 0
+    width: int  # of the residual stream, or of the MLP's hidden units
+    side: Side = "output"  # see `latentprior.lm.hooks`
+    path: str = ""  # the block's name in the model, such as "model.layers.15"
+    revision: str | None = None  # commit on the Hub, where known
+    weights: str | None = field(default=None, compare=False)  # digest of the block's, in bfloat16
 
     def __post_init__(self) -> None:
         check_side(self.side)
@@ -74,10 +66,7 @@ class Hookpoint:
         return f"{self.model or 'some model'} layer {self.layer} {self.side} (width {self.width})"
 
     def same_place(self, other: Hookpoint, *, check_model: bool = True) -> bool:
-        """Whether two hookpoints are the same side of the same block of the same model; see `Hookpoint`.
-
-        ``check_model=False`` leaves the model out.
-        """
+        """Whether both are the same side of the same block of the same model (any, without `check_model`)."""
         if check_model and not self._same_model(other):
             return False
         return (self.layer, self.side, self.width) == (other.layer, other.side, other.width)
@@ -91,14 +80,7 @@ class Hookpoint:
         return _same_name(self.model, other.model)
 
     def check(self, model: nn.Module, *, check_model: bool = True) -> nn.Module:
-        """The block of `model` that this hookpoint names.
-
-        Args:
-            check_model: refuse another model; see `Hookpoint` for what is the same one.
-
-        Raises:
-            InputError: another model, a layer that it does not have, or another width.
-        """
+        """The block that this hookpoint names; another model (by `check_model`), layer or width is an `InputError`."""
         name = getattr(getattr(language_model(model), "config", None), "_name_or_path", "")
         if check_model and not _same_name(self.model, name) and not self.weights:
             raise self._refusal(repr(name))  # before a layer or width that can only be wrong
@@ -121,7 +103,7 @@ class Hookpoint:
         return config.to_dict(self)
 
     def place(self) -> dict[str, Any]:
-        """`to_dict` without the digest of the weights, which files of before there was one lack."""
+        """`to_dict` without the digest of the weights, which older files lack."""
         return {key: value for key, value in self.to_dict().items() if key != "weights"}
 
     @classmethod
@@ -133,9 +115,8 @@ class Hookpoint:
 def check_recorded(layers: Iterable[int], recorded: Iterable[int]) -> None:
     """Raise `InputError` for the first of `layers` that is not among those `recorded`."""
     recorded = list(recorded)
-    for layer in layers:
-        if layer not in recorded:
-            raise unknown("layer", layer, recorded)
+    if wrong := [layer for layer in layers if layer not in recorded]:
+        raise unknown("layer", wrong[0], recorded)
 
 
 def at_layers(hookpoints: Sequence[Hookpoint], layers: Iterable[int] | None = None) -> list[Hookpoint]:
@@ -160,8 +141,7 @@ def same_places(some: Sequence[Hookpoint], others: Sequence[Hookpoint]) -> bool:
 
 
 def _digest_of(block: nn.Module) -> str | None:
-    """SHA-256, shortened, of how often each bfloat16 value occurs in a block: whatever its precision, the order of its
-    weights and how they are split. None where they cannot be read: quantised, in float16, or not in one memory."""
+    """SHA-256 of how often each bfloat16 value occurs, whatever precision, order and split; None where not readable."""
     counts = torch.zeros(2**16, dtype=torch.int64)
     for p in block.parameters():
         if (
@@ -175,12 +155,11 @@ def _digest_of(block: nn.Module) -> str | None:
 
 
 def _same_name(name: str, other: str) -> bool:
-    """Whether two names mean one model, as far as names tell: two folders, or two ids `org/name`, have to be equal; one
-    of the two, or a bare name such as `gpt2`, and another kind of name only have to end alike. An empty one is unknown.
-    """
+    """Whether two names mean one model, as far as they tell; an empty one is unknown."""
     name, other = _spelled_alike(name), _spelled_alike(other)
     if not name or not other or name == other:
         return True
+    # Two folders, or two ids, have to be equal; an id, a folder and a bare `gpt2` only have to end alike.
     return _kind(name) != _kind(other) and name.rpartition("/")[2] == other.rpartition("/")[2]
 
 

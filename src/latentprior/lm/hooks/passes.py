@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from latentprior.config import Side
 from latentprior.lm.hooks.blocks import check_side, down_projection, forward_parameters, language_model, select_blocks
@@ -20,46 +22,39 @@ from latentprior.utils.errors import InputError
 def capture(model: nn.Module, layers: Iterable[int], *, side: Side = "output") -> Iterator[dict[int, Tensor]]:
     """A dict that every forward pass fills with the hidden states [B, T, d] of `layers`.
 
-    The tensors are the model's own, not copies, and part of the autograd graph if there is one. Edits that were
-    entered before are seen, later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
+    They are the model's own, not copies, and part of the autograd graph if there is one. Edits entered before are seen,
+    later ones are not. A compiled model is an `InputError`, here and below: it ignores hooks.
     """
     hidden_states: dict[int, Tensor] = {}
-    with _visiting(model, {layer: _keeper(hidden_states, layer) for layer in layers}, side):
+    with _visiting(model, {layer: partial(hidden_states.__setitem__, layer) for layer in layers}, side):
         yield hidden_states
 
 
 class _Reached(Exception):
-    """Every needed hidden state is there."""
+    pass
 
 
 def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", **inputs: Any) -> dict[int, Tensor]:
-    """Run the model on `inputs` up to the last block of `layers`: no later block and no head runs.
-
-    The model runs without gradients, cache or dropout; its training mode is as before afterwards.
-
-    Returns:
-        hidden states [B, T, d] for each layer, in the order of `layers`.
-    """
+    """The hidden states [B, T, d] of `layers`, without gradients, cache or dropout: no later block and no head runs."""
     layers = list(dict.fromkeys(layers))
     if not layers:
         raise InputError("name at least one layer")
     hidden_states: dict[int, Tensor] = {}
-    keepers = {layer: _keeper(hidden_states, layer) for layer in layers}
 
-    def stop(hidden: Tensor) -> None:
-        hidden_states[last] = hidden
-        raise _Reached
+    def keep(layer: int, hidden: Tensor) -> None:
+        hidden_states[layer] = hidden
+        if layer == max(layers):
+            raise _Reached
 
-    last = max(layers)
-    keepers[last] = stop
     if "use_cache" in forward_parameters(model):
         inputs.setdefault("use_cache", False)
     # Not inference mode: its tensors could not be trained on.
-    with torch.no_grad(), _evaluating(model), _visiting(model, keepers, side):
-        try:
-            model(**inputs)
-        except _Reached:
-            pass
+    with torch.no_grad(), ExitStack() as stack, suppress(_Reached):
+        stack.enter_context(_visiting(model, {layer: partial(keep, layer) for layer in layers}, side))
+        for module in model.modules():
+            if module.training:
+                stack.enter_context(replaced_attribute(module, "training", False))
+        model(**inputs)
     if lost := [layer for layer in layers if layer not in hidden_states]:
         raise InputError(f"the hooks of layers {lost} did not run: they cannot be read")
     return {layer: hidden_states[layer] for layer in layers}
@@ -69,29 +64,19 @@ def run_cut(model: nn.Module, layers: Iterable[int], *, side: Side = "output", *
 def edit(model: nn.Module, edits: Mapping[int, Callable[[Tensor], Tensor]], *, side: Side = "output") -> Iterator[None]:
     """Replace hidden states while the context is open, also under `generate()`.
 
-    Each function gets a copy of the hidden state [B, T, d] and returns its replacement, which is cast back to the
-    model's dtype and device. Edits of nested contexts apply in the order in which they were entered.
+    Each function gets a copy of the hidden state [B, T, d]; what it returns is cast back to the model's dtype and
+    device. Edits of nested contexts apply in the order in which they were entered.
     """
-    with _visiting(model, {layer: _editor(layer, function) for layer, function in edits.items()}, side):
+    with _visiting(model, {layer: partial(_edited, layer, function) for layer, function in edits.items()}, side):
         yield
 
 
-def _keeper(hidden_states: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
-    def keep(hidden: Tensor) -> None:
-        hidden_states[layer] = hidden
-
-    return keep
-
-
-def _editor(layer: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def replace(hidden: Tensor) -> Tensor:
-        edited = function(hidden.clone())  # a copy, as `h[:, -1] += v` must not reach what others hold
-        if not isinstance(edited, Tensor) or edited.shape != hidden.shape:
-            got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-            raise InputError(f"the edit of layer {layer} must return a tensor {list(hidden.shape)}, got {got}")
-        return edited.to(hidden.device, hidden.dtype)
-
-    return replace
+def _edited(layer: int, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    edited = function(hidden.clone())  # a copy, as `h[:, -1] += v` must not reach what others hold
+    if not isinstance(edited, Tensor) or edited.shape != hidden.shape:
+        got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise InputError(f"the edit of layer {layer} must return a tensor {list(hidden.shape)}, got {got}")
+    return edited.to(hidden.device, hidden.dtype)
 
 
 @contextmanager
@@ -100,7 +85,9 @@ def _visiting(model: nn.Module, visitors: Mapping[int, Callable[[Tensor], Tensor
     check_side(side)
     blocks = select_blocks(model, visitors)
     with ExitStack() as stack:
-        stack.enter_context(_eager_generation(model))
+        if (settings := getattr(language_model(model), "generation_config", None)) is not None:
+            # `generate()` compiles the model for static caches: it would run past the hooks.
+            stack.enter_context(replaced_attribute(settings, "disable_compile", True))
         for layer, visit in visitors.items():
             register = _on_output if side == "output" else _on_input
             place = down_projection(model, blocks[layer]) if side == "mlp" else blocks[layer]
@@ -137,60 +124,36 @@ def _hidden_state(value: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def replaced_attribute(owner: object, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this one object is `value` while the context is open; one of its own comes back."""
+    before = {key: own for key, own in vars(owner).items() if key == name}
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _eager_generation(model: nn.Module) -> Iterator[None]:
-    """Keep `generate()` from compiling the model, as it does for static caches: it would run past the hooks."""
-    settings = getattr(language_model(model), "generation_config", None)
-    if settings is None:
-        yield
-        return
-    before = settings.disable_compile
-    settings.disable_compile = True
-    try:
-        yield
-    finally:
-        settings.disable_compile = before
+        vars(owner).pop(name, None)
+        vars(owner).update(before)
 
 
 @dataclass
 class ForwardInputs:
     """What the model was last called with."""
 
-    ids: Tensor | None = None
-    """[B, T] token ids; None if the call gave embeddings."""
-    embeds: Tensor | None = None
-    """[B, T, d] embeddings; None if the call gave token ids."""
-    attention_mask: Tensor | None = None
-    """[B, past + T], or [B, 1, T, keys] under a static cache; None if the call gave none."""
-    position_ids: Tensor | None = None
-    """[B, T] or [1, T]; None if the call gave none."""
-    past_length: int = 0
-    """Columns already in the key-value cache: column t of this call is column past_length + t of the sequence."""
-    placed: bool = False
-    """Whether anything in the call (cache, positions, mask) told `past_length`; else it is taken for 0."""
-    calls: int = 0
-    """Forward passes begun so far."""
-    completed: int = 0
-    """Forward passes that ran to their end."""
+    ids: Tensor | None = None  # [B, T]; None if the call gave embeddings
+    embeds: Tensor | None = None  # [B, T, d]; None if the call gave token ids
+    attention_mask: Tensor | None = None  # [B, past + T], or [B, 1, T, keys] under a static cache
+    position_ids: Tensor | None = None  # [B, T] or [1, T]
+    past_length: int = 0  # columns in the key-value cache, before the first of this call
+    placed: bool = False  # whether anything in the call told `past_length`; else it is taken for 0
+    calls: int = 0  # forward passes begun so far
+    completed: int = 0  # forward passes that ran to their end
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
 
 def cache_argument(model: nn.Module) -> str:
-    """The name under which this model, in the installed version of transformers, takes its key-value cache."""
+    """The name of this model's argument for its key-value cache, in the installed version of transformers."""
     taken = forward_parameters(model)
     return next((name for name in CACHE_NAMES if name in taken), "past_key_values")
 
@@ -229,23 +192,15 @@ def forward_inputs(model: nn.Module) -> Iterator[ForwardInputs]:
 
 
 def _position_ids(given: Any, width: int) -> Tensor | None:
-    """[B, T] or [1, T]; None for those of other shapes, such as one for each axis of an image."""
     if not isinstance(given, Tensor):
         return None
-    given = given[None] if given.ndim == 1 else given
+    given = given[None] if given.ndim == 1 else given  # other shapes have one for each axis of an image
     return given if given.ndim == 2 and given.shape[1] == width else None
 
 
 def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | None, width: int) -> int | None:
-    """Columns before this call's; None if nothing tells.
-
-    The cache is known by what it is: its argument has had three names so far. Caches without keys, as of state space
-    models, say 0 at any time, so whatever says more is believed.
-    """
-    told = []
-    for value in inputs.values():
-        if hasattr(value, "get_seq_length"):
-            told.append(int(value.get_seq_length()))
+    """Columns before this call's; None if nothing tells."""
+    told = [int(value.get_seq_length()) for value in inputs.values() if hasattr(value, "get_seq_length")]
     cache_position = inputs.get("cache_position")
     if isinstance(cache_position, Tensor) and cache_position.numel():
         told.append(int(cache_position.flatten()[0]))
@@ -259,4 +214,51 @@ def _past_length(inputs: Mapping[str, Any], mask: Any, position_ids: Tensor | No
             f"the cache ({type(unknown).__name__}) has no get_seq_length, and neither positions nor a mask of all "
             "columns came with it: where the tokens stand cannot be told"
         )
+    # Caches without keys, as of state space models, say 0 at any time, so whatever says more is believed.
     return next((length for length in told if length), 0) if told else None
+
+
+Outputs = dict[int, Any]  # what blocks returned, by layer
+
+
+def blocks_before(model: nn.Module, layer: int, side: Side) -> range:
+    """The layers of the blocks that run before an edit at one side of `layer` is made."""
+    check_side(side)
+    select_blocks(model, [layer])
+    return range(layer + 1 if side == "output" else layer)
+
+
+@contextmanager
+def keeping(model: nn.Module, layers: range) -> Iterator[Outputs]:
+    """A dict that every forward pass fills with copies of what the blocks of `layers` return, whatever that is."""
+    kept: Outputs = {}
+    with ExitStack() as stack:
+        for layer, block in select_blocks(model, layers).items():
+
+            def keep(_block: nn.Module, _args: Any, output: Any, layer: int = layer) -> None:
+                kept[layer] = _copied(output)
+
+            stack.callback(block.register_forward_hook(keep).remove)
+        yield kept
+
+
+@contextmanager
+def replaying(model: nn.Module, outputs: Outputs) -> Iterator[None]:
+    """Blocks whose outputs `keeping` kept return these and do not run; hooks on them see and change them as ever.
+
+    The result is that of a whole pass only if the inputs are the same and if blocks pass on all they found by what they
+    return: one that leaves keys and values in a cache does not. Compare an unedited pass with a whole one.
+    """
+    with ExitStack() as stack:
+        for layer, block in select_blocks(model, outputs).items():
+
+            def forward(*_args: Any, layer: int = layer, **_kwargs: Any) -> Any:
+                return _copied(outputs[layer])
+
+            stack.enter_context(replaced_attribute(block, "forward", forward))
+        yield
+
+
+def _copied(output: Any) -> Any:
+    """A copy that no later block can change in place."""
+    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, output)

@@ -30,7 +30,7 @@ NPY_MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True, eq=False)
 class OfficialActivations:
-    """An official activation folder, of which rows are gathered from memory maps. Made by `read_activations`."""
+    """An official activation folder, read from memory maps; made by `read_activations`."""
 
     folder: Path
     width: int  # d of the activations
@@ -44,7 +44,7 @@ class OfficialActivations:
         return len(self._index)
 
     def rows(self, indices: Sequence[int] | Int[Tensor, " n"] | np.ndarray) -> Float[Tensor, "n d"]:
-        """Activations [n, d] in the order of `indices`, repeats allowed; one gather for each file."""
+        """Activations in the order of `indices`, repeats allowed; one gather for each file."""
         wanted = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
         if wanted.size and not (0 <= wanted.min() and wanted.max() < len(self)):
             raise InputError(f"{self.folder} has rows 0 to {len(self) - 1}, asked for {wanted.min()} to {wanted.max()}")
@@ -56,15 +56,8 @@ class OfficialActivations:
         out = torch.from_numpy(gathered)
         return out.view(self.dtype) if self._storage == np.int16 else out.to(self.dtype)
 
-    def statistics(self) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
-        """Mean [d] and variance [d] as the folder holds them."""
-        mean, var = read_statistics(self.folder / STATISTICS, self.width)
-        if len(mean) != 1:
-            raise InputError(f"{self.folder / STATISTICS} holds statistics of {len(mean)} layers, expected one")
-        return mean[0], var[0]
-
     def _windows(self, number: int) -> np.ndarray:
-        """A file as all its runs of `width` elements [n, d], without a copy: row s begins at element s."""
+        """All runs of `width` elements of a file [n, d], without a copy: row s begins at element s."""
         if number not in self._maps:
             flat = np.asarray(np.memmap(_data_file(self.folder, number), self._storage, mode="r"))
             self._maps[number] = np.lib.stride_tricks.sliding_window_view(flat, self.width)
@@ -74,18 +67,17 @@ class OfficialActivations:
 def read_activations(folder: str | Path) -> OfficialActivations:
     """Open an official activation folder; every row's place is checked, no row is read."""
     folder = Path(folder)
-    storage = _read_dtype(folder / DTYPE)
+    path = folder / DTYPE
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    name = path.read_text(errors="replace").strip().removeprefix("np.")  # the official code writes both
+    if name not in STORED_AS:
+        raise unknown(f"storage type in {path}:", name, STORED_AS)
+    storage = np.dtype(name)
     index = _read_index(folder / INDEX)
     width = _check_index(folder, index, storage)
     layer = re.search(r"layer_(\d+)", folder.resolve().name)
-    return OfficialActivations(
-        folder=folder,
-        width=width,
-        layer=int(layer[1]) if layer else None,
-        dtype=STORED_AS[storage.name],
-        _storage=storage,
-        _index=index,
-    )
+    return OfficialActivations(folder, width, int(layer[1]) if layer else None, STORED_AS[storage.name], storage, index)
 
 
 def write_activations(
@@ -95,13 +87,9 @@ def write_activations(
     dtype: torch.dtype = torch.bfloat16,
     file_rows: int = 2**18,
 ) -> Path:
-    """Write activations [N, d] as an official activation folder with the statistics of all its rows.
+    """Write activations, or parts of them, as an official activation folder with the statistics of all rows.
 
-    Args:
-        folder: made if it is not there; name it ``layer_NN`` for the layer to be known.
-        x: raw activations, or parts of them, which are written one after another.
-        dtype: storage precision, bfloat16 or float32.
-        file_rows: most rows of one data file.
+    Name it ``layer_NN`` for the layer to be known; `dtype` is bfloat16 or float32.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise unknown("storage type", str(dtype).removeprefix("torch."), ("bfloat16", "float32"))
@@ -131,7 +119,7 @@ def write_activations(
 
 
 def _append(folder: Path, stored: Tensor, rows: int, file_rows: int) -> None:
-    """Write activations [n, d] behind the `rows` that are there, `file_rows` in a file."""
+    """Write activations [n, d] behind the `rows` that are there."""
     bits = (stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored).numpy()
     while len(bits):
         number, used = divmod(rows, file_rows)
@@ -163,16 +151,6 @@ def read_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 
 def _data_file(folder: Path, number: int) -> Path:
     return folder / f"data_{number:04d}.npy"
-
-
-def _read_dtype(path: Path) -> np.dtype:
-    """The storage type; the official code writes it with and without "np."."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    name = path.read_text(errors="replace").strip().removeprefix("np.")
-    if name not in STORED_AS:
-        raise unknown(f"storage type in {path}:", name, STORED_AS)
-    return np.dtype(name)
 
 
 def _read_index(path: Path) -> np.ndarray:

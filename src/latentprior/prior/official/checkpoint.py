@@ -1,8 +1,4 @@
-"""Reader and writer of the official implementation's checkpoints, as plain tensors.
-
-A folder holds ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``. Nothing in a file is ever executed.
-Activation folders are read by `official.activations`.
-"""
+"""Reader and writer of official checkpoints: ``config.yaml``, ``rep_statistics.pt`` and ``<name>.safetensors``."""
 
 from __future__ import annotations
 
@@ -45,25 +41,24 @@ class OfficialCheckpoint:
 
 
 def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCheckpoint:
-    """Read an official checkpoint.
-
-    Args:
-        folder: holds ``config.yaml``, ``rep_statistics.pt`` and the weights.
-        checkpoint: name of the weights' file without its ending, in the folder or in its ``checkpoints/``.
-    """
+    """Read the official checkpoint of this name in `folder`."""
     folder = Path(folder)
     values = _read_yaml(folder / CONFIG)
     config = _denoiser_config(values, folder / CONFIG)
     traced = _traced(values["glp_kwargs"].get("tracedict_config"))
     mean, var, layers = _statistics(folder / STATISTICS, config, traced)
-    model = str(values.get("model_name") or "")
+    hookpoints: tuple[Hookpoint, ...] = ()
+    if traced is not None:
+        model, width = str(values.get("model_name") or ""), config.d_input
+        paths = [f"{traced.prefix}.{layer}".lstrip(".") for layer in layers]
+        hookpoints = tuple(Hookpoint(model, n, width, traced.side, path) for n, path in zip(layers, paths, strict=True))
     return OfficialCheckpoint(
         config=config,
-        weights=_read_weights(_weights_file(folder, checkpoint), config),
+        weights=_read_weights(folder, checkpoint, config),
         mean=mean,
         var=var,
         statistics_layers=layers,
-        hookpoints=() if traced is None else tuple(traced.hookpoint(model, layer, config.d_input) for layer in layers),
+        hookpoints=hookpoints,
         provenance={"format": "official", "run_name": str(values.get("run_name") or ""), "checkpoint": checkpoint},
     )
 
@@ -77,25 +72,13 @@ def write_checkpoint(
     var: Float[Tensor, "layers d"],
     hookpoints: Sequence[Hookpoint],
     statistics_layers: Sequence[int] | None = None,
-    name: str = "final",
-    run_name: str = "latentprior",
 ) -> Path:
     """Write an official checkpoint that `read_checkpoint` and the official code read; returns the folder.
 
     The official code finds a multi-layer prior's statistics by layer number, so layers without any get rows of nan.
-
-    Args:
-        folder: made if it is not there.
-        config: shape of the denoiser.
-        weights: its state dict.
-        mean, var: statistics of the activations.
-        hookpoints: where the activations came from; all on one side of one model.
-        statistics_layers: layers of the rows of `mean`; those of the hookpoints, else all, by default.
-        name: of the weights' file, without its ending.
-        run_name: of the training run.
+    `statistics_layers` are those of the rows of `mean`: by default the hookpoints', else all.
     """
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise InputError(f"checkpoint name {name!r} may hold letters, digits, '_', '-' and '.' only")
+    folder = Path(folder)
     weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     _check_weights(weights, config, "the given weights")
     if statistics_layers is None:
@@ -103,7 +86,7 @@ def write_checkpoint(
     tables = {"mean": _by_layer(mean, statistics_layers, config), "var": _by_layer(var, statistics_layers, config)}
     values = {
         "model_name": hookpoints[0].model if hookpoints else None,
-        "run_name": run_name,
+        "run_name": "latentprior",
         "rep_statistic": STATISTICS,
         "glp_kwargs": {
             "normalizer_config": {"rep_statistic": "${rep_statistic}"},
@@ -111,9 +94,8 @@ def write_checkpoint(
             "tracedict_config": _tracedict(hookpoints),
         },
     }
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(folder / f"{name}.safetensors") as partial:
+    with replaced(folder / "final.safetensors") as partial:
         save_file(weights, partial)
     with replaced(folder / STATISTICS) as partial:
         torch.save(tables, partial)
@@ -123,22 +105,13 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class _Traced:
-    """The blocks that ``tracedict_config`` names."""
-
     prefix: str
     side: Side
     layers: list[int]
 
-    def hookpoint(self, model: str, layer: int, width: int) -> Hookpoint:
-        path = f"{self.prefix}.{layer}".lstrip(".")
-        return Hookpoint(model=model, layer=layer, width=width, side=self.side, path=path)
-
 
 def _traced(values: object) -> _Traced | None:
-    """``tracedict_config``; None if it does not name different members of one list of blocks.
-
-    Layers are numbers below ``layer_prefix``, or whole module names if there is no prefix.
-    """
+    """``tracedict_config``, if it names different members of one list of blocks."""
     match values:
         case {"layers": [*layers], "retain": "output" | "input" as side, **rest} if layers:
             prefix = rest.get("layer_prefix")
@@ -243,15 +216,12 @@ def _denoiser_config(values: dict[str, Any], path: Path) -> DenoiserConfig:
         raise InputError(f"{path}: {error}") from error
 
 
-def _weights_file(folder: Path, checkpoint: str) -> Path:
-    """The file of a checkpoint, found among those that exist: no name can lead out of the folder."""
+def _read_weights(folder: Path, checkpoint: str, config: DenoiserConfig) -> dict[str, Tensor]:
+    # Found among those that exist: no name can lead out of the folder.
     files = {path.stem: path for place in (folder / "checkpoints", folder) for path in place.glob("*.safetensors")}
     if checkpoint not in files:
         raise unknown("checkpoint", checkpoint, sorted(sorted(files), key=len))
-    return files[checkpoint]
-
-
-def _read_weights(path: Path, config: DenoiserConfig) -> dict[str, Tensor]:
+    path = files[checkpoint]
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -34,12 +34,8 @@ WRITTEN = (  # what a conversion leaves behind, whole or killed
 def convert(config: ConvertConfig) -> dict[str, Any]:
     """Convert what lies in ``config.source``; returns what was done, for a table.
 
-    Activations are copied a part at a time, whatever their number. From official ones rows that are not finite and
-    attention sinks are left out and counted. A sink's norm is over 10 times the median, which is that of all rows, or
-    of 65,536 that lie evenly over them if there are more.
-
-    Raises:
-        InputError: nothing convertible there, the wanted format already, or an output folder that holds something.
+    From official activations rows that are not finite and attention sinks are left out and counted; the median norm is
+    that of all rows, or of 65,536 that lie evenly over them if there are more.
     """
     source, output = Path(config.source), Path(config.output)
     if output.resolve() == source.resolve():
@@ -48,15 +44,9 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     if not config.overwrite and output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} holds something: add --overwrite, or choose another folder")
     with locked(output):
-        return _convert(config, source)
-
-
-def _convert(config: ConvertConfig, source: Path) -> dict[str, Any]:
-    if (source / MANIFEST).is_file():
-        return _store_to_official(config)
-    if (source / INDEX).is_file():
-        return _official_to_store(config)
-    return _prior(config)
+        if (source / MANIFEST).is_file():
+            return _store_to_official(config)
+        return _official_to_store(config) if (source / INDEX).is_file() else _prior(config)
 
 
 def _prior(config: ConvertConfig) -> dict[str, Any]:
