@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from latentprior.training.loop import State
-from latentprior.utils.distributed import World
+from latentprior.utils.distributed import ALONE, World
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text, sync
+from latentprior.utils.settings import check_settings
 
 MARKER = "complete.json"
 KEPT = 2  # the newest states; older ones are removed
@@ -39,19 +40,13 @@ def save_state(
     state: State,
     settings: dict[str, Any],
     position: dict[str, Any] | None = None,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> Path:
     """Write `state` to ``folder/<step>`` and remove all but the newest `KEPT`; returns that folder.
 
-    Called by every process of `world`; the first one makes the state visible once all have written.
-
-    Args:
-        position: where the data are, as JSON values.
-
-    Raises:
-        InputError: it cannot be written, as on a full disk; the states before it are good.
+    Called by every process of `world`; the first one makes the state visible once all have written. `position` is
+    where the data are, as JSON values. On an error, as of a full disk, the states before it are good.
     """
-    world = world or World()
     target = folder / str(state.step)
     partial = folder / f"{state.step}.partial"
     if world.main:
@@ -95,8 +90,7 @@ class Saved:
 def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None:
     """The newest complete state in `folder`, its tensors not yet read; None if there is none.
 
-    Raises:
-        InputError: it belongs to a run with other settings (the first difference is named), or its marker is damaged.
+    Other `settings` than the state's are an `InputError`.
     """
     states = complete_states(folder)
     if not states:
@@ -107,18 +101,13 @@ def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None
         saved = Saved(newest, int(marker["step"]), dict(marker["settings"]), marker.get("position"))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(newest, error) from error
-    if settings is not None and (difference := changed_setting(saved.settings, settings)):
-        raise InputError(f"{folder.parent} holds a run with {difference}: choose another output")
+    if settings is not None:
+        check_settings(folder.parent, "a run", saved.settings, settings)
     return saved
 
 
-def load_state(saved: Saved, state: State, world: World | None = None) -> None:
-    """Bring `state` to a saved one, whatever number of processes wrote it; called by every process of `world`.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    world = world or World()
+def load_state(saved: Saved, state: State, world: World = ALONE) -> None:
+    """Bring `state` to a saved one, whatever number of processes wrote it; called by every process of `world`."""
     reader = HuggingFaceStorageReader(str(saved.folder))
     tensors = _tensors(state)  # the ones that model, optimizer and average hold: loading fills them in place
     try:
@@ -130,14 +119,6 @@ def load_state(saved: Saved, state: State, world: World | None = None) -> None:
     except (CheckpointException, SafetensorError, OSError) as error:
         raise _damaged(saved.folder, error) from error
     state.step = saved.step
-
-
-def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first setting in which two runs differ, in words."""
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            return f"{key} {before.get(key)!r}, not {now.get(key)!r}"
-    return None
 
 
 def _tensors(state: State) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from latentprior.config import TrainConfig
 from latentprior.training.loop import Figures, State
 from latentprior.training.tracking import Log, read_log
-from latentprior.utils.chips import data_sheet_peak, matrix_peak
 from latentprior.utils.distributed import World
 from latentprior.utils.progress import Report
 
@@ -24,14 +23,9 @@ from latentprior.utils.progress import Report
 class Speed:
     """What turns activations a second into shares of a device's peak."""
 
-    flops: float
-    """Of this process for each activation of the whole batch."""
+    flops: float  # of this process for each activation of the whole batch
     measured_peak: float
     data_sheet_peak: float | None
-
-    @classmethod
-    def on(cls, device: torch.device, precision: torch.dtype, flops: float) -> Speed:
-        return cls(flops, matrix_peak(device, precision), data_sheet_peak(device, precision))
 
     def shares(self, rate: float) -> dict[str, float]:
         """The peak shares of a log line, at `rate` activations a second."""
@@ -41,12 +35,7 @@ class Speed:
 
 
 class TrainingLogger:
-    """Every process has one; the first one's writes the log.
-
-    Attributes:
-        activations: trained on so far, over all processes.
-        heldout: the last held-out loss, overall and by noise level; empty without held-out rows.
-    """
+    """Every process has one, which counts the `activations` of all; the first one's writes the log."""
 
     def __init__(
         self, config: TrainConfig, world: World, report: Report, speed: Speed, *, step: int = 0, activations: int = 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from latentprior.config import Recipe, TrainConfig, settings_of
 from latentprior.config.base import bytes_of
@@ -27,7 +26,7 @@ from latentprior.data.text_files import text_settings
 from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
-from latentprior.utils.distributed import World
+from latentprior.utils.distributed import ALONE, World
 from latentprior.utils.errors import InputError
 
 LEAST_TOKENS = 256  # of a forward pass, however small the buffer is
@@ -37,10 +36,8 @@ class ActivationSource(ABC):
     """Activations to train on."""
 
     hookpoints: tuple[Hookpoint, ...]
-    source: dict[str, Any]
-    """Where they come from, as JSON values."""
-    identity: dict[str, Any]
-    """What decides the rows and their order, as JSON values."""
+    source: dict[str, Any]  # where they come from, as JSON values
+    identity: dict[str, Any]  # what decides the rows and their order, as JSON values
 
     def __init__(self, config: TrainConfig, partition: BatchPartition) -> None:
         self.config, self.partition = config, partition
@@ -56,11 +53,9 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
-        """This process's rows of the batches from number `step` on.
+        """This process's rows of the batches from number `step` on; `position` is what `position` gave before them.
 
-        Args:
-            position: what `position` gave after the ones before.
-            save: saves the training state between two batches, for a source that others wait for.
+        `save` saves the training state between two batches, for a source that others wait for.
         """
 
     def position(self) -> dict[str, Any] | None:
@@ -109,7 +104,10 @@ class StoreSource(ActivationSource):
     def normalizer(self, recipe: Recipe) -> Normalizer:
         moments = self.store.moments().at(self.layers)
         if recipe.normalizer == "whitened":
-            return Normalizer.whitened(moments, _covariance(self.store, self.layers))
+            total = Covariance(self.layers, self.store.width)
+            for indices in self.store.rows_at(self.layers).split(2**16):
+                total.update(self.store.rows(indices), self.store.metadata(indices)[0])
+            return Normalizer.whitened(moments, total.covariance())
         return Normalizer.from_moments(moments)
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
@@ -243,15 +241,7 @@ class LanguageModelSource(ActivationSource):
 def open_source(
     config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool] = lambda: False
 ) -> ActivationSource:
-    """What `config` says to train on, checked before anything is computed.
-
-    Args:
-        stop: asked while waiting for rows.
-
-    Raises:
-        InputError: an unusable store, model, layer, text or buffer.
-        Stopped: `stop` said so.
-    """
+    """What `config` says to train on, checked before anything is computed; `Stopped` if `stop` says so meanwhile."""
     if config.source == "llm":
         return LanguageModelSource(config, partition, device)
     if config.store.follow:
@@ -260,11 +250,7 @@ def open_source(
 
 
 def stored_heldout(config: TrainConfig, hookpoints: Sequence[Hookpoint]) -> Batch | None:
-    """Rows of the held-out store that `config` names, the same at every call.
-
-    Raises:
-        InputError: it is not of these hookpoints.
-    """
+    """Rows of the held-out store that `config` names, the same at every call; it must be of these hookpoints."""
     if config.store.heldout is None:
         return None
     store = ActivationStore(config.store.heldout)
@@ -286,12 +272,10 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
     return source
 
 
-def kept_moments(config: TrainConfig, compute: Callable[[], Moments], world: World | None = None) -> Moments:
+def kept_moments(config: TrainConfig, compute: Callable[[], Moments], world: World = ALONE) -> Moments:
     """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
-    world = world or World()
     path = Path(config.run.output) / "statistics.safetensors"
-    there = world.first(path.is_file())
-    if not there:
+    if not world.first(path.is_file()):
         moments = compute()
         if world.main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,11 +298,3 @@ def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
     """The store's layers that are named, in its order; all of them if none is."""
     check_recorded(layers, store.layers)
     return [layer for layer in store.layers if not layers or layer in layers]
-
-
-def _covariance(store: ActivationStore, layers: Sequence[int]) -> Tensor:
-    """Covariance [L, d, d] of all rows of some layers of a store."""
-    total = Covariance(layers, store.width)
-    for indices in store.rows_at(layers).split(2**16):
-        total.update(store.rows(indices), store.metadata(indices)[0])
-    return total.covariance()

@@ -21,6 +21,7 @@ from latentprior.training.loss import heldout_loss
 from latentprior.training.optim import initialise
 from latentprior.training.parallel import CPU_MICRO_BATCH, parallelize, whole_weights
 from latentprior.training.sources import ActivationSource, stored_heldout
+from latentprior.utils.chips import data_sheet_peak, matrix_peak
 from latentprior.utils.devices import fast_dtype
 from latentprior.utils.errors import Stopped
 from latentprior.utils.files import replace_json
@@ -28,30 +29,19 @@ from latentprior.utils.progress import Report
 from latentprior.utils.provenance import stamp, versions
 from latentprior.utils.random import generator_of
 
+Json = dict[str, Any]
+
 FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 
 
 class Trainer:
     """Trains a prior on a source of activations; every process has one, the first one writes.
 
-    Args:
-        config: what to train.
-        source: on what, of `config`.
-        settings: what decides the weights; a state of another run is refused by them.
-        device: where.
-        report: gets activations done and in all, with the latest losses.
-
-    Raises:
-        InputError: the folder holds the state of another run, or the held-out store is of other hookpoints.
+    `settings` are what decides the weights: the state of a run with others is refused.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        source: ActivationSource,
-        settings: dict[str, Any],
-        device: torch.device,
-        report: Report,
+        self, config: TrainConfig, source: ActivationSource, settings: Json, device: torch.device, report: Report
     ) -> None:
         self.config, self.source, self.settings, self.device = config, source, settings, device
         self.output, self.partition, self.world = Path(config.run.output), source.partition, source.partition.world
@@ -64,7 +54,7 @@ class Trainer:
         self.state = self._new_state(recipe)
         if saved is not None:
             load_state(saved, self.state, self.world)
-        self.position = saved.position if saved else None
+        self.position = (saved and saved.position) or {}
         self.steps = math.ceil(run.activations / recipe.batch_size)
         self.loop = TrainingLoop(
             self.state,
@@ -76,14 +66,8 @@ class Trainer:
             seed=run.seed,
             partition=self.partition,
         )
-        self.logger = TrainingLogger(
-            config,
-            self.world,
-            report,
-            self._speed(recipe),
-            step=self.state.step,
-            activations=self.position["activations"] if self.position else 0,
-        )
+        speed, done = self._speed(recipe), self.position.get("activations", 0)
+        self.logger = TrainingLogger(config, self.world, report, speed, step=self.state.step, activations=done)
         self.ended: str | None = None
 
     def train(self, stop: Callable[[], bool]) -> None:
@@ -95,11 +79,11 @@ class Trainer:
             Stopped: `stop` said so; the state was saved.
         """
         source, state, logger = self.source, self.state, self.logger
-        if self.position is None:
+        if not self.position:
             self.evaluate()
         self.saved_step, self.saved_at = state.step if self.position else None, time.perf_counter()
         logger.start(source.seconds())
-        batches = source.batches(state.step, self.position and self.position["feed"], save=self.save)
+        batches = source.batches(state.step, self.position.get("feed"), save=self.save)
         try:
             for figures in self.loop.over(batches, stop=stop):
                 last, before = state.step == self.steps, logger.activations
@@ -127,7 +111,7 @@ class Trainer:
         self.save_prior(self.output)
 
     def evaluate(self) -> None:
-        """Held-out loss of the weights that would be saved now."""
+        """Log the held-out loss of the weights that would be saved now."""
         if self.heldout is None:
             return
         x, layer, _ = self.heldout
@@ -157,10 +141,10 @@ class Trainer:
             provenance = {"source": self.source.source, "training": training, "versions": versions()}
             GLP(whole, self.normalizer, self.source.hookpoints, provenance).save_pretrained(folder)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What the run has come to so far."""
         rows = self.logger.activations
-        found: dict[str, Any] = {"activations": rows, "distinct": self.source.distinct(rows)}
+        found: Json = {"activations": rows, "distinct": self.source.distinct(rows)}
         if left_out := self.source.left_out():
             found["left_out"] = left_out
         return found | self.logger.heldout | ({"ended": self.ended} if self.ended else {})
@@ -201,10 +185,10 @@ class Trainer:
         layers = len(self.source.hookpoints)
         cost = training_flops(self.state.denoiser.config, recipe, recipe.batch_size, layers=layers)
         flops = cost.activation / self.world.size + cost.update / recipe.batch_size  # each makes the whole update
-        return Speed.on(self.device, self.precision, flops)
+        return Speed(flops, matrix_peak(self.device, self.precision), data_sheet_peak(self.device, self.precision))
 
     def _save_due(self) -> bool:
-        """Whether it is time to save, as the first process's clock says."""
+        """Whether it is time to save by the first process's clock."""
         due = time.perf_counter() - self.saved_at > self.config.run.save_seconds
         return bool(self.world.sum(torch.tensor(int(due and self.world.main))))
 

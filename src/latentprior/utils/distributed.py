@@ -23,9 +23,7 @@ class World:
     """This process among those that train together."""
 
     rank: int = 0
-    """Its number, from 0."""
     size: int = 1
-    """How many there are."""
 
     @property
     def main(self) -> bool:
@@ -57,6 +55,9 @@ class World:
         return self.gather(value)[0]
 
 
+ALONE = World()
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks for all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
@@ -70,7 +71,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     does not wait for the others, and torchrun ends them.
     """
     if "RANK" not in os.environ or dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus:

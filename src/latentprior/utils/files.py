@@ -67,9 +67,7 @@ def replaced(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A temporary name to write a file under, which is flushed to disk and renamed to `path` when the block ends well.
 
     The file gets the permissions of the process's new files, whoever writes it: safetensors would keep it to its owner.
-
-    Args:
-        flush: False for thousands of files that can be written again: after a power cut some may be empty.
+    Without `flush`, for thousands of files that can be written again, some may be empty after a power cut.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

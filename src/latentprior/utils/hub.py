@@ -32,11 +32,7 @@ def unreachable() -> str | None:
 
 
 def cache_only(repo: str, revision: str | None = None) -> bool:
-    """Whether a model has to come from the cache because the Hub cannot be asked.
-
-    Raises:
-        InputError: it is not in the cache either.
-    """
+    """Whether a model has to come from the cache, where it must be then, because the Hub cannot be asked."""
     reason = OFFLINE if constants.HF_HUB_OFFLINE else unreachable()
     if reason is not None and not isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
         missing = f"there is no such folder{nearest_path(repo)}, none in the cache, and {reason}"
@@ -47,8 +43,7 @@ def cache_only(repo: str, revision: str | None = None) -> bool:
 def snapshot(kind: str, repo: str, **options: Any) -> Path:
     """The folder of a repository, from the cache alone where the Hub does not answer; `options` of `snapshot_download`.
 
-    Raises:
-        InputError: no such repository, or neither the Hub nor the cache has it; `kind` says what it was to hold.
+    In an error `kind` says what it was to hold.
     """
     silence = unreachable()
     try:

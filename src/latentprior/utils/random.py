@@ -11,10 +11,7 @@ Seed = torch.Generator | int | None
 
 
 def seed_of(generator: Seed) -> int:
-    """A number to seed with: drawn from a generator, which advances, or itself.
-
-    None is drawn from torch's default generator: two calls differ, and `torch.manual_seed` makes both repeat.
-    """
+    """A number to seed with: itself, or drawn from a generator, which advances; for None from torch's default one."""
     if generator is not None and not isinstance(generator, torch.Generator):
         return int(generator)
     source = torch.default_generator if generator is None else generator
