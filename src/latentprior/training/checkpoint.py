@@ -1,9 +1,8 @@
 """Training states on disk: complete or invisible, continued bit for bit.
 
-A state is a folder ``steps/<step>``, written under a temporary name and renamed, with a marker file written last.
-Tensors are written by torch's distributed checkpoint as safetensors (its default format would be a pickle), by every
-process its own shards; any number of processes can read them again. What is not a tensor (step, settings, position in
-the data) is in the marker, as JSON.
+A state is a folder ``steps/<step>``, written under a temporary name and renamed. Tensors are written by torch's
+distributed checkpoint as safetensors (its default would be a pickle), by every process its own shards; any number of
+processes can read them again. The rest (step, settings, position in the data) is in a marker file, written last.
 """
 
 from __future__ import annotations
@@ -31,17 +30,13 @@ from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text, sync
 from latentprior.utils.settings import check_settings
 
+Json = dict[str, Any]
+
 MARKER = "complete.json"
 KEPT = 2  # the newest states; older ones are removed
 
 
-def save_state(
-    folder: Path,
-    state: State,
-    settings: dict[str, Any],
-    position: dict[str, Any] | None = None,
-    world: World = ALONE,
-) -> Path:
+def save_state(folder: Path, state: State, settings: Json, position: Json | None = None, world: World = ALONE) -> Path:
     """Write `state` to ``folder/<step>`` and remove all but the newest `KEPT`; returns that folder.
 
     Called by every process of `world`; the first one makes the state visible once all have written. `position` is
@@ -50,7 +45,10 @@ def save_state(
     target = folder / str(state.step)
     partial = folder / f"{state.step}.partial"
     if world.main:
-        _remove_unfinished(folder)
+        complete = complete_states(folder)
+        for path in folder.glob("*"):  # what killed runs left of states that they were writing or removing
+            if path.name.removesuffix(".partial").isdigit() and path not in complete:
+                shutil.rmtree(path)
     world.wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=world.size > 1)
     try:
@@ -83,15 +81,12 @@ class Saved:
 
     folder: Path
     step: int
-    settings: dict[str, Any]
-    position: dict[str, Any] | None
+    settings: Json
+    position: Json | None
 
 
-def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None:
-    """The newest complete state in `folder`, its tensors not yet read; None if there is none.
-
-    Other `settings` than the state's are an `InputError`.
-    """
+def latest(folder: Path, settings: Json | None = None) -> Saved | None:
+    """The newest complete state in `folder`, of a run with these `settings`, its tensors not yet read; None if none."""
     states = complete_states(folder)
     if not states:
         return None
@@ -123,22 +118,13 @@ def load_state(saved: Saved, state: State, world: World = ALONE) -> None:
 
 def _tensors(state: State) -> dict[str, dict[str, Any]]:
     """The state's own tensors by name. The optimizer's options are no part of it: they follow from the recipe."""
-    flat = get_optimizer_state_dict(
-        state.denoiser, state.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
-    )
+    flat_names = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(state.denoiser, state.optimizers, options=flat_names)
     return {
         "denoiser": get_model_state_dict(state.denoiser),
         "optimizer": {name: value for name, value in flat.items() if isinstance(value, Tensor)},
         "average": {} if state.average is None else state.average.state_dict(),
     }
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs left of states that they were writing or removing."""
-    complete = complete_states(folder)
-    for path in folder.glob("*"):
-        if path.name.removesuffix(".partial").isdigit() and path not in complete:
-            shutil.rmtree(path)
 
 
 @contextmanager
@@ -150,9 +136,8 @@ def _one_process() -> Iterator[None]:
 
 
 def _damaged(path: Path, error: object) -> InputError:
-    return InputError(
-        f"the training state {path} is damaged: {_reason(error)}; remove it to continue from the one before"
-    )
+    remedy = "remove it to continue from the one before"
+    return InputError(f"the training state {path} is damaged: {_reason(error)}; {remedy}")
 
 
 def _reason(error: object) -> str:

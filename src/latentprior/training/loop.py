@@ -154,9 +154,8 @@ def gradient_norm(model: nn.Module) -> Tensor:
 class _FiniteCheck:
     """Stops a run whose loss or gradient is not finite before the weights are changed.
 
-    On a GPU the host would have to wait for the figures. There fused AdamW leaves out the update by itself
-    (`found_inf`), and the host reads each step's figures one step later. With Muon, and where weights are sharded, the
-    host waits.
+    On a GPU, so that the host need not wait, fused AdamW leaves out the update by itself (`found_inf`), and the host
+    reads each step's figures one step later. With Muon, and where weights are sharded, it waits.
     """
 
     def __init__(self) -> None:

@@ -84,9 +84,8 @@ def heldout_errors(
 ) -> tuple[Tensor, Tensor]:
     """Each row's loss at fixed noise and time: squared error [N] float32, and its bin of the noise level [N].
 
-    Times are spread evenly over [0, 1]; the same rows get the same noise and times at every call, so that two calls
-    compare. Bin i of `BINS` covers times from i / BINS to (i + 1) / BINS. With several processes each gets the errors
-    of every size-th row only.
+    Times are spread evenly over [0, 1], and the same rows get the same noise and times at every call. Bin i of `BINS`
+    begins at time i / BINS. With several processes each gets the errors of every size-th row only.
     """
     device = normalizer.mean.device
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))

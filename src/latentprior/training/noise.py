@@ -45,11 +45,8 @@ class NoiseSamples:
         t = draw_times(seed, number, partition.batch, recipe)
         weight = loss_weights(t, recipe)
         noise = torch.empty(partition.rows, width, device=device)
-        begin = 0
-        for shard in partition.owned:
-            end = begin + quota(shard)
-            noise[begin:end].normal_(generator=keyed_generator(seed, number, shard, device=device))
-            begin = end
+        for part, shard in zip(noise.split([quota(s) for s in partition.owned]), partition.owned, strict=True):
+            part.normal_(generator=keyed_generator(seed, number, shard, device=device))
         most = None if recipe.times == "uniform" else most_distinct(recipe, partition.rows)
         return cls(noise, t[own], None if weight is None else weight[own], most)
 

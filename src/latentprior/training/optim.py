@@ -29,8 +29,8 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     Newton-Schulz iterations in bfloat16, scaled by ``sqrt(max(1, out / in))``. The spectral norm of its updates does
     not depend on the width, so `matrix_rate` holds at every width. `cost.muon_flops_per_step` says what it costs.
 
-    Every group has its peak rate under "peak"; `set_rates` sets the rate from it. `model` is a `Denoiser`, also wrapped
-    or sharded; of any other module all parameters have the same rate.
+    `set_rates` sets the rates from each group's "peak". `model` may be wrapped or sharded; of one that holds no
+    `Denoiser` all parameters have the same rate.
     """
     matrices: list[Tensor] = []
     if recipe.optimizer == "muon":
@@ -114,10 +114,7 @@ def _blocks(model: nn.Module) -> Iterator[Block]:
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in float32.
-
-    The decay rises as ``(1 + step) / (10 + step)`` up to its value: the initial weights would dominate early averages.
-    """
+    """Exponential moving average of a model's parameters, in float32."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -125,7 +122,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))  # initial weights would dominate early averages
         parameters = [p.detach() for p in model.parameters()]
         averages = list(self.average.values())
         torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

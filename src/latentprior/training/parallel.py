@@ -33,13 +33,8 @@ def parallelize(
     """What to call instead of `denoiser` while training; the denoiser itself is changed in place.
 
     Blocks are compiled and sharded one by one: all alike, they share one compiled code, and weights are gathered
-    while the block before computes.
-
-    Args:
-        denoiser: on its device, with the same weights in every process.
-        parallel: a copy in each process, or shards; "auto" shards from a billion parameters on.
-        precision: of the matrix work; sharded weights travel in it.
-        float8: the blocks' matrix products in float8, through torchao.
+    while the block before computes. "auto" shards from `SHARD_FROM` parameters on; sharded weights travel in
+    `precision`. `denoiser` is on its device, with the same weights in every process.
     """
     device = denoiser.in_proj.weight.device
     if float8:

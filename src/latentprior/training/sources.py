@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from latentprior.config import Recipe, TrainConfig, settings_of
+from latentprior.config import TrainConfig, settings_of
 from latentprior.config.base import bytes_of
 from latentprior.data import text
 from latentprior.data.moments import Covariance, Moments
@@ -26,7 +26,6 @@ from latentprior.data.text_files import text_settings
 from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
-from latentprior.utils.distributed import ALONE, World
 from latentprior.utils.errors import InputError
 
 LEAST_TOKENS = 256  # of a forward pass, however small the buffer is
@@ -48,15 +47,25 @@ class ActivationSource(ABC):
         return self.source.get("blocks") if len(self.hookpoints) > 1 else None
 
     @abstractmethod
-    def normalizer(self, recipe: Recipe) -> Normalizer:
+    def normalizer(self) -> Normalizer:
         """Statistics of the activations; called before the first batch."""
+
+    def kept_moments(self, compute: Callable[[], Moments]) -> Moments:
+        """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
+        if self.config.resolved_recipe().normalizer == "whitened":
+            raise InputError("recipe.normalizer 'whitened' needs a finished store")
+        path, world = Path(self.config.run.output) / "statistics.safetensors", self.partition.world
+        if not world.first(path.is_file()):
+            moments = compute()
+            if world.main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, [save(moments.state_dict())])
+            world.wait()
+        return Moments.from_state_dict(load_file(path))
 
     @abstractmethod
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
-        """This process's rows of the batches from number `step` on; `position` is what `position` gave before them.
-
-        `save` saves the training state between two batches, for a source that others wait for.
-        """
+        """This process's rows of the batches from number `step` and `position` on; `save` is called between two."""
 
     def position(self) -> dict[str, Any] | None:
         """What `batches` needs besides the step to continue here, as JSON values; called by every process."""
@@ -101,9 +110,9 @@ class StoreSource(ActivationSource):
             self.identity["layers"] = self.layers
         store.batches(partition.batch, layers=self.layers)  # refuses fewer rows than a batch
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
+    def normalizer(self) -> Normalizer:
         moments = self.store.moments().at(self.layers)
-        if recipe.normalizer == "whitened":
+        if self.config.resolved_recipe().normalizer == "whitened":
             total = Covariance(self.layers, self.store.width)
             for indices in self.store.rows_at(self.layers).split(2**16):
                 total.update(self.store.rows(indices), self.store.metadata(indices)[0])
@@ -136,9 +145,8 @@ class FollowedStoreSource(ActivationSource):
         self._follower: Follower | None = None
         self._saved: dict[str, Any] | None = None
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
-        _refuse_whitened(recipe)
-        return Normalizer.from_moments(kept_moments(self.config, self.store.moments))
+    def normalizer(self) -> Normalizer:
+        return Normalizer.from_moments(self.kept_moments(self.store.moments))
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         self._follower = Follower(
@@ -187,9 +195,8 @@ class LanguageModelSource(ActivationSource):
         self._keep: StoreWriter | None = None
         self._left_out: dict[str, int] = {}
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
-        _refuse_whitened(recipe)
-        moments = kept_moments(self.config, self._live.statistics, self.partition.world)
+    def normalizer(self) -> Normalizer:
+        moments = self.kept_moments(self._live.statistics)
         self._live.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
         return Normalizer.from_moments(moments)
 
@@ -198,9 +205,8 @@ class LanguageModelSource(ActivationSource):
         if self.config.stream.record_to:
             self._keep = self._writer(Path(self.config.stream.record_to))
         steps = -(-run.activations // self.partition.batch)
-        self._buffer = MixingBuffer(
-            self._live, self._buffered_batches, self._buffer_device, seed=run.seed, steps=steps, keep=self._keep
-        )
+        count, device = self._buffered_batches, self._buffer_device
+        self._buffer = MixingBuffer(self._live, count, device, seed=run.seed, steps=steps, keep=self._keep)
         yield from self._buffer.batches(step, position)
 
     def _writer(self, folder: Path) -> StoreWriter:
@@ -239,7 +245,7 @@ class LanguageModelSource(ActivationSource):
 
 
 def open_source(
-    config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool] = lambda: False
+    config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool]
 ) -> ActivationSource:
     """What `config` says to train on, checked before anything is computed; `Stopped` if `stop` says so meanwhile."""
     if config.source == "llm":
@@ -272,26 +278,9 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
     return source
 
 
-def kept_moments(config: TrainConfig, compute: Callable[[], Moments], world: World = ALONE) -> Moments:
-    """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
-    path = Path(config.run.output) / "statistics.safetensors"
-    if not world.first(path.is_file()):
-        moments = compute()
-        if world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, [save(moments.state_dict())])
-        world.wait()
-    return Moments.from_state_dict(load_file(path))
-
-
 def _path(config: TrainConfig) -> str:
     assert config.store.path is not None  # `TrainConfig` refuses a source "store" without one
     return config.store.path
-
-
-def _refuse_whitened(recipe: Recipe) -> None:
-    if recipe.normalizer == "whitened":
-        raise InputError("recipe.normalizer 'whitened' needs a finished store")
 
 
 def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:

@@ -12,10 +12,7 @@ from latentprior.utils.files import replace_text
 
 
 class Log:
-    """Appends figures to a JSONL file and to a tracking service, which shows `config`.
-
-    A run that continues from `resume_step` drops the lines after it: those steps are about to be done again.
-    """
+    """Appends figures to a JSONL file, without its lines after `resume_step`, and to a tracking service."""
 
     def __init__(self, path: Path, *, track: str, config: dict[str, Any], resume_step: int) -> None:
         try:  # first: if it is missing, the file stays as it is

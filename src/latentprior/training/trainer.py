@@ -15,7 +15,7 @@ from latentprior.prior.cost import training_flops
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.glp import GLP
 from latentprior.training.checkpoint import latest, load_state, save_state
-from latentprior.training.logger import Speed, TrainingLogger
+from latentprior.training.logger import TrainingLogger
 from latentprior.training.loop import Exhausted, State, TrainingLoop
 from latentprior.training.loss import heldout_loss
 from latentprior.training.optim import initialise
@@ -35,10 +35,7 @@ FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 
 
 class Trainer:
-    """Trains a prior on a source of activations; every process has one, the first one writes.
-
-    `settings` are what decides the weights: the state of a run with others is refused.
-    """
+    """Trains a prior on a source of activations; the state of a run with other `settings` is refused."""
 
     def __init__(
         self, config: TrainConfig, source: ActivationSource, settings: Json, device: torch.device, report: Report
@@ -48,7 +45,7 @@ class Trainer:
         recipe, run = config.resolved_recipe(), config.run
         saved = latest(self.output / "steps", settings)
         heldout = stored_heldout(config, source.hookpoints)  # refused before the statistics are computed
-        self.normalizer = source.normalizer(recipe).to(device)
+        self.normalizer = source.normalizer().to(device)
         self.heldout = source.heldout() if heldout is None else heldout
         self.precision = fast_dtype(device) if run.precision == "auto" else getattr(torch, run.precision)
         self.state = self._new_state(recipe)
@@ -56,27 +53,18 @@ class Trainer:
             load_state(saved, self.state, self.world)
         self.position = (saved and saved.position) or {}
         self.steps = math.ceil(run.activations / recipe.batch_size)
+        micro_batch = run.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None)
         self.loop = TrainingLoop(
-            self.state,
-            self.normalizer,
-            recipe,
-            self.steps,
-            precision=self.precision,
-            micro_batch=run.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None),
-            seed=run.seed,
-            partition=self.partition,
+            self.state, self.normalizer, recipe, self.steps, self.precision, micro_batch, run.seed, self.partition
         )
-        speed, done = self._speed(recipe), self.position.get("activations", 0)
-        self.logger = TrainingLogger(config, self.world, report, speed, step=self.state.step, activations=done)
+        peaks, done = self._peaks(recipe), self.position.get("activations", 0)
+        self.logger = TrainingLogger(config, self.world, report, peaks, step=self.state.step, activations=done)
         self.ended: str | None = None
 
     def train(self, stop: Callable[[], bool]) -> None:
         """From where the run is to its end; leaves the prior in the folder.
 
-        Raises:
-            Diverged: a loss that is not finite; the last saved state is kept.
-            Exhausted: a store ended early, or a stream before its first step.
-            Stopped: `stop` said so; the state was saved.
+        `Exhausted` if a store ended early, or a stream before its first step. The state is saved before `Stopped`.
         """
         source, state, logger = self.source, self.state, self.logger
         if not self.position:
@@ -181,11 +169,14 @@ class Trainer:
         )
         return State.start(denoiser, recipe, model)
 
-    def _speed(self, recipe: Recipe) -> Speed:
+    def _peaks(self, recipe: Recipe) -> dict[str, float]:
+        """Activations a second, over all processes, at the device's peaks: the measured one and the data sheet's."""
         layers = len(self.source.hookpoints)
         cost = training_flops(self.state.denoiser.config, recipe, recipe.batch_size, layers=layers)
         flops = cost.activation / self.world.size + cost.update / recipe.batch_size  # each makes the whole update
-        return Speed(flops, matrix_peak(self.device, self.precision), data_sheet_peak(self.device, self.precision))
+        sheet = data_sheet_peak(self.device, self.precision)
+        measured = {"measured_peak_share": matrix_peak(self.device, self.precision) / flops}
+        return measured | ({"mfu": sheet / flops} if sheet else {})
 
     def _save_due(self) -> bool:
         """Whether it is time to save by the first process's clock."""

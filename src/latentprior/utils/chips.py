@@ -33,8 +33,7 @@ CHIPS: dict[str, Chip] = {  # vendor data sheets
 def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """FLOP/s of the fastest of many square matrix products on `device`.
 
-    What a run reaches of it is no MFU: that is a share of the chip's peak by its data sheet (`data_sheet_peak`). The
-    first of the `seconds` of products, which warm up, are slower and so do not count.
+    What a run reaches of it is no MFU: that is a share of the chip's peak by its data sheet (`data_sheet_peak`).
     """
     size, repeats = (8192, 4) if device.type != "cpu" else (1024, 2)
     generator = torch.Generator(device).manual_seed(0)  # random numbers: zeros would draw less power and run faster

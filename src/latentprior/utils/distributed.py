@@ -67,8 +67,7 @@ def is_main() -> bool:
 def joined(device: str = "auto") -> Iterator[World]:
     """This process's place among those that torchrun started; alone without torchrun.
 
-    On GPUs each process of a machine takes its own. When the block ends well the processes part; when one fails, it
-    does not wait for the others, and torchrun ends them.
+    On GPUs each process of a machine takes its own. One that fails does not wait for the others: torchrun ends them.
     """
     if "RANK" not in os.environ or dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE

@@ -1,7 +1,4 @@
-"""The Hugging Face Hub: whether it answers, folders from it and to it.
-
-Whether it answers is asked once before anything else: its own downloads retry for half a minute, line after line.
-"""
+"""The Hugging Face Hub: folders from it and to it, but first whether it answers: its downloads retry for long."""
 
 from __future__ import annotations
 
@@ -41,10 +38,7 @@ def cache_only(repo: str, revision: str | None = None) -> bool:
 
 
 def snapshot(kind: str, repo: str, **options: Any) -> Path:
-    """The folder of a repository, from the cache alone where the Hub does not answer; `options` of `snapshot_download`.
-
-    In an error `kind` says what it was to hold.
-    """
+    """The folder of a repository that holds a `kind` of thing; `options` are those of `snapshot_download`."""
     silence = unreachable()
     try:
         if silence is not None:

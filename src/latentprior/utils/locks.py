@@ -24,7 +24,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
     """Hold `folder`, made if it is not there, against other processes and other holders in this one; gives its path.
 
     The lock is the operating system's: it ends with its process, however that ends. Folders made here that are still
-    empty at the end are removed again. A folder that is held is an `InputError`, a file system without locks a warning.
+    empty at the end are removed again. A file system without locks is only warned of.
     """
     folder = Path(folder)
     check_folder(folder)

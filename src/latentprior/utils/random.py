@@ -19,10 +19,7 @@ def seed_of(generator: Seed) -> int:
 
 
 def generator_of(seed: Seed) -> torch.Generator:
-    """`seed` itself if it is a generator, else a fresh CPU generator with the seed `seed_of` it.
-
-    Drawing on the CPU makes a seed mean the same on every device.
-    """
+    """`seed` itself if it is a generator, else a fresh CPU one, so that a seed means the same on every device."""
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed_of(seed))
 
 

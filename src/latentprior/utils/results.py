@@ -54,10 +54,9 @@ class Result(dict[str, Any]):
         return list(_tables(self))
 
     def to_pandas(self, table: str | None = None) -> DataFrame:
-        """One of `tables` as a data frame; nested values have dotted names, such as "frechet.total".
+        """One of `tables`, by default the main one or else all values as one row, with dotted names of nested values.
 
-        Rows of a list inside another list's rows have the outer row's values in columns beside their own. By default
-        the main table, or all values as one row if there is none.
+        Rows of a list inside another list's rows have the outer row's values in columns beside their own.
         """
         try:
             import pandas
@@ -82,10 +81,8 @@ class Result(dict[str, Any]):
             rows = [_flat(row) for row in self._rows(None)]
             columns = list(dict.fromkeys(key for row in rows for key in row))
             head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-            body = "".join(
-                f"<tr>{''.join(f'<td>{_cell(row.get(column))}</td>' for column in columns)}</tr>"
-                for row in rows[:SHOWN_ROWS]
-            )
+            cells = [[f"<td>{_cell(row.get(column))}</td>" for column in columns] for row in rows[:SHOWN_ROWS]]
+            body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
             more = f"<p>{len(rows) - SHOWN_ROWS} rows more: to_pandas()</p>" if len(rows) > SHOWN_ROWS else ""
             parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}")
         return "".join(parts)
