@@ -127,13 +127,13 @@ def test_incomplete_states_are_ignored_and_cleared_away(tmp_path):
 def test_other_settings_are_refused(tmp_path):
     save_state(tmp_path / "steps", new_state(), SETTINGS)
     for settings, message in [
-        (SETTINGS | {"seed": 1}, "seed 0, not 1"),
-        (SETTINGS | {"blocks": 3}, "blocks None, not 3"),
-        ({"seed": 0}, "recipe .*, not None"),
+        (SETTINGS | {"seed": 1}, "seed is 0 in the store and 1 now"),
+        (SETTINGS | {"blocks": 3}, "blocks is None in the store and 3 now"),
+        ({"seed": 0}, "recipe.* now"),
     ]:
         state = new_state(seed=1)
         before = [p.clone() for p in state.denoiser.parameters()]
-        with pytest.raises(InputError, match=f"holds a run with {message}: choose another output$"):
+        with pytest.raises(InputError, match=f"holds a run with other settings: {message}"):
             load_latest(tmp_path / "steps", state, settings)
         assert all(torch.equal(a, b) for a, b in zip(before, state.denoiser.parameters(), strict=True))
 

@@ -12,7 +12,7 @@ from torch import nn
 from latentprior.config import PRESETS, DenoiserConfig, Recipe
 from latentprior.prior import flow
 from latentprior.prior.denoiser import Block, Denoiser
-from latentprior.training.optim import AveragedWeights, initialise, learning_rate, optimizers, rate_share, set_rates
+from latentprior.training.optim import AveragedWeights, initialise, optimizers, rate_share, set_rates
 
 RECIPE = Recipe(learning_rate=2.0, warmup=0.1, final_rate=0.25)
 MATRICES = [f"layers.{i}.{name}_proj.weight" for i in range(2) for name in ("up", "gate", "time", "down")]
@@ -27,6 +27,10 @@ def denoiser(d_model: int = 16, layers: int | None = None, d_input: int = 8) -> 
 def names(model: nn.Module, group: dict) -> set[str]:
     ids = {id(p) for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def learning_rate(step: int, total: int, recipe: Recipe) -> float:
+    return recipe.learning_rate * rate_share(step, total, recipe)
 
 
 def test_schedule_values():

@@ -30,11 +30,11 @@ def run(tmp_path, endpoint: str, *arguments: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["record", "--llm.model", "some/model"], MODEL),
+        (["record", "--output", "out", "--llm.model", "some/model"], MODEL),
         (["plan", "--llm.model", "some/model"], MODEL),
-        (["sample", "--prior", "some/prior"], "no prior at 'some/prior': not a folder, and"),
+        (["sample", "--output", "out", "--prior", "some/prior"], "no prior at 'some/prior': not a folder, and"),
         (
-            ["record", "--layers", "1", "--text.dataset", "some/data", "--llm.model"],
+            ["record", "--output", "out", "--layers", "1", "--text.dataset", "some/data", "--llm.model"],
             "cannot open the dataset 'some/data'",
         ),
     ],

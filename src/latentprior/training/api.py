@@ -27,20 +27,14 @@ def train(
     The same call continues an interrupted run, and opens a finished one.
 
     Args:
-        store: a store, or its folder.
         output: folder of the prior, its checkpoints and its log.
         preset: "official" (the paper's recipe), "quick" or "fast" (docs/recipes.md).
         activations: how many to train on in all; the store is gone through as often as that takes.
-        heldout: a store of held-out documents, for the held-out loss.
-        report: gets activations done and in all, with the latest losses.
+        heldout: a store of other documents, for the held-out loss.
         **options: other fields of `latentprior.config.TrainConfig`, such as ``blocks=3``, ``d_model=1152``,
             ``device="cuda"``, ``seed=1`` or ``recipe={"learning_rate": 1e-3}``.
 
-    Returns:
-        the prior, on the device it was trained on.
-
     Raises:
-        InputError: an unknown option, an unusable store, or a folder with another run.
         latentprior.training.loop.Diverged: a loss that is not finite; the last saved state is kept.
 
     Examples:

@@ -1,9 +1,8 @@
 """Training states on disk: complete or invisible, continued bit for bit.
 
-A state is a folder ``steps/<step>``, written under a temporary name and renamed, with a marker file written last.
-Tensors are written by torch's distributed checkpoint as safetensors (its default format would be a pickle), by every
-process its own shards; any number of processes can read them again. What is not a tensor (step, settings, position in
-the data) is in the marker, as JSON.
+A state is a folder ``steps/<step>``, written under a temporary name and renamed. Tensors are written by torch's
+distributed checkpoint as safetensors (its default would be a pickle), by every process its own shards; any number of
+processes can read them again. The rest (step, settings, position in the data) is in a marker file, written last.
 """
 
 from __future__ import annotations
@@ -26,36 +25,30 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from latentprior.training.loop import State
-from latentprior.utils.distributed import World
+from latentprior.utils.distributed import ALONE, World
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_text, sync
+from latentprior.utils.settings import check_settings
+
+Json = dict[str, Any]
 
 MARKER = "complete.json"
 KEPT = 2  # the newest states; older ones are removed
 
 
-def save_state(
-    folder: Path,
-    state: State,
-    settings: dict[str, Any],
-    position: dict[str, Any] | None = None,
-    world: World | None = None,
-) -> Path:
+def save_state(folder: Path, state: State, settings: Json, position: Json | None = None, world: World = ALONE) -> Path:
     """Write `state` to ``folder/<step>`` and remove all but the newest `KEPT`; returns that folder.
 
-    Called by every process of `world`; the first one makes the state visible once all have written.
-
-    Args:
-        position: where the data are, as JSON values.
-
-    Raises:
-        InputError: it cannot be written, as on a full disk; the states before it are good.
+    Called by every process of `world`; the first one makes the state visible once all have written. `position` is
+    where the data are, as JSON values. On an error, as of a full disk, the states before it are good.
     """
-    world = world or World()
     target = folder / str(state.step)
     partial = folder / f"{state.step}.partial"
     if world.main:
-        _remove_unfinished(folder)
+        complete = complete_states(folder)
+        for path in folder.glob("*"):  # what killed runs left of states that they were writing or removing
+            if path.name.removesuffix(".partial").isdigit() and path not in complete:
+                shutil.rmtree(path)
     world.wait()
     writer = HuggingFaceStorageWriter(str(partial), save_distributed=world.size > 1)
     try:
@@ -88,16 +81,12 @@ class Saved:
 
     folder: Path
     step: int
-    settings: dict[str, Any]
-    position: dict[str, Any] | None
+    settings: Json
+    position: Json | None
 
 
-def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None:
-    """The newest complete state in `folder`, its tensors not yet read; None if there is none.
-
-    Raises:
-        InputError: it belongs to a run with other settings (the first difference is named), or its marker is damaged.
-    """
+def latest(folder: Path, settings: Json | None = None) -> Saved | None:
+    """The newest complete state in `folder`, of a run with these `settings`, its tensors not yet read; None if none."""
     states = complete_states(folder)
     if not states:
         return None
@@ -107,18 +96,13 @@ def latest(folder: Path, settings: dict[str, Any] | None = None) -> Saved | None
         saved = Saved(newest, int(marker["step"]), dict(marker["settings"]), marker.get("position"))
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(newest, error) from error
-    if settings is not None and (difference := changed_setting(saved.settings, settings)):
-        raise InputError(f"{folder.parent} holds a run with {difference}: choose another output")
+    if settings is not None:
+        check_settings(folder.parent, "a run", saved.settings, settings)
     return saved
 
 
-def load_state(saved: Saved, state: State, world: World | None = None) -> None:
-    """Bring `state` to a saved one, whatever number of processes wrote it; called by every process of `world`.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    world = world or World()
+def load_state(saved: Saved, state: State, world: World = ALONE) -> None:
+    """Bring `state` to a saved one, whatever number of processes wrote it; called by every process of `world`."""
     reader = HuggingFaceStorageReader(str(saved.folder))
     tensors = _tensors(state)  # the ones that model, optimizer and average hold: loading fills them in place
     try:
@@ -132,32 +116,15 @@ def load_state(saved: Saved, state: State, world: World | None = None) -> None:
     state.step = saved.step
 
 
-def changed_setting(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first setting in which two runs differ, in words."""
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            return f"{key} {before.get(key)!r}, not {now.get(key)!r}"
-    return None
-
-
 def _tensors(state: State) -> dict[str, dict[str, Any]]:
     """The state's own tensors by name. The optimizer's options are no part of it: they follow from the recipe."""
-    flat = get_optimizer_state_dict(
-        state.denoiser, state.optimizers, options=StateDictOptions(flatten_optimizer_state_dict=True)
-    )
+    flat_names = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat = get_optimizer_state_dict(state.denoiser, state.optimizers, options=flat_names)
     return {
         "denoiser": get_model_state_dict(state.denoiser),
         "optimizer": {name: value for name, value in flat.items() if isinstance(value, Tensor)},
         "average": {} if state.average is None else state.average.state_dict(),
     }
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed runs left of states that they were writing or removing."""
-    complete = complete_states(folder)
-    for path in folder.glob("*"):
-        if path.name.removesuffix(".partial").isdigit() and path not in complete:
-            shutil.rmtree(path)
 
 
 @contextmanager
@@ -169,9 +136,8 @@ def _one_process() -> Iterator[None]:
 
 
 def _damaged(path: Path, error: object) -> InputError:
-    return InputError(
-        f"the training state {path} is damaged: {_reason(error)}; remove it to continue from the one before"
-    )
+    remedy = "remove it to continue from the one before"
+    return InputError(f"the training state {path} is damaged: {_reason(error)}; {remedy}")
 
 
 def _reason(error: object) -> str:

@@ -11,20 +11,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from latentprior.config import TrainConfig
 from latentprior.data.partition import BatchPartition, shards_for
 from latentprior.prior.glp import GLP
-from latentprior.training.checkpoint import changed_setting, latest
+from latentprior.training.checkpoint import latest
 from latentprior.training.parallel import check_float8
 from latentprior.training.sources import open_source, stream_source
 from latentprior.training.trainer import Trainer
 from latentprior.utils.devices import resolve_device
 from latentprior.utils.distributed import World, joined
-from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked_by_first
 from latentprior.utils.progress import Report, silent
+from latentprior.utils.settings import check_settings
 
 
 def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
@@ -35,16 +33,7 @@ def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
     activations, ``log.jsonl``, ``train.json`` (result), ``steps/`` (training states) and, of a stream,
     ``statistics.safetensors``.
 
-    Args:
-        config: what to train on what.
-        report: gets activations done and in all, with the latest losses.
-
-    Returns:
-        the prior, on the device it was trained on.
-
     Raises:
-        InputError: an unusable store, model or text, held-out activations of another hookpoint, a folder with another
-            run, or one that another process trains in.
         Diverged: a loss that is not finite; the last saved state is kept.
         Stopped: SIGTERM was received; the state was saved.
     """
@@ -60,17 +49,21 @@ def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], b
     partition = _partition(config, world)
     if config.run.float8:
         check_float8(device)
-    before = _finished_settings(output)
+    finished = output / "train.json"
+    before = json.loads(finished.read_text(encoding="utf-8"))["settings"] if finished.is_file() else None
     if before is not None and config.source == "llm":  # before the language model is loaded
-        return _finished(output, before, _settings(config, partition, _stream_identity(config, before)), device)
-    source = open_source(config, partition, device, stop)
-    identity = source.identity | {"hookpoints": [h.place() for h in source.hookpoints]}
-    settings = _settings(config, partition, identity)
-    if before is not None:
-        return _finished(output, before, settings, device)
-    trainer = Trainer(config, source, settings, device, report)
-    trainer.train(stop)
-    trainer.save_result(time.perf_counter() - began)
+        source, identity = None, _stream_identity(config, before)
+    else:
+        source = open_source(config, partition, device, stop)
+        identity = source.identity | {"hookpoints": [h.place() for h in source.hookpoints]}
+    # What decides the weights, the rows included: two runs that agree in this are one run.
+    settings = config.settings() | identity | {"lanes": partition.shards}
+    if before is not None or source is None:
+        check_settings(output, "a finished run", before, settings)
+    else:
+        trainer = Trainer(config, source, settings, device, report)
+        trainer.train(stop)
+        trainer.save_result(time.perf_counter() - began)
     return GLP.from_pretrained(output, device=device)
 
 
@@ -97,27 +90,8 @@ def _partition(config: TrainConfig, world: World) -> BatchPartition:
     return BatchPartition(batch, shards or shards_for(batch, world.size), world)
 
 
-def _settings(config: TrainConfig, partition: BatchPartition, identity: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights, the rows included: two runs that agree in this are one run."""
-    values = config.settings() | identity | {"lanes": partition.shards}
-    return json.loads(json.dumps(values))  # tuples to lists, as the saved settings come back
-
-
 def _stream_identity(config: TrainConfig, before: dict[str, Any]) -> dict[str, Any]:
     """A stream's own part of the settings; what only the language model could tell is taken from an earlier run."""
     blocks = before.get("source_of_rows", {}).get("blocks")
     told = {key: before[key] for key in ("hookpoints", "turns") if key in before}
     return {"source_of_rows": stream_source(config) | {"blocks": blocks}} | told
-
-
-def _finished_settings(output: Path) -> dict[str, Any] | None:
-    """The settings of the run that is complete in `output`, if there is one."""
-    path = output / "train.json"
-    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else None
-
-
-def _finished(output: Path, before: dict[str, Any], settings: dict[str, Any], device: torch.device) -> GLP:
-    """The prior of a run that was complete already."""
-    if difference := changed_setting(before, settings):
-        raise InputError(f"{output} holds a finished run with {difference}: choose another output")
-    return GLP.from_pretrained(output, device=device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,22 @@ from torch import Tensor
 from latentprior.config import TrainConfig
 from latentprior.training.loop import Figures, State
 from latentprior.training.tracking import Log, read_log
-from latentprior.utils.chips import data_sheet_peak, matrix_peak
 from latentprior.utils.distributed import World
 from latentprior.utils.progress import Report
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What turns activations a second into shares of a device's peak."""
-
-    flops: float
-    """Of this process for each activation of the whole batch."""
-    measured_peak: float
-    data_sheet_peak: float | None
-
-    @classmethod
-    def on(cls, device: torch.device, precision: torch.dtype, flops: float) -> Speed:
-        return cls(flops, matrix_peak(device, precision), data_sheet_peak(device, precision))
-
-    def shares(self, rate: float) -> dict[str, float]:
-        """The peak shares of a log line, at `rate` activations a second."""
-        flops = rate * self.flops
-        mfu = {"mfu": flops / self.data_sheet_peak} if self.data_sheet_peak else {}
-        return {"measured_peak_share": flops / self.measured_peak} | mfu
-
-
 class TrainingLogger:
-    """Every process has one; the first one's writes the log.
-
-    Attributes:
-        activations: trained on so far, over all processes.
-        heldout: the last held-out loss, overall and by noise level; empty without held-out rows.
-    """
+    """Every process has one, which counts the `activations` of all; the first one's writes the log."""
 
     def __init__(
-        self, config: TrainConfig, world: World, report: Report, speed: Speed, *, step: int = 0, activations: int = 0
+        self, config: TrainConfig, world: World, report: Report, peaks: dict[str, float], *, step: int, activations: int
     ) -> None:
-        """Open the log, and take over what a run that is continued at `step` wrote until then."""
+        """Open the log, and take over what a run that is continued at `step` wrote until then.
+
+        `peaks` are the activations a second that a device's peaks would give; the log has shares of them.
+        """
         self.activations, self.heldout, self._shown = activations, {}, {}
-        self._config, self._report, self._speed, self._log = config.run, report, speed, None
+        self._config, self._report, self._peaks, self._log = config.run, report, peaks, None
         if world.main:
             folder = Path(config.run.output)
             folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +50,8 @@ class TrainingLogger:
         """Take note of a step; writes a line if one is due."""
         self.activations += figures.rows
         self._losses.append(figures.loss)
-        if state.step % self._config.log_every == 0 or last:
-            self._write_step(state.step, figures)
-
-    def _write_step(self, step: int, figures: Figures) -> None:
+        if state.step % self._config.log_every and not last:
+            return
         loss = float(torch.stack(self._losses).mean())  # waits for the GPU, once for many steps
         self._losses.clear()
         now = time.perf_counter()
@@ -86,7 +60,7 @@ class TrainingLogger:
         self._shown["loss"] = loss
         norm = float(figures.gradient_norm)
         line = {"loss": loss, "gradient_norm": norm, "learning_rate": figures.learning_rate, "per_second": rate}
-        self._write(step, line | self._speed.shares(rate))
+        self._write(state.step, line | {name: rate / peak for name, peak in self._peaks.items()})
 
     def evaluated(self, step: int, loss: float, by_t: list[float]) -> None:
         """Write the held-out loss after `step` steps."""

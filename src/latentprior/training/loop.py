@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from latentprior.config import Recipe
@@ -18,11 +19,8 @@ from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
 from latentprior.training.loss import backward
 from latentprior.training.noise import NoiseSamples
-from latentprior.training.optim import AveragedWeights, learning_rate, optimizers, rate_share, set_rates
-from latentprior.training.parallel import reshard
+from latentprior.training.optim import AveragedWeights, optimizers, rate_share, set_rates
 from latentprior.utils.errors import InputError, Stopped
-
-Rows = Batch | tuple[Tensor, Tensor | None]
 
 
 class Diverged(InputError):
@@ -38,28 +36,24 @@ class State:
     """Everything that changes while training."""
 
     denoiser: Denoiser
+    model: nn.Module  # what is called in training: the denoiser, or what `parallelize` gave
     optimizers: list[torch.optim.Optimizer]
     average: AveragedWeights | None
     step: int = 0
-    model: nn.Module = field(default=None)  # pyright: ignore[reportAssignmentType]
-    """What is called in training: the denoiser, or what reduces its gradients over processes (`parallelize`)."""
-
-    def __post_init__(self) -> None:
-        if self.model is None:
-            self.model = self.denoiser
 
     @classmethod
     def start(cls, denoiser: Denoiser, recipe: Recipe, model: nn.Module | None = None) -> State:
         """A new run; `denoiser` is on its device already, and `model` is what `parallelize` gave."""
         average = AveragedWeights(denoiser, recipe.ema) if recipe.ema else None
-        return cls(denoiser, optimizers(denoiser, recipe), average, model=model or denoiser)
+        return cls(denoiser, model or denoiser, optimizers(denoiser, recipe), average)
 
     @contextmanager
     def evaluated(self) -> Iterator[Denoiser]:
         """The denoiser with the weights to evaluate and save: their average, if there is one."""
         with self.average.in_place_of(self.denoiser) if self.average else nullcontext():
             yield self.denoiser
-            reshard(self.denoiser)
+            if isinstance(self.denoiser, FSDPModule):
+                self.denoiser.reshard()  # gives up the gathered weights that a forward pass alone leaves
 
 
 class Figures(NamedTuple):
@@ -68,29 +62,24 @@ class Figures(NamedTuple):
     loss: Tensor
     gradient_norm: Tensor
     learning_rate: float
-    rows: int
-    """Of all processes."""
+    rows: int  # of all processes
 
 
 @dataclass
 class TrainingLoop:
-    """Optimizer steps of one run: `over` is the loop, `step` what it does with a batch."""
+    """Optimizer steps of one run: `over` is the loop, `step` what it does with a batch.
 
-    state: State
-    """Where to start; changed in place."""
+    Step k draws the same noise and times whether or not the run was interrupted.
+    """
+
+    state: State  # where to start; changed in place
     normalizer: Normalizer
-    """Statistics of the training data."""
     recipe: Recipe
-    steps: int
-    """The run's length; the schedule ends there."""
-    precision: torch.dtype = torch.float32
-    """Of the matrix work; weights and optimizer stay float32."""
-    micro_batch: int | None = None
-    """Rows of one forward and backward pass; all by default."""
+    steps: int  # the run's length; the schedule ends there
+    precision: torch.dtype = torch.float32  # of the matrix work; weights and optimizer stay float32
+    micro_batch: int | None = None  # rows of one forward and backward pass; all by default
     seed: int = 0
-    """Of noise and times. Step k draws the same numbers whether or not the run was interrupted."""
-    partition: BatchPartition = field(default=None)  # pyright: ignore[reportAssignmentType]
-    """How a batch is divided over document shards and processes; one of each by default."""
+    partition: BatchPartition = field(default=None)  # pyright: ignore[reportAssignmentType]  # one shard and process
 
     def __post_init__(self) -> None:
         self.partition = self.partition or BatchPartition(self.recipe.batch_size)
@@ -101,16 +90,17 @@ class TrainingLoop:
     ) -> Iterator[Figures]:
         """Make a step with each batch until `steps` are done; gives each step's figures once it is made.
 
-        Args:
-            batches: this process's rows of each batch, from the batch of step ``state.step`` on.
-            stop: asked at every step; if it says so in one process, all of them stop after that step.
+        `batches` are this process's rows, from step ``state.step`` on. If `stop`, asked at every step, says so in one
+        process, all of them stop after that step.
 
         Raises:
             Diverged: a loss or gradient is not finite. The update is not made; a GPU tells one step later.
             Exhausted: `batches` ended early in all processes. Those that end before the others take part without rows.
             Stopped: `stop` said so, or `batches` did, before the step that they were for.
         """
-        world, source, nothing = self.partition.world, iter(batches), _no_rows(self.normalizer)
+        several, width = len(self.normalizer.layers) > 1, self.normalizer.width
+        nothing = Batch(torch.empty(0, width), torch.empty(0, dtype=torch.int64) if several else None)
+        world, source = self.partition.world, iter(batches)
         try:
             while self.state.step < self.steps:
                 batch = Batch(*next(source, nothing))  # pyright: ignore[reportArgumentType]
@@ -128,44 +118,31 @@ class TrainingLoop:
     def step(self, batch: Batch, rows: int) -> Figures:
         """One optimizer step with this process's `batch` of `rows` in all processes."""
         state, recipe = self.state, self.recipe
+        samples = self.noise_samples(batch)
         loss = backward(
-            state.model,
-            self.normalizer,
-            batch,
-            self.noise_samples(batch),
-            rows,
-            partition=self.partition,
-            precision=self.precision,
-            micro_batch=self.micro_batch,
+            state.model, self.normalizer, batch, samples, rows, self.partition, self.precision, self.micro_batch
         )
         norm = gradient_norm(state.denoiser)
         self._check.step(state, loss, norm)
-        clip_gradients(state.denoiser, norm, recipe.clip)
-        set_rates(state.optimizers, rate_share(state.step, self.steps, recipe))
+        if norm.device.type != "cpu" or norm > recipe.clip:  # a GPU, where looking is waiting, always scales
+            torch.nn.utils.clip_grads_with_norm_(state.denoiser.parameters(), recipe.clip, norm)
+        share = rate_share(state.step, self.steps, recipe)
+        set_rates(state.optimizers, share)
         for optimizer in state.optimizers:
             optimizer.step()
             optimizer.zero_grad()  # to none: the next gradients are then taken over, not added to zeros
         if state.average is not None:
             state.average.update(state.denoiser, state.step)
-        figures = Figures(loss, norm, learning_rate(state.step, self.steps, recipe), rows)
         state.step += 1
-        return figures
+        return Figures(loss, norm, recipe.learning_rate * share, rows)
 
     def noise_samples(self, batch: Batch) -> list[NoiseSamples]:
         """The noise and times of the next step, one for each of the recipe's samples of an activation."""
-        count, device = self.recipe.noise_samples, self.normalizer.mean.device
-        numbers = range(self.state.step * count, (self.state.step + 1) * count)
-        drawn = (
-            NoiseSamples.draw(self.seed, number, self.partition, self.normalizer.width, self.recipe, device)
-            for number in numbers
-        )
-        return [samples.for_rows(batch) for samples in drawn]
-
-
-def _no_rows(normalizer: Normalizer) -> Batch:
-    """What a process without activations brings to a step of the others."""
-    several = len(normalizer.layers) > 1
-    return Batch(torch.empty(0, normalizer.width), torch.empty(0, dtype=torch.int64) if several else None)
+        count, width, device = self.recipe.noise_samples, self.normalizer.width, self.normalizer.mean.device
+        return [
+            NoiseSamples.draw(self.seed, number, self.partition, width, self.recipe, device).for_rows(batch)
+            for number in range(self.state.step * count, (self.state.step + 1) * count)
+        ]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -174,19 +151,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def clip_gradients(model: nn.Module, norm: Tensor, most: float) -> None:
-    """Scale gradients of norm `norm` down to at most `most`."""
-    if norm.device.type == "cpu" and norm <= most:
-        return  # scaling would only read and write every gradient; a GPU, where looking is waiting, does it
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
-
-
 class _FiniteCheck:
     """Stops a run whose loss or gradient is not finite before the weights are changed.
 
-    On a GPU the host would have to wait for the figures. There fused AdamW leaves out the update by itself
-    (`found_inf`), and the host reads each step's figures one step later. With Muon, and where weights are sharded, the
-    host waits.
+    On a GPU, so that the host need not wait, fused AdamW leaves out the update by itself (`found_inf`), and the host
+    reads each step's figures one step later. With Muon, and where weights are sharded, it waits.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from latentprior.prior.normalizer import Normalizer
 from latentprior.training.noise import NoiseSamples
 from latentprior.training.parallel import gradients_stay
 from latentprior.utils.devices import to_device
-from latentprior.utils.distributed import World
+from latentprior.utils.distributed import ALONE, World
 
 BINS = 10  # of the held-out loss by noise level
 
@@ -24,7 +24,6 @@ def backward(
     batch: Batch,
     samples: Sequence[NoiseSamples],
     rows: int,
-    *,
     partition: BatchPartition,
     precision: torch.dtype,
     micro_batch: int | None,
@@ -33,8 +32,6 @@ def backward(
 
     `rows` are those of all processes: each one's gradient counts by its true share. All run the same number of
     micro-batches, the last ones empty where there are fewer rows. With several `samples` the loss is their mean.
-
-    On a CPU a micro-batch whose hidden units fit the cache saves more memory traffic than its smaller matrices cost.
     """
     device = normalizer.mean.device
     size = micro_batch or partition.most_rows
@@ -83,15 +80,13 @@ def heldout_errors(
     precision: torch.dtype = torch.float32,
     seed: int = 0,
     chunk: int = 1024,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Each row's loss at fixed noise and time: squared error [N] float32, and its bin of the noise level [N].
 
-    Times are spread evenly over [0, 1]; the same rows get the same noise and times at every call, so that two calls
-    compare. Bin i of `BINS` covers times from i / BINS to (i + 1) / BINS. With several processes each gets the errors
-    of every size-th row only.
+    Times are spread evenly over [0, 1], and the same rows get the same noise and times at every call. Bin i of `BINS`
+    begins at time i / BINS. With several processes each gets the errors of every size-th row only.
     """
-    world = world or World()
     device = normalizer.mean.device
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     strata = min(200, len(x))
@@ -114,10 +109,9 @@ def heldout_loss(
     layer: Tensor | None = None,
     *,
     precision: torch.dtype = torch.float32,
-    world: World | None = None,
+    world: World = ALONE,
 ) -> tuple[float, list[float]]:
     """Held-out loss, overall and in each bin of the noise level; every process of `world` takes its share of rows."""
-    world = world or World()
     error, bins = heldout_errors(denoiser, normalizer, x, layer, precision=precision, world=world)
     sums = torch.zeros(2, BINS, dtype=torch.float64)
     sums[0].index_add_(0, bins, error.double())

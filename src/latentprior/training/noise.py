@@ -24,8 +24,7 @@ class NoiseSamples:
     noise: Float[Tensor, "n d"]
     t: Float[Tensor, " n"]
     weight: Float[Tensor, " n"] | None = None
-    most_distinct: int | None = None
-    """How many distinct times there can be; the time path is padded to it on a GPU, where shapes must not change."""
+    most_distinct: int | None = None  # times there can be; the time path is padded to it on a GPU, where shapes stay
 
     @classmethod
     def draw(
@@ -34,11 +33,8 @@ class NoiseSamples:
         """The samples of one process for a full batch, its document shards one after another.
 
         The shards take the batch's ascending times in an order of their own in every step: no shard sees one noise
-        level more often than another.
-
-        Args:
-            number: of these samples: the step, or with several samples for each activation the step times their count
-                plus which of them it is.
+        level more often than another. `number` is the step; with several samples for each activation, the step times
+        their count plus which of them it is.
         """
         shards, quota = partition.shards, partition.quota
         order = np.random.default_rng((seed % 2**64, number)).permutation(shards)
@@ -49,11 +45,8 @@ class NoiseSamples:
         t = draw_times(seed, number, partition.batch, recipe)
         weight = loss_weights(t, recipe)
         noise = torch.empty(partition.rows, width, device=device)
-        begin = 0
-        for shard in partition.owned:
-            end = begin + quota(shard)
-            noise[begin:end].normal_(generator=keyed_generator(seed, number, shard, device=device))
-            begin = end
+        for part, shard in zip(noise.split([quota(s) for s in partition.owned]), partition.owned, strict=True):
+            part.normal_(generator=keyed_generator(seed, number, shard, device=device))
         most = None if recipe.times == "uniform" else most_distinct(recipe, partition.rows)
         return cls(noise, t[own], None if weight is None else weight[own], most)
 

@@ -8,7 +8,7 @@ the blocks, in the embeddings of time and layer, and in the output; input weight
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,16 +29,18 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     Newton-Schulz iterations in bfloat16, scaled by ``sqrt(max(1, out / in))``. The spectral norm of its updates does
     not depend on the width, so `matrix_rate` holds at every width. `cost.muon_flops_per_step` says what it costs.
 
-    Every group has its peak rate under "peak"; `set_rates` sets the rate from it.
-
-    Args:
-        model: a `Denoiser`, also wrapped or sharded; of any other module all parameters have the same rate.
-        recipe: its `optimizer`, `learning_rate`, `matrix_rate`, `base_width`, `betas`, `weight_decay`.
+    `set_rates` sets the rates from each group's "peak". `model` may be wrapped or sharded; of one that holds no
+    `Denoiser` all parameters have the same rate.
     """
-    matrices = [layer.weight for layer in _block_linears(model)] if recipe.optimizer == "muon" else []
+    matrices: list[Tensor] = []
+    if recipe.optimizer == "muon":
+        matrices = [m.weight for block in _blocks(model) for m in block.children() if isinstance(m, nn.Linear)]
     taken = {id(p) for p in matrices}
-    wide = {id(p) for p in _wide_matrices(model)}
-    transfer = _transfer(model, recipe)
+    denoiser = next((m for m in model.modules() if isinstance(m, Denoiser)), None)
+    wide, transfer = set[int](), 1.0
+    if denoiser is not None and recipe.base_width is not None:  # the fan-in of all but `in_proj` grows with the width
+        wide = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not denoiser.in_proj}
+        transfer = recipe.base_width / denoiser.config.d_model
     by_rate: dict[float, list[nn.Parameter]] = {}
     for p in model.parameters():
         if id(p) not in taken:
@@ -78,11 +80,6 @@ def rate_share(step: int, total: int, recipe: Recipe) -> float:
     return recipe.final_rate + (1 - recipe.final_rate) * height
 
 
-def learning_rate(step: int, total: int, recipe: Recipe) -> float:
-    """The rate of AdamW's groups without width transfer at step `step` (from 0) of `total`."""
-    return recipe.learning_rate * rate_share(step, total, recipe)
-
-
 @torch.no_grad()
 def initialise(model: Denoiser, recipe: Recipe, generator: torch.Generator) -> None:
     """Set the initial weights in place, as ``recipe.init`` says; "default" leaves those that torch drew.
@@ -96,11 +93,6 @@ def initialise(model: Denoiser, recipe: Recipe, generator: torch.Generator) -> N
     - The bias of `time_proj` is one. Time multiplies the gate inside the SiLU. With torch's weights that factor starts
       at about 0.08, so all gates start at the SiLU's zero, where the block passes next to nothing, in either
       direction. Around one, a block starts as a SwiGLU of unit size, and each unit differs in how time bends it.
-
-    Args:
-        model: the denoiser, on any device.
-        recipe: its `init`.
-        generator: source of the weights; the same on every device if it is on the CPU.
     """
     if recipe.init == "default":
         return
@@ -117,34 +109,12 @@ def initialise(model: Denoiser, recipe: Recipe, generator: torch.Generator) -> N
     model.out_proj.weight.zero_()
 
 
-def _transfer(model: nn.Module, recipe: Recipe) -> float:
-    """What the rate of a wide matrix is multiplied by."""
-    if recipe.base_width is None:
-        return 1.0
-    widths = {m.config.d_model for m in model.modules() if isinstance(m, Denoiser)}
-    return recipe.base_width / widths.pop() if widths else 1.0
-
-
 def _blocks(model: nn.Module) -> Iterator[Block]:
     return (module for module in model.modules() if isinstance(module, Block))
 
 
-def _block_linears(model: nn.Module) -> list[nn.Linear]:
-    return [layer for block in _blocks(model) for layer in block.children() if isinstance(layer, nn.Linear)]
-
-
-def _wide_matrices(model: nn.Module) -> Sequence[Tensor]:
-    """The matrices whose fan-in grows with the width: all but `in_proj`'s."""
-    inputs = {id(m.in_proj) for m in model.modules() if isinstance(m, Denoiser)}
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inputs]
-
-
 class AveragedWeights:
-    """Exponential moving average of a model's parameters, in float32.
-
-    Early averages would be dominated by the initial weights, so the decay rises as ``(1 + step) / (10 + step)`` up
-    to its value.
-    """
+    """Exponential moving average of a model's parameters, in float32."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -152,7 +122,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))  # initial weights would dominate early averages
         parameters = [p.detach() for p in model.parameters()]
         averages = list(self.average.values())
         torch._foreach_lerp_(averages, parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -33,18 +33,8 @@ def parallelize(
     """What to call instead of `denoiser` while training; the denoiser itself is changed in place.
 
     Blocks are compiled and sharded one by one: all alike, they share one compiled code, and weights are gathered
-    while the block before computes.
-
-    Args:
-        denoiser: on its device, with the same weights in every process.
-        world: the processes.
-        parallel: a copy in each process, or shards; "auto" shards from a billion parameters on.
-        precision: of the matrix work; sharded weights travel in it.
-        compiled: compile the blocks.
-        float8: their matrix products in float8, through torchao.
-
-    Raises:
-        InputError: float8 without torchao or without a GPU that has it.
+    while the block before computes. "auto" shards from `SHARD_FROM` parameters on; sharded weights travel in
+    `precision`. `denoiser` is on its device, with the same weights in every process.
     """
     device = denoiser.in_proj.weight.device
     if float8:
@@ -59,12 +49,10 @@ def parallelize(
     if parallel == "ddp":
         return DistributedDataParallel(denoiser, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (world.size,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == torch.float32 else precision, reduce_dtype=torch.float32
-    )
-    for block in denoiser.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(denoiser, mesh=mesh, mp_policy=policy)
+    dtype = None if precision == torch.float32 else precision
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*denoiser.layers, denoiser):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     return denoiser
 
 
@@ -92,8 +80,7 @@ def _use_float8(denoiser: Denoiser, device: torch.device) -> None:
 
 @contextmanager
 def gradients_stay(model: nn.Module, stay: bool) -> Iterator[None]:
-    """While `stay`, gradients are only added up in each process, not reduced over them: for all but a step's last
-    micro-batch."""
+    """While `stay`, gradients are added up in each process and not reduced: for all but a step's last micro-batch."""
     if isinstance(model, DistributedDataParallel) and stay:
         with model.no_sync():
             yield
@@ -103,16 +90,7 @@ def gradients_stay(model: nn.Module, stay: bool) -> Iterator[None]:
     yield
 
 
-def reshard(model: nn.Module) -> None:
-    """Give up the gathered weights that a forward pass without a backward pass leaves in a sharded model."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 def whole_weights(denoiser: Denoiser) -> dict[str, Tensor]:
-    """All weights on the CPU, gathered from all processes if they are sharded; called by every one of them.
-
-    Only the first process gets the weights of a sharded denoiser.
-    """
+    """All weights on the CPU; called by every process, and if they are sharded only the first one gets them."""
     weights = get_model_state_dict(denoiser, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor
 
-from latentprior.config import Recipe, TrainConfig, settings_of
+from latentprior.config import TrainConfig, settings_of
 from latentprior.config.base import bytes_of
 from latentprior.data import text
 from latentprior.data.moments import Covariance, Moments
@@ -27,7 +26,6 @@ from latentprior.data.text_files import text_settings
 from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
-from latentprior.utils.distributed import World
 from latentprior.utils.errors import InputError
 
 LEAST_TOKENS = 256  # of a forward pass, however small the buffer is
@@ -37,10 +35,8 @@ class ActivationSource(ABC):
     """Activations to train on."""
 
     hookpoints: tuple[Hookpoint, ...]
-    source: dict[str, Any]
-    """Where they come from, as JSON values."""
-    identity: dict[str, Any]
-    """What decides the rows and their order, as JSON values."""
+    source: dict[str, Any]  # where they come from, as JSON values
+    identity: dict[str, Any]  # what decides the rows and their order, as JSON values
 
     def __init__(self, config: TrainConfig, partition: BatchPartition) -> None:
         self.config, self.partition = config, partition
@@ -51,17 +47,25 @@ class ActivationSource(ABC):
         return self.source.get("blocks") if len(self.hookpoints) > 1 else None
 
     @abstractmethod
-    def normalizer(self, recipe: Recipe) -> Normalizer:
+    def normalizer(self) -> Normalizer:
         """Statistics of the activations; called before the first batch."""
+
+    def kept_moments(self, compute: Callable[[], Moments]) -> Moments:
+        """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
+        if self.config.resolved_recipe().normalizer == "whitened":
+            raise InputError("recipe.normalizer 'whitened' needs a finished store")
+        path, world = Path(self.config.run.output) / "statistics.safetensors", self.partition.world
+        if not world.first(path.is_file()):
+            moments = compute()
+            if world.main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, [save(moments.state_dict())])
+            world.wait()
+        return Moments.from_state_dict(load_file(path))
 
     @abstractmethod
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
-        """This process's rows of the batches from number `step` on.
-
-        Args:
-            position: what `position` gave after the ones before.
-            save: saves the training state between two batches, for a source that others wait for.
-        """
+        """This process's rows of the batches from number `step` and `position` on; `save` is called between two."""
 
     def position(self) -> dict[str, Any] | None:
         """What `batches` needs besides the step to continue here, as JSON values; called by every process."""
@@ -106,10 +110,13 @@ class StoreSource(ActivationSource):
             self.identity["layers"] = self.layers
         store.batches(partition.batch, layers=self.layers)  # refuses fewer rows than a batch
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
+    def normalizer(self) -> Normalizer:
         moments = self.store.moments().at(self.layers)
-        if recipe.normalizer == "whitened":
-            return Normalizer.whitened(moments, _covariance(self.store, self.layers))
+        if self.config.resolved_recipe().normalizer == "whitened":
+            total = Covariance(self.layers, self.store.width)
+            for indices in self.store.rows_at(self.layers).split(2**16):
+                total.update(self.store.rows(indices), self.store.metadata(indices)[0])
+            return Normalizer.whitened(moments, total.covariance())
         return Normalizer.from_moments(moments)
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
@@ -138,9 +145,8 @@ class FollowedStoreSource(ActivationSource):
         self._follower: Follower | None = None
         self._saved: dict[str, Any] | None = None
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
-        _refuse_whitened(recipe)
-        return Normalizer.from_moments(kept_moments(self.config, self.store.moments))
+    def normalizer(self) -> Normalizer:
+        return Normalizer.from_moments(self.kept_moments(self.store.moments))
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         self._follower = Follower(
@@ -189,9 +195,8 @@ class LanguageModelSource(ActivationSource):
         self._keep: StoreWriter | None = None
         self._left_out: dict[str, int] = {}
 
-    def normalizer(self, recipe: Recipe) -> Normalizer:
-        _refuse_whitened(recipe)
-        moments = kept_moments(self.config, self._live.statistics, self.partition.world)
+    def normalizer(self) -> Normalizer:
+        moments = self.kept_moments(self._live.statistics)
         self._live.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
         return Normalizer.from_moments(moments)
 
@@ -200,9 +205,8 @@ class LanguageModelSource(ActivationSource):
         if self.config.stream.record_to:
             self._keep = self._writer(Path(self.config.stream.record_to))
         steps = -(-run.activations // self.partition.batch)
-        self._buffer = MixingBuffer(
-            self._live, self._buffered_batches, self._buffer_device, seed=run.seed, steps=steps, keep=self._keep
-        )
+        count, device = self._buffered_batches, self._buffer_device
+        self._buffer = MixingBuffer(self._live, count, device, seed=run.seed, steps=steps, keep=self._keep)
         yield from self._buffer.batches(step, position)
 
     def _writer(self, folder: Path) -> StoreWriter:
@@ -241,17 +245,9 @@ class LanguageModelSource(ActivationSource):
 
 
 def open_source(
-    config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool] = lambda: False
+    config: TrainConfig, partition: BatchPartition, device: torch.device, stop: Callable[[], bool]
 ) -> ActivationSource:
-    """What `config` says to train on, checked before anything is computed.
-
-    Args:
-        stop: asked while waiting for rows.
-
-    Raises:
-        InputError: an unusable store, model, layer, text or buffer.
-        Stopped: `stop` said so.
-    """
+    """What `config` says to train on, checked before anything is computed; `Stopped` if `stop` says so meanwhile."""
     if config.source == "llm":
         return LanguageModelSource(config, partition, device)
     if config.store.follow:
@@ -260,11 +256,7 @@ def open_source(
 
 
 def stored_heldout(config: TrainConfig, hookpoints: Sequence[Hookpoint]) -> Batch | None:
-    """Rows of the held-out store that `config` names, the same at every call.
-
-    Raises:
-        InputError: it is not of these hookpoints.
-    """
+    """Rows of the held-out store that `config` names, the same at every call; it must be of these hookpoints."""
     if config.store.heldout is None:
         return None
     store = ActivationStore(config.store.heldout)
@@ -286,39 +278,12 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
     return source
 
 
-def kept_moments(config: TrainConfig, compute: Callable[[], Moments], world: World | None = None) -> Moments:
-    """The moments in the run's folder, computed and saved there if they are missing: a resumed run has the same."""
-    world = world or World()
-    path = Path(config.run.output) / "statistics.safetensors"
-    there = world.first(path.is_file())
-    if not there:
-        moments = compute()
-        if world.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, [save(moments.state_dict())])
-        world.wait()
-    return Moments.from_state_dict(load_file(path))
-
-
 def _path(config: TrainConfig) -> str:
     assert config.store.path is not None  # `TrainConfig` refuses a source "store" without one
     return config.store.path
-
-
-def _refuse_whitened(recipe: Recipe) -> None:
-    if recipe.normalizer == "whitened":
-        raise InputError("recipe.normalizer 'whitened' needs a finished store")
 
 
 def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
     """The store's layers that are named, in its order; all of them if none is."""
     check_recorded(layers, store.layers)
     return [layer for layer in store.layers if not layers or layer in layers]
-
-
-def _covariance(store: ActivationStore, layers: Sequence[int]) -> Tensor:
-    """Covariance [L, d, d] of all rows of some layers of a store."""
-    total = Covariance(layers, store.width)
-    for indices in store.rows_at(layers).split(2**16):
-        total.update(store.rows(indices), store.metadata(indices)[0])
-    return total.covariance()

@@ -26,13 +26,8 @@ def draw_times(seed: int, step: int, count: int, recipe: Recipe) -> Float[Tensor
 
     "grid" and "uniform" are independent draws. "stratified" and "logit_normal" cut [0, 1] into ``distinct_times``
     equally likely strata, draw one time in each, and spread the rows over the strata as evenly as possible; every time
-    has its law at any count, as the rows left over go to strata chosen at random.
-
-    Args:
-        seed: of the run.
-        step: neighbouring seeds and steps give unrelated draws.
-        count: rows of the step, over all micro-batches and processes.
-        recipe: its `times`, `distinct_times`, `logit_mean` and `logit_scale`.
+    has its law at any count, as the rows left over go to strata chosen at random. Neighbouring seeds and steps give
+    unrelated draws; `count` is the rows of the step, over all micro-batches and processes.
     """
     generator = keyed_generator(seed, step)
     match recipe.times:
@@ -54,7 +49,7 @@ def most_distinct(recipe: Recipe, rows: int) -> int:
 
 
 def loss_weights(t: Float[Tensor, " n"], recipe: Recipe) -> Float[Tensor, " n"] | None:
-    """What multiplies each row's squared error, [N] float32 on the times' device; None where all weigh the same.
+    """What multiplies each row's squared error, float32 on the times' device; None where all weigh the same.
 
     A weight depends on its own time alone, so micro-batches and processes need no agreement; its mean over the law
     that times are drawn from is 1, so the learning rate keeps its meaning.
@@ -68,10 +63,6 @@ def loss_weights(t: Float[Tensor, " n"], recipe: Recipe) -> Float[Tensor, " n"] 
       ``2 - (2 t - 1)^2 / ((1 - t)^2 + t^2) = 1 / ((1 - t)^2 + t^2)``: weighted least squares, where every noise level
       adds the same noise to the gradient. Min-SNR (Hang et al., 2023) would be ``min((1 - t)^2, 5 t^2)``, which
       leaves the velocity at both ends of the path untrained, and the sampler needs it there.
-
-    Args:
-        t: times [N].
-        recipe: its `weighting` and its law of times.
     """
     if recipe.weighting == "none" or (recipe.weighting == "unbiased" and recipe.times != "logit_normal"):
         return None

@@ -12,23 +12,15 @@ from latentprior.utils.files import replace_text
 
 
 class Log:
-    """Appends figures to a JSONL file and to wandb or trackio.
-
-    Args:
-        path: the file. Lines after `resume_step` are dropped: those steps are about to be done again.
-        track: "none", "wandb" or "trackio".
-        config: shown by the tracking service.
-        resume_step: the step that the run continues from, 0 for a new one.
-
-    Raises:
-        InputError: the tracking package is not installed.
-    """
+    """Appends figures to a JSONL file, without its lines after `resume_step`, and to a tracking service."""
 
     def __init__(self, path: Path, *, track: str, config: dict[str, Any], resume_step: int) -> None:
-        self._tracker = _tracker(track)  # first: if it is missing, the file stays as it is
-        kept = []
-        if resume_step and path.exists():
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        try:  # first: if it is missing, the file stays as it is
+            self._tracker = None if track == "none" else importlib.import_module(track)
+        except ImportError as error:
+            raise InputError(f"{track} is not installed: pip install 'latentprior[track]'") from error
+        lines = _whole_lines(path) if resume_step and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
         replace_text(path, "".join(kept))
         self._file = path.open("a", buffering=1)
         if self._tracker is not None:
@@ -54,12 +46,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _tracker(track: str) -> Any:
-    if track == "none":
-        return None
-    try:
-        return importlib.import_module(track)
-    except ImportError as error:
-        raise InputError(f"{track} is not installed: pip install 'latentprior[track]'") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,91 +15,63 @@ from latentprior.prior.cost import training_flops
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.glp import GLP
 from latentprior.training.checkpoint import latest, load_state, save_state
-from latentprior.training.logger import Speed, TrainingLogger
+from latentprior.training.logger import TrainingLogger
 from latentprior.training.loop import Exhausted, State, TrainingLoop
 from latentprior.training.loss import heldout_loss
 from latentprior.training.optim import initialise
 from latentprior.training.parallel import CPU_MICRO_BATCH, parallelize, whole_weights
 from latentprior.training.sources import ActivationSource, stored_heldout
+from latentprior.utils.chips import data_sheet_peak, matrix_peak
 from latentprior.utils.devices import fast_dtype
 from latentprior.utils.errors import Stopped
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.progress import Report
 from latentprior.utils.provenance import stamp, versions
 from latentprior.utils.random import generator_of
+
+Json = dict[str, Any]
 
 FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 
 
 class Trainer:
-    """Trains a prior on a source of activations; every process has one, the first one writes.
-
-    Args:
-        config: what to train.
-        source: on what, of `config`.
-        settings: what decides the weights; a state of another run is refused by them.
-        device: where.
-        report: gets activations done and in all, with the latest losses.
-
-    Raises:
-        InputError: the folder holds the state of another run, or the held-out store is of other hookpoints.
-    """
+    """Trains a prior on a source of activations; the state of a run with other `settings` is refused."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        source: ActivationSource,
-        settings: dict[str, Any],
-        device: torch.device,
-        report: Report,
+        self, config: TrainConfig, source: ActivationSource, settings: Json, device: torch.device, report: Report
     ) -> None:
         self.config, self.source, self.settings, self.device = config, source, settings, device
         self.output, self.partition, self.world = Path(config.run.output), source.partition, source.partition.world
         recipe, run = config.resolved_recipe(), config.run
         saved = latest(self.output / "steps", settings)
         heldout = stored_heldout(config, source.hookpoints)  # refused before the statistics are computed
-        self.normalizer = source.normalizer(recipe).to(device)
+        self.normalizer = source.normalizer().to(device)
         self.heldout = source.heldout() if heldout is None else heldout
         self.precision = fast_dtype(device) if run.precision == "auto" else getattr(torch, run.precision)
         self.state = self._new_state(recipe)
         if saved is not None:
             load_state(saved, self.state, self.world)
-        self.position = saved.position if saved else None
+        self.position = (saved and saved.position) or {}
         self.steps = math.ceil(run.activations / recipe.batch_size)
+        micro_batch = run.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None)
         self.loop = TrainingLoop(
-            self.state,
-            self.normalizer,
-            recipe,
-            self.steps,
-            precision=self.precision,
-            micro_batch=run.micro_batch or (CPU_MICRO_BATCH if device.type == "cpu" else None),
-            seed=run.seed,
-            partition=self.partition,
+            self.state, self.normalizer, recipe, self.steps, self.precision, micro_batch, run.seed, self.partition
         )
-        self.logger = TrainingLogger(
-            config,
-            self.world,
-            report,
-            self._speed(recipe),
-            step=self.state.step,
-            activations=self.position["activations"] if self.position else 0,
-        )
+        peaks, done = self._peaks(recipe), self.position.get("activations", 0)
+        self.logger = TrainingLogger(config, self.world, report, peaks, step=self.state.step, activations=done)
         self.ended: str | None = None
 
     def train(self, stop: Callable[[], bool]) -> None:
         """From where the run is to its end; leaves the prior in the folder.
 
-        Raises:
-            Diverged: a loss that is not finite; the last saved state is kept.
-            Exhausted: a store ended early, or a stream before its first step.
-            Stopped: `stop` said so; the state was saved.
+        `Exhausted` if a store ended early, or a stream before its first step. The state is saved before `Stopped`.
         """
         source, state, logger = self.source, self.state, self.logger
-        if self.position is None:
+        if not self.position:
             self.evaluate()
         self.saved_step, self.saved_at = state.step if self.position else None, time.perf_counter()
         logger.start(source.seconds())
-        batches = source.batches(state.step, self.position and self.position["feed"], save=self.save)
+        batches = source.batches(state.step, self.position.get("feed"), save=self.save)
         try:
             for figures in self.loop.over(batches, stop=stop):
                 last, before = state.step == self.steps, logger.activations
@@ -128,7 +99,7 @@ class Trainer:
         self.save_prior(self.output)
 
     def evaluate(self) -> None:
-        """Held-out loss of the weights that would be saved now."""
+        """Log the held-out loss of the weights that would be saved now."""
         if self.heldout is None:
             return
         x, layer, _ = self.heldout
@@ -158,10 +129,10 @@ class Trainer:
             provenance = {"source": self.source.source, "training": training, "versions": versions()}
             GLP(whole, self.normalizer, self.source.hookpoints, provenance).save_pretrained(folder)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What the run has come to so far."""
         rows = self.logger.activations
-        found: dict[str, Any] = {"activations": rows, "distinct": self.source.distinct(rows)}
+        found: Json = {"activations": rows, "distinct": self.source.distinct(rows)}
         if left_out := self.source.left_out():
             found["left_out"] = left_out
         return found | self.logger.heldout | ({"ended": self.ended} if self.ended else {})
@@ -177,7 +148,7 @@ class Trainer:
             "processes": self.world.size,
         }
         if self.world.main:
-            replace_text(self.output / "train.json", json.dumps(result, indent=2) + "\n")
+            replace_json(self.output / "train.json", result, indent=2)
         self.world.wait()
 
     def _new_state(self, recipe: Recipe) -> State:
@@ -198,14 +169,17 @@ class Trainer:
         )
         return State.start(denoiser, recipe, model)
 
-    def _speed(self, recipe: Recipe) -> Speed:
+    def _peaks(self, recipe: Recipe) -> dict[str, float]:
+        """Activations a second, over all processes, at the device's peaks: the measured one and the data sheet's."""
         layers = len(self.source.hookpoints)
         cost = training_flops(self.state.denoiser.config, recipe, recipe.batch_size, layers=layers)
         flops = cost.activation / self.world.size + cost.update / recipe.batch_size  # each makes the whole update
-        return Speed.on(self.device, self.precision, flops)
+        sheet = data_sheet_peak(self.device, self.precision)
+        measured = {"measured_peak_share": matrix_peak(self.device, self.precision) / flops}
+        return measured | ({"mfu": sheet / flops} if sheet else {})
 
     def _save_due(self) -> bool:
-        """Whether it is time to save, as the first process's clock says."""
+        """Whether it is time to save by the first process's clock."""
         due = time.perf_counter() - self.saved_at > self.config.run.save_seconds
         return bool(self.world.sum(torch.tensor(int(due and self.world.main))))
 

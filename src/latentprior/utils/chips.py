@@ -14,20 +14,19 @@ import torch
 class Chip:
     """An accelerator as its vendor's data sheet describes it."""
 
-    tflops: int
-    """Dense bf16 matrix peak with float32 accumulation, TFLOP/s (the sheets' larger numbers assume sparsity)."""
-    memory: int
-    """Memory in GB. Taken as 10^9 bytes, which leaves some percent of the real size to driver and fragmentation."""
+    tflops: int  # dense bf16 matrix peak with float32 accumulation (the sheets' larger numbers assume sparsity)
+    memory: int  # GB, taken as 10^9 bytes: some percent of the real size are left to driver and fragmentation
+    names: tuple[str, ...]  # as CUDA tells; variants with other peaks (PCIe, NVL, MIG slices) have other names
 
 
 CHIPS: dict[str, Chip] = {  # vendor data sheets
-    "A100-40": Chip(312, 40),
-    "A100-80": Chip(312, 80),
-    "H100": Chip(989, 80),  # SXM
-    "H200": Chip(989, 141),
-    "B200": Chip(2250, 180),
-    "L40S": Chip(362, 48),
-    "RTX-4090": Chip(165, 24),
+    "A100-40": Chip(312, 40, ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")),
+    "A100-80": Chip(312, 80, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")),
+    "H100": Chip(989, 80, ("NVIDIA H100 80GB HBM3",)),  # SXM
+    "H200": Chip(989, 141, ("NVIDIA H200",)),
+    "B200": Chip(2250, 180, ("NVIDIA B200",)),
+    "L40S": Chip(362, 48, ("NVIDIA L40S",)),
+    "RTX-4090": Chip(165, 24, ("NVIDIA GeForce RTX 4090",)),
 }
 
 
@@ -35,10 +34,6 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     """FLOP/s of the fastest of many square matrix products on `device`.
 
     What a run reaches of it is no MFU: that is a share of the chip's peak by its data sheet (`data_sheet_peak`).
-
-    Args:
-        dtype: float32 or bfloat16.
-        seconds: how long to multiply; the first products, which warm up, are slower and so do not count.
     """
     size, repeats = (8192, 4) if device.type != "cpu" else (1024, 2)
     generator = torch.Generator(device).manual_seed(0)  # random numbers: zeros would draw less power and run faster
@@ -53,25 +48,12 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * size**3 / fastest
 
 
-_CHIP_OF = {  # by the name that a CUDA device tells; variants with other peaks (PCIe, NVL, MIG slices) have other names
-    "NVIDIA A100-SXM4-40GB": "A100-40",
-    "NVIDIA A100-PCIE-40GB": "A100-40",
-    "NVIDIA A100-SXM4-80GB": "A100-80",
-    "NVIDIA A100 80GB PCIe": "A100-80",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-    "NVIDIA B200": "B200",
-    "NVIDIA L40S": "L40S",
-    "NVIDIA GeForce RTX 4090": "RTX-4090",
-}
-
-
 def data_sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of `device` by its vendor's data sheet; None unless it is one of `CHIPS` and `dtype` is bfloat16."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    chip = _CHIP_OF.get(torch.cuda.get_device_name(device))
-    return None if chip is None else CHIPS[chip].tflops * 1e12
+    name = torch.cuda.get_device_name(device)
+    return next((chip.tflops * 1e12 for chip in CHIPS.values() if name in chip.names), None)
 
 
 def time_on(device: torch.device) -> float:

@@ -11,10 +11,7 @@ from latentprior.utils.errors import InputError
 
 
 def resolve_device(name: torch.device | str) -> torch.device:
-    """The device called `name`; "auto" is this process's CUDA device if there is one, else the CPU.
-
-    A CUDA device without a number is this process's, so that devices compare equal that are.
-    """
+    """The device called `name`; "auto" is CUDA if it is there. CUDA without a number is this process's device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -23,9 +23,7 @@ class World:
     """This process among those that train together."""
 
     rank: int = 0
-    """Its number, from 0."""
     size: int = 1
-    """How many there are."""
 
     @property
     def main(self) -> bool:
@@ -57,6 +55,9 @@ class World:
         return self.gather(value)[0]
 
 
+ALONE = World()
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks for all that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
@@ -66,11 +67,10 @@ def is_main() -> bool:
 def joined(device: str = "auto") -> Iterator[World]:
     """This process's place among those that torchrun started; alone without torchrun.
 
-    On GPUs each process of a machine takes its own. When the block ends well the processes part; when one fails, it
-    does not wait for the others, and torchrun ends them.
+    On GPUs each process of a machine takes its own. One that fails does not wait for the others: torchrun ends them.
     """
     if "RANK" not in os.environ or dist.is_initialized():
-        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+        yield World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
         return
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus:

@@ -16,10 +16,7 @@ class Stopped(Exception):
 
 
 def unknown(kind: str, name: object, valid: Iterable[object], *, most: int = 12) -> InputError:
-    """An `InputError` for a `name` of some `kind`, such as "column", that does not exist, with the nearest valid ones.
-
-    At most `most` of the valid names are listed.
-    """
+    """An `InputError` for a `name` of some `kind`, such as "column", that is not `valid`, of which it lists `most`."""
     options = [str(option) for option in valid]
     near = nearest(str(name), options)
     hint = f"; {near}" if near else ""

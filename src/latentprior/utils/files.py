@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from latentprior.utils.errors import InputError
 
@@ -49,6 +51,11 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode("utf-8"))
 
 
+def replace_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as JSON and a newline, whole or not at all; see `replaced`."""
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
+
+
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; see `replaced`."""
     with replaced(path) as partial:
@@ -60,9 +67,7 @@ def replaced(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """A temporary name to write a file under, which is flushed to disk and renamed to `path` when the block ends well.
 
     The file gets the permissions of the process's new files, whoever writes it: safetensors would keep it to its owner.
-
-    Args:
-        flush: False for thousands of files that can be written again: after a power cut some may be empty.
+    Without `flush`, for thousands of files that can be written again, some may be empty after a power cut.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

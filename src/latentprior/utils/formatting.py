@@ -19,8 +19,7 @@ class Table(NamedTuple):
     """A table of plain text for a terminal."""
 
     title: str
-    header: Sequence[str]
-    """Names of the columns; empty for a list of names and values."""
+    header: Sequence[str]  # names of the columns; empty for a list of names and values
     rows: Sequence[Sequence[str]]
 
 
@@ -51,9 +50,7 @@ def interval(ends: Sequence[Number | None] | None, shown: Callable[[Number | Non
 
 
 def estimate(
-    value: Number | None,
-    ends: Sequence[Number | None] | None,
-    shown: Callable[[Number | None], str] = number,
+    value: Number | None, ends: Sequence[Number | None] | None, shown: Callable[[Number | None], str] = number
 ) -> str:
     """A number followed by its interval where there is one: "0.711 [0.692, 0.730]"."""
     return shown(value) if ends is None else f"{shown(value)} {interval(ends, shown)}"

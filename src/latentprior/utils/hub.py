@@ -1,7 +1,4 @@
-"""The Hugging Face Hub: whether it answers, folders from it and to it.
-
-Whether it answers is asked once before anything else: its own downloads retry for half a minute, line after line.
-"""
+"""The Hugging Face Hub: folders from it and to it, but first whether it answers: its downloads retry for long."""
 
 from __future__ import annotations
 
@@ -32,11 +29,7 @@ def unreachable() -> str | None:
 
 
 def cache_only(repo: str, revision: str | None = None) -> bool:
-    """Whether a model has to come from the cache because the Hub cannot be asked.
-
-    Raises:
-        InputError: it is not in the cache either.
-    """
+    """Whether a model has to come from the cache, where it must be then, because the Hub cannot be asked."""
     reason = OFFLINE if constants.HF_HUB_OFFLINE else unreachable()
     if reason is not None and not isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str):
         missing = f"there is no such folder{nearest_path(repo)}, none in the cache, and {reason}"
@@ -45,11 +38,7 @@ def cache_only(repo: str, revision: str | None = None) -> bool:
 
 
 def snapshot(kind: str, repo: str, **options: Any) -> Path:
-    """The folder of a repository, from the cache alone where the Hub does not answer; `options` of `snapshot_download`.
-
-    Raises:
-        InputError: no such repository, or neither the Hub nor the cache has it; `kind` says what it was to hold.
-    """
+    """The folder of a repository that holds a `kind` of thing; `options` are those of `snapshot_download`."""
     silence = unreachable()
     try:
         if silence is not None:

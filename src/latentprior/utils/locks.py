@@ -24,7 +24,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
     """Hold `folder`, made if it is not there, against other processes and other holders in this one; gives its path.
 
     The lock is the operating system's: it ends with its process, however that ends. Folders made here that are still
-    empty at the end are removed again. A folder that is held is an `InputError`, a file system without locks a warning.
+    empty at the end are removed again. A file system without locks is only warned of.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -71,8 +71,9 @@ def _lock(folder: Path) -> int:
             raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
         try:
             _take(descriptor, folder)
-            if _is_still(path, descriptor):
-                return descriptor
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    return descriptor
         except BaseException:
             os.close(descriptor)
             raise
@@ -85,9 +86,8 @@ def _take(descriptor: int, folder: Path) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
     except BlockingIOError as error:
-        raise InputError(
-            f"{folder} is in use{_holder(descriptor)}: wait until that ends, or choose another folder"
-        ) from error
+        holder = _holder(descriptor)
+        raise InputError(f"{folder} is in use{holder}: wait until that ends, or choose another folder") from error
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -100,10 +100,3 @@ def _holder(descriptor: int) -> str:
     if not number:
         return ""
     return f" by process {number}" + ("" if host == socket.gethostname() else f" on {host}")
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

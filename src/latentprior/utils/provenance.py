@@ -38,10 +38,5 @@ def git_revision() -> str | None:
 
 def stamp(config: dict[str, Any], *, seed: int, wall_seconds: float) -> dict[str, Any]:
     """The part that every result file has."""
-    return {
-        "config": config,
-        "versions": versions(),
-        "git": git_revision(),
-        "seed": seed,
-        "wall_seconds": round(wall_seconds, 2),
-    }
+    made = {"config": config, "versions": versions(), "git": git_revision()}
+    return made | {"seed": seed, "wall_seconds": round(wall_seconds, 2)}

@@ -11,10 +11,7 @@ Seed = torch.Generator | int | None
 
 
 def seed_of(generator: Seed) -> int:
-    """A number to seed with: drawn from a generator, which advances, or itself.
-
-    None is drawn from torch's default generator: two calls differ, and `torch.manual_seed` makes both repeat.
-    """
+    """A number to seed with: itself, or drawn from a generator, which advances; for None from torch's default one."""
     if generator is not None and not isinstance(generator, torch.Generator):
         return int(generator)
     source = torch.default_generator if generator is None else generator
@@ -22,10 +19,7 @@ def seed_of(generator: Seed) -> int:
 
 
 def generator_of(seed: Seed) -> torch.Generator:
-    """`seed` itself if it is a generator, else a fresh CPU generator with the seed `seed_of` it.
-
-    Drawing on the CPU makes a seed mean the same on every device.
-    """
+    """`seed` itself if it is a generator, else a fresh CPU one, so that a seed means the same on every device."""
     return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed_of(seed))
 
 

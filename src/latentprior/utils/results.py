@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,7 @@ class Result(dict[str, Any]):
     """The dictionary that is written as JSON, with its values as attributes: ``result.heldout_loss.mean``.
 
     Dictionaries inside are results as well. A key that is a method of `dict`, such as "items", is reached by index.
-
-    Args:
-        values: JSON-ready values.
-        table: dotted name of the list of rows that `to_pandas` gives and notebooks show, such as "delta_lm.rows"; the
-            first one by default.
+    `table` is the dotted name of the list of rows that `to_pandas` gives and notebooks show; the first one by default.
 
     Examples:
         >>> result = lp.Result({"loss": 1.25, "rows": [{"t": 0.1, "error": {"mean": 2.0}}]})
@@ -50,22 +47,16 @@ class Result(dict[str, Any]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries and lists, as in the JSON file."""
-        return {key: _plain(value) for key, value in self.items()}
+        return json.loads(json.dumps(self))
 
     def tables(self) -> list[str]:
         """Dotted names of the lists of rows in this result, such as "summary.directions.methods.points"."""
         return list(_tables(self))
 
     def to_pandas(self, table: str | None = None) -> DataFrame:
-        """A list of rows as a data frame; nested values have dotted names, such as "frechet.total".
+        """One of `tables`, by default the main one or else all values as one row, with dotted names of nested values.
 
         Rows of a list inside another list's rows have the outer row's values in columns beside their own.
-
-        Args:
-            table: which one of `tables`; by default the main one, or all values as one row if there is none.
-
-        Raises:
-            InputError: no such table, or pandas is not installed.
         """
         try:
             import pandas
@@ -90,10 +81,8 @@ class Result(dict[str, Any]):
             rows = [_flat(row) for row in self._rows(None)]
             columns = list(dict.fromkeys(key for row in rows for key in row))
             head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-            body = "".join(
-                f"<tr>{''.join(f'<td>{_cell(row.get(column))}</td>' for column in columns)}</tr>"
-                for row in rows[:SHOWN_ROWS]
-            )
+            cells = [[f"<td>{_cell(row.get(column))}</td>" for column in columns] for row in rows[:SHOWN_ROWS]]
+            body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
             more = f"<p>{len(rows) - SHOWN_ROWS} rows more: to_pandas()</p>" if len(rows) > SHOWN_ROWS else ""
             parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}")
         return "".join(parts)
@@ -103,12 +92,6 @@ def _wrapped(value: Any) -> Any:
     if isinstance(value, dict):
         return Result(value)
     return [_wrapped(item) for item in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _tables(values: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

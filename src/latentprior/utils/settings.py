@@ -22,9 +22,6 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
 
 
 def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:
-    """Raise `InputError` unless `what` lies in `folder` was made with the settings `given` now, JSON-ready.
-
-    The first difference is named.
-    """
+    """Raise `InputError` with the first difference unless the settings `stored` with `what` are those `given` now."""
     if difference := next(differences(stored, json.loads(json.dumps(given))), None):
         raise InputError(f"{folder} holds {what} with other settings: {difference}; choose another --output")
