@@ -14,11 +14,7 @@ TOO_FEW = "too few tasks to compare"
 
 
 def tables(result: Json) -> list[Table]:
-    """Title, header and rows of each table: sources, paired differences, families, and what was skipped.
-
-    Args:
-        result: what is in ``probe.json``. A table without rows is left out.
-    """
+    """Sources, paired differences, families, and what was skipped, of what is in ``probe.json``."""
     found = [_sources(result), _paired(result), _families(result), _skipped(result)]
     return [table for table in found if table.rows]
 

@@ -24,7 +24,7 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean.
+    """Percentile bootstrap interval ``(low, high)`` of a weighted mean.
 
     For a paired comparison of two conditions give the differences, entry by entry.
 
@@ -32,14 +32,6 @@ def bootstrap_interval(
         values: [n], one for each document, such as the mean loss of its tokens.
         weights: [n], such as the number of tokens; drawn together with their values. Entries of weight 0 take no part.
         level: share of resamples between the two ends.
-        resamples: how many are drawn.
-        seed: seed of the draws.
-
-    Returns:
-        ``(low, high)``.
-
-    Raises:
-        InputError: fewer than two entries, NaN or infinite values, negative weights, or a level outside (0, 1).
     """
     if not 0 < level < 1 or resamples < 1:
         raise InputError(f"level must lie in (0, 1) and resamples be positive, got {level} and {resamples}")
@@ -80,7 +72,7 @@ def bootstrap_counts(
 
 
 def bootstrap_rows(entries: int, resamples: int, seed: int) -> np.ndarray:
-    """[1 + resamples, entries] int64: the entries in order, then those of each resample. For other statistics."""
+    """[1 + resamples, entries] int64: the entries in order, then those of each resample."""
     drawn = np.random.default_rng(seed).integers(entries, size=(resamples, entries))
     return np.vstack([np.arange(entries), drawn])
 

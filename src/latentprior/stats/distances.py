@@ -1,7 +1,6 @@
 """How far two sets of activations are apart beyond their first two moments: sliced Wasserstein, classifier two-sample.
 
-The Fréchet distance sees means and covariances alone, so a Gaussian fitted to the data scores a perfect 0. These two
-see the rest.
+The Fréchet distance compares means and covariances alone: a Gaussian fitted to the data has a perfect 0.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from latentprior.utils.errors import InputError
 PROJECTION_CHUNK = 64
 ROW_CHUNK = 8192
 
-# The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576. Twice the hidden units
-# or epochs found no more on residual streams of a small language model. A linear model finds far less (AUC 0.66 instead
-# of 0.96 for a Gaussian against a scale mixture), and scikit-learn's network stops by accuracy, not by loss.
+# The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576; twice the hidden units
+# or epochs found no more. A linear model finds far less, and scikit-learn's network stops by accuracy, not by loss.
 HIDDEN = 128
 EPOCHS = 10
 PATIENCE = 3
@@ -41,7 +39,6 @@ class TwoSample:
     low: float
     """Lower end of the 95% interval (DeLong) over the held-out activations, or over their documents."""
     high: float
-    """Upper end of it."""
 
 
 def sliced_wasserstein(
@@ -49,17 +46,8 @@ def sliced_wasserstein(
 ) -> float:
     """Sliced 2-Wasserstein distance: root mean square, over random unit directions, of the distance along each.
 
-    Along one direction the distance is exact for any two sizes: the quantile functions of both sets are steps, and
-    their squared difference is integrated over the steps of both.
-
-    Args:
-        a: [N, d] activations.
-        b: [M, d] activations.
-        projections: how many directions are drawn.
-        seed: seed of the directions; equal seeds make distances comparable.
-
-    Returns:
-        The distance in the units of the activations.
+    Of ``a: [N, d]`` and ``b: [M, d]``, in the units of the activations, exact along each of `projections` directions.
+    Equal seeds draw equal directions and make distances comparable.
     """
     a, b = _pair(a, b, least=1)
     if projections < 1:
@@ -85,29 +73,18 @@ def classifier_two_sample(
     seed: int = 0,
     folds: int = 3,
 ) -> TwoSample:
-    """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` from `b`.
+    """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` [N, d] from `b` [M, d].
 
     Each fold is held out once: the next one sets the principal components, a small network is trained on the others,
     stopped early on a validation part of them, and judged on the fold. It sees every dimension, the magnitude of every
     dimension and of every principal component, and the mean square of both; from plain activations a network of this
     size cannot learn what a Gaussian with the right covariance lacks. The components come from rows of their own, by a
-    shrunk covariance (Ledoit and Wolf, 2004): rows look different along components that were fitted to them, and below
-    about 1.5 d rows a network learns that difference instead.
+    shrunk covariance (Ledoit and Wolf, 2004): below about 1.5 d rows a network learns which rows they were fitted to.
 
     Args:
-        a: [N, d] activations, such as real ones.
-        b: [M, d] activations, such as generated ones; independent of `a`.
         documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
-            Rows of one document lie in one fold, so that the network cannot learn documents, and count together in
-            the interval.
-        seed: seed of folds, initial weights and batches.
-        folds: parts into which the sets are cut, each held out once.
-
-    Returns:
-        The mean AUC over the folds, with its interval.
-
-    Raises:
-        InputError: fewer rows than `least_rows` in either set, or fewer than three folds.
+            Rows of one document lie in one fold and count together in the interval.
+        folds: at least three; together they need `least_rows` rows of each set.
     """
     if folds < 3:
         raise InputError(f"folds must be at least 3, got {folds}")
@@ -137,10 +114,7 @@ def classifier_two_sample(
 
 
 def least_rows(width: int, folds: int = 3) -> int:
-    """How many rows of each set `classifier_two_sample` needs: a quarter of the width, ten for each fold.
-
-    With fewer, real differences are lost in the noise of the components.
-    """
+    """How many rows of each set `classifier_two_sample` needs: with fewer, the components are too noisy."""
     return max(10 * folds, -(-width // 4))
 
 
