@@ -79,9 +79,7 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
         "skipped": skipped,
         "sources": [source.to_dict() for source in sources],
         "summary": summarise(results, sources, maps, config.seed),
-        "rows": [
-            {"task": task["task"], "family": task["family"], "scores": _scores(task["rows"])} for task in results
-        ],
+        "rows": [{"task": task["task"], "family": task["family"], "scores": _scores(task["rows"])} for task in results],
         "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
     }
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)

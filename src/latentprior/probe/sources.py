@@ -173,7 +173,9 @@ def _denoiser_units(
     source = Source(name, label, kind, features, shape.n_layers, shape.d_mlp, tuple(times), prior)
     if prior is None:
         return source
-    return replace(source, heldout_loss=heldout_loss(glp), activations=glp.provenance.get("training", {}).get("activations"))
+    return replace(
+        source, heldout_loss=heldout_loss(glp), activations=glp.provenance.get("training", {}).get("activations")
+    )
 
 
 def unit_means(glp: GLP, x: Tensor, noises: Tensor, t: float, layer: int | None) -> Float[Tensor, "n f"]:

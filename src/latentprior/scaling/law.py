@@ -1,8 +1,7 @@
 """The scaling law ``L(C) = E + A C^-alpha`` (paper, evaluation 5): its fit, its envelope, and correlations.
 
-For a given alpha the law is a straight line in ``C^-alpha``, so E and A have a closed form and one number is left to
-search for. So a fit of thousands of resamples is one array computation, seven times as fast as scipy's least_squares
-one by one with the same result, and there is no local minimum to start in.
+For a given alpha the law is a straight line in ``C^-alpha``: E and A have a closed form and one number is searched for.
+So thousands of resamples are fitted in one array computation, seven times as fast as by scipy's least_squares.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class PowerLaw:
     """A fitted ``L(C) = E + A C^-alpha``. Intervals are 95% percentile intervals of a bootstrap over the points."""
 
     E: float
-    """Loss that no compute removes; between 0 and the smallest loss."""
+    """Loss that no compute removes."""
     A: float
     """Reducible loss at one FLOP."""
     alpha: float
@@ -47,7 +46,7 @@ class PowerLaw:
     E_pinned: bool
     """Whether the data determine E: its interval leaves out 0, and covers less than half of 0 to the smallest loss."""
     residual: float
-    """Root mean square of the relative residuals."""
+    """Root mean square, relative."""
     points: int
     draws: np.ndarray = field(repr=False)
     """[R, 3] float64: E, log A and alpha of every resample."""
@@ -78,11 +77,6 @@ def fit_power_law(compute: Values, loss: Values, *, resamples: int = 1000, seed:
     and 72% with four, of which most resamples leave one out and fit the others exactly. They say nothing of how the
     runs were chosen: those of an `envelope` are taken as given.
 
-    Args:
-        compute: [N] FLOPs of each run.
-        loss: [N] its loss.
-        resamples, seed: of the bootstrap.
-
     Raises:
         InputError: fewer than four different computes, or a loss that does not fall with compute.
     """
@@ -102,36 +96,20 @@ def fit_power_law(compute: Values, loss: Values, *, resamples: int = 1000, seed:
     whole = _huber_fit(u, losses, counts[:1], EXACT)
     parts = np.array_split(counts[1:], -(-counts[1:].size // RESAMPLED_AT_ONCE))
     draws = np.concatenate([whole, *(_huber_fit(u, losses, part, COARSE) for part in parts)])
-    residual = _residuals(u, losses, whole)
     draws[:, 1] += draws[:, 2] * np.log(c).mean()  # A at one FLOP
     (E, log_a, alpha), draws = draws[0].tolist(), draws[1:]
     (E_low, log_low, alpha_low), (E_high, log_high, alpha_high) = np.percentile(draws, ENDS, axis=0).tolist()
-    return PowerLaw(
-        E,
-        math.exp(log_a),
-        alpha,
-        (E_low, E_high),
-        (math.exp(log_low), math.exp(log_high)),
-        (alpha_low, alpha_high),
-        E_pinned=bool(0 < E_low and E_high - E_low < 0.5 * losses.min()),
-        residual=float(np.sqrt(np.square(residual).mean())),
-        points=len(c),
-        draws=draws,
-    )
+    intervals = (E_low, E_high), (math.exp(log_low), math.exp(log_high)), (alpha_low, alpha_high)
+    pinned = bool(0 < E_low and E_high - E_low < 0.5 * losses.min())
+    residual = float(np.sqrt(np.square(_residuals(u, losses, whole)).mean()))
+    return PowerLaw(E, math.exp(log_a), alpha, *intervals, pinned, residual, len(c), draws)
 
 
 def envelope(compute: Values, loss: Values) -> np.ndarray:
-    """Which runs are compute-optimal: the falling part of the lower convex hull of the points (log C, L).
+    """Indices, cheap to dear, of compute-optimal runs: the falling part of the lower convex hull of the (log C, L).
 
     A law ``E + A C^-alpha`` is convex in log C, so a run above the line between two others is above the law through
     them. The dearest run of the envelope has no run beyond it to be compared with.
-
-    Args:
-        compute: [N] FLOPs, positive.
-        loss: [N].
-
-    Returns:
-        [M] int64 indices, from cheap to dear.
     """
     c, losses = _pair("compute", compute, "loss", loss)
     if not (c > 0).all():
@@ -148,7 +126,7 @@ def envelope(compute: Values, loss: Values) -> np.ndarray:
 
 
 def correlation(a: Values, b: Values, *, resamples: int = 2000, seed: int = 0) -> Correlation:
-    """Pearson's and Spearman's correlation of two measures of the same runs, ``a: [N]`` and ``b: [N]``."""
+    """Pearson's and Spearman's correlation of two measures of the same runs."""
     x, y = _pair("a", a, "b", b)
     if len(x) < LEAST_POINTS:
         raise InputError(f"a correlation needs at least {LEAST_POINTS} runs, got {len(x)}")

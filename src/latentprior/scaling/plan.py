@@ -54,14 +54,12 @@ class PlannedChip:
 
     name: str
     llm_peak: float
-    """FLOP/s of a matrix product in the language model's precision."""
+    """FLOP/s in the language model's precision."""
     prior_peak: float
     memory: int
-    """Bytes."""
     llm_item: int = 2
     """Bytes of a number in the language model."""
     prior_item: int = 2
-    """Bytes of a number in the prior's matrix work."""
     micro_batch: int | None = None
     """Most rows of a pass by default; None is all."""
 
@@ -70,9 +68,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """What the run of `config` needs, as plain JSON values: counts, bytes of a process, seconds and disk.
 
     All counts are those of `prior.cost` and `scaling.cost`; "assumptions" in the result names what they rest on.
-
-    Raises:
-        InputError: an unknown chip or model, or a layer that the model does not have.
     """
     began = time.perf_counter()
     shape = llm_shape(config.llm)
@@ -183,13 +178,10 @@ def _memory(
         average=recipe.ema is not None,
         item=chip.prior_item,
     )
-    parts = {
-        "LLM weights": shape.parameters * chip.llm_item,
-        "LLM forward pass": llm_forward_bytes(
-            shape, tokens=config.batch_tokens, layers=len(layers), item=chip.llm_item
-        ),
-        "buffer": _buffer_bytes(config, shape.width * chip.llm_item, several=len(layers) > 1),
-    } | {f"prior {name}": taken for name, taken in training.items()}
+    forward = llm_forward_bytes(shape, tokens=config.batch_tokens, layers=len(layers), item=chip.llm_item)
+    buffer = _buffer_bytes(config, shape.width * chip.llm_item, several=len(layers) > 1)
+    parts = {"LLM weights": shape.parameters * chip.llm_item, "LLM forward pass": forward, "buffer": buffer}
+    parts |= {f"prior {name}": taken for name, taken in training.items()}
     total = sum(parts.values())
     return {"bytes": parts, "total": total, "fits": total <= chip.memory, "verdict": _verdict(parts, total, chip)}
 
@@ -206,13 +198,11 @@ def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
 
 def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
     """One line: whether a process fits, and what is too big if not."""
+    needs = f"a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
     if total <= chip.memory:
-        return f"fits: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
+        return f"fits: {needs}"
     largest = max(parts, key=lambda part: parts[part])
-    return (
-        f"does not fit: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}; "
-        f"the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
-    )
+    return f"does not fit: {needs}; the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
 
 
 def chip_of(config: PlanConfig) -> PlannedChip:

@@ -52,14 +52,6 @@ def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     executed and as 6 N D, held-out loss, Fréchet distance standardised and raw, delta LM loss), which runs are
     compute-optimal, the law through these and through all runs with either count of FLOPs, and the correlations of
     the loss with the other measures. Of every run the final prior is kept, without training states.
-
-    Args:
-        config: the grid.
-        phase: gives the reports of training (done and in all in GFLOP) and of measuring (in runs).
-
-    Raises:
-        InputError: before anything is trained: too few held-out rows, a model that the store is not of, or a folder
-            with a sweep of other activations.
     """
     with locked(config.output):
         return _sweep(config, phase)
@@ -77,12 +69,8 @@ def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
         rows.append(run.row() | grid.measure(run, glp))
         before += run.flops
         measured(len(rows), len(grid.runs), {"run": run.name, "loss": rows[-1]["heldout_loss"]})
-    result = {
-        "kind": "sweep",
-        "hookpoint": grid.hookpoint.to_dict(),
-        "bound": grid.bound,
-        **findings(rows, config.seed),
-    }
+    result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
+    result |= findings(rows, config.seed)
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     replace_text(grid.folder / "sweep.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -166,8 +154,8 @@ class _Grid:
         self.store, self.heldout = ActivationStore(config.store), ActivationStore(config.heldout)
         if not same_places(self.heldout.hookpoints, self.store.hookpoints):
             raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
-        self.layer = _layer(self.store, config)
-        self.hookpoint = next(h for h in self.store.hookpoints if self.layer in (None, h.layer))
+        self.hookpoint = at_layer(self.store.hookpoints, config.layer, config.store)
+        self.layer = self.hookpoint.layer if len(self.store.layers) > 1 else None
         self.device = resolve_device(config.device)
         self.normalizer = Normalizer.from_moments(self.store.moments()).to(self.device)
         self.runs = sorted((_Run.of(run, self.store) for run in config.runs()), key=lambda run: run.flops)
@@ -220,15 +208,9 @@ class _Grid:
         def repaired(x: Tensor, eps: Tensor) -> Tensor:
             return glp.project(x, t_start=T_START, steps=self.config.steps, noise=eps, layer=self.layer)
 
-        losses = lm_losses(
-            model,
-            batches,
-            self.hookpoint.layer,
-            {"prior": repaired},
-            side=self.hookpoint.side,
-            seed=self.config.seed,
-        )
-        found = delta(losses["prior"], losses["clean"], seed=self.config.seed)
+        at, seed = self.hookpoint, self.config.seed
+        losses = lm_losses(model, batches, at.layer, {"prior": repaired}, side=at.side, seed=seed)
+        found = delta(losses["prior"], losses["clean"], seed=seed)
         return {"delta_lm": found.delta, "delta_lm_interval": list(found.interval)}
 
     def _lm_settings(self) -> dict[str, Any] | None:
@@ -254,12 +236,6 @@ def _part(report: Report, run: _Run, before: float, total: float) -> Report:
         report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.name, **figures})
 
     return part
-
-
-def _layer(store: ActivationStore, config: SweepConfig) -> int | None:
-    """The layer to measure at; None for a store of one layer."""
-    hookpoint = at_layer(store.hookpoints, config.layer, config.store)
-    return hookpoint.layer if len(store.layers) > 1 else None
 
 
 def _identity(store: ActivationStore) -> str:
@@ -293,8 +269,7 @@ def _read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The kept result, else a new one, kept."""
-    result = _read_result(path, settings)
-    if result is None:
+    if (result := _read_result(path, settings)) is None:
         result = make()
         replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
     return result

@@ -17,12 +17,7 @@ DRAWS_AT_ONCE = 1 << 22
 
 
 def bootstrap_interval(
-    values: Values,
-    weights: Values | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Values, weights: Values | None = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval ``(low, high)`` of a weighted mean.
 
