@@ -34,7 +34,7 @@ from latentprior.stats.frechet import GaussianMoments, frechet_distance
 from latentprior.training.fit import fit
 from latentprior.training.tracking import read_log
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.provenance import stamp
 
 BASELINE: dict[str, Any] = to_dict(PRESETS["quick"]) | {
@@ -124,7 +124,7 @@ def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:
         "seconds": training_seconds(log),
         "frechet_distance": frechet_distance(GaussianMoments.of(real), glp.sample(len(real), steps=20, generator=0)),
     }
-    replace_text(path, json.dumps(found) + "\n")
+    replace_json(path, found, indent=None)
     return found
 
 
@@ -247,7 +247,7 @@ def main() -> None:
                 print(f"{line}  {run['seconds']:.0f} s", file=sys.stderr)
                 record = {"benchmark": "recipes", "threads": torch.get_num_threads(), "results": collected(options)}
                 record |= stamp(vars(options), seed=seeds[0], wall_seconds=time.perf_counter() - began)
-                replace_text(Path(options.output) / "recipes.json", json.dumps(record, indent=2) + "\n")
+                replace_json(Path(options.output) / "recipes.json", record, indent=2)
     except InputError as error:
         parser.error(str(error))
     results = collected(options)

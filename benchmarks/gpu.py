@@ -49,7 +49,7 @@ from latentprior.config import PRESETS, LLMConfig, TextConfig
 from latentprior.training.parallel import check_float8
 from latentprior.utils.devices import resolve_device
 from latentprior.utils.errors import InputError, unknown
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.provenance import stamp
 
 RESULTS = Path(__file__).parent / "results"
@@ -257,7 +257,7 @@ class Results:
         seconds = time.perf_counter() - self._began
         record = self._head | {"results": self._results} | stamp(self._config, seed=0, wall_seconds=seconds)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.path, json.dumps(record, indent=2) + "\n")
+        replace_json(self.path, record, indent=2)
         print(f"{name}: {json.dumps(found)}", file=sys.stderr, flush=True)
 
 

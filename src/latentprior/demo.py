@@ -30,7 +30,7 @@ from latentprior.steer.experiment import experiment
 from latentprior.training.fit import fit
 from latentprior.training.tracking import read_log
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
@@ -66,7 +66,7 @@ def demo(config: DemoConfig, *, phase: Phase = unseen) -> dict[str, Any]:
         for name in ("record", "train", "evaluate", "steer"):
             result[name] = parts.once(name, getattr(parts, name))
         result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-        replace_text(folder / "demo.json", json.dumps(result, indent=1) + "\n")
+        replace_json(folder / "demo.json", result)
         write_report(result, folder / "report.html")
         return result
 
@@ -96,7 +96,7 @@ class _Parts:
             return saved["result"]
         began = time.perf_counter()
         result = make() | {"seconds": round(time.perf_counter() - began, 1)}
-        replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
+        replace_json(path, {"settings": settings, "result": result}, indent=None)
         return result
 
     def record(self) -> dict[str, Any]:

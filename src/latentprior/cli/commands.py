@@ -146,7 +146,7 @@ def convert(options: config.ConvertConfig) -> None:
 
 def plan(options: config.PlanConfig) -> None:
     from latentprior.scaling.plan import plan, tables
-    from latentprior.utils.files import check_file, replace_text
+    from latentprior.utils.files import check_file, replace_json
 
     if options.output:
         check_file(options.output)
@@ -157,7 +157,7 @@ def plan(options: config.PlanConfig) -> None:
     if options.output:
         path = Path(options.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(result, indent=2) + "\n")
+        replace_json(path, result, indent=2)
 
 
 def sweep(options: config.SweepConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +28,7 @@ from latentprior.stats.gaussian import GaussianPrior
 from latentprior.training.loss import BINS, heldout_errors
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, silent, unseen
 from latentprior.utils.provenance import stamp
@@ -83,7 +82,7 @@ def _evaluate(
         report = phase("delta LM loss")
         result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_text(folder / "evaluate.json", json.dumps(result, indent=1) + "\n")
+    replace_json(folder / "evaluate.json", result)
     return Result(result, table="distribution")
 
 

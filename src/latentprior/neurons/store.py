@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from latentprior.data.store.manifest import damaged
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, replaced, sync
+from latentprior.utils.files import replace_json, replaced, sync
 
 INFO = "neurons.json"
 UNITS = "units.parquet"
@@ -235,7 +235,7 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
             for name in (INFO, DESCRIPTIONS):
                 (folder / name).unlink(missing_ok=True)
             sync(folder)
-        replace_text(folder / INFO, json.dumps(info, indent=1) + "\n")
+        replace_json(folder / INFO, info)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
@@ -243,7 +243,7 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
 def write_units(folder: str | Path, info: dict[str, Any], table: pa.Table) -> None:
     """Write all units of the store in `folder` again, a table of `UNITS_SCHEMA`; examples and descriptions stay."""
     _replace_parquet(Path(folder) / UNITS, UNITS_SCHEMA, table)
-    replace_text(Path(folder) / INFO, json.dumps(info, indent=1) + "\n")
+    replace_json(Path(folder) / INFO, info)
 
 
 def write_descriptions(folder: str | Path, table: pa.Table) -> None:

@@ -27,7 +27,7 @@ from latentprior.probe.summary import summarise
 from latentprior.probe.tasks import Task, UnsuitableTask, find_task
 from latentprior.sae.saelens import sae_at
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, replaced
+from latentprior.utils.files import replace_json, replaced
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
@@ -84,7 +84,7 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
     }
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     write_tables(folder, results)
-    replace_text(folder / "probe.json", json.dumps(result, indent=1) + "\n")
+    replace_json(folder / "probe.json", result)
     return result
 
 
@@ -151,7 +151,7 @@ def _probe_all(
                 present = recording.has(task.texts)
                 missing = int((~present[task.train]).sum() + (~present[task.test]).sum())
                 result = probe_task(task.without(~present), sources, maps, config) | {"left_out": missing}
-                replace_text(path, json.dumps(result) + "\n")
+                replace_json(path, result, indent=None)
                 results.append(result)
         except InputError as error:
             skipped.append({"task": task.name, "reason": str(error)})
@@ -175,7 +175,7 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
         check_settings(folder, "results", _read(path), settings)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(settings, indent=1) + "\n")
+    replace_json(path, settings)
 
 
 def _scores(rows: Sequence[Json]) -> dict[str, float]:

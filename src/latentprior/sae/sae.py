@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentprior.lm.hooks import Hookpoint
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, replaced
+from latentprior.utils.files import replace_json, replaced
 from latentprior.utils.reprs import ShortRepr
 
 WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
@@ -137,7 +137,7 @@ class SAE(ShortRepr):
         with replaced(folder / WEIGHTS) as partial:
             save_file({name: t.cpu().contiguous() for name, t in self._tensors().items()}, partial)
         described = {"k": self.k, "hookpoint": self.hookpoint.to_dict(), "provenance": self.provenance}
-        replace_text(folder / CONFIG, json.dumps(described, indent=1) + "\n")
+        replace_json(folder / CONFIG, described)
         return folder
 
     @classmethod

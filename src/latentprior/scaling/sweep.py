@@ -33,7 +33,7 @@ from latentprior.stats.frechet import GaussianMoments, frechet_distance
 from latentprior.training.fit import fit
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, unseen
 from latentprior.utils.provenance import stamp
@@ -72,7 +72,7 @@ def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
     result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
     result |= findings(rows, config.seed)
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_text(grid.folder / "sweep.json", json.dumps(result, indent=1) + "\n")
+    replace_json(grid.folder / "sweep.json", result)
     return result
 
 
@@ -174,7 +174,7 @@ class _Grid:
         if lm is not None and any(_read_result(run.folder / "delta_lm.json", lm) is None for run in self.runs):
             _ = self.llm  # loads it, and finds whether the store is of it
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(identity) + "\n")
+        replace_json(path, identity, indent=None)
 
     @cached_property
     def llm(self) -> tuple[Any, list[tokens.TokenBatch]]:
@@ -271,5 +271,5 @@ def _result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, A
     """The kept result, else a new one, kept."""
     if (result := _read_result(path, settings)) is None:
         result = make()
-        replace_text(path, json.dumps({"settings": settings, "result": result}) + "\n")
+        replace_json(path, {"settings": settings, "result": result}, indent=None)
     return result

@@ -24,7 +24,7 @@ from latentprior.prior.loading import heldout_loss
 from latentprior.steer.direction import Direction
 from latentprior.steer.tasks import SteeringTask
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text, replaced
+from latentprior.utils.files import replace_json, replaced
 from latentprior.utils.provenance import versions
 from latentprior.utils.settings import check_settings
 
@@ -121,7 +121,7 @@ def keep_settings(config: SteerConfig, tasks: Sequence[SteeringTask], folder: Pa
         check_settings(folder.parent, "an experiment", {name: stored.get(name) for name in settings}, settings)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(settings, indent=1) + "\n")
+        replace_json(path, settings)
 
 
 def refuse_unchanged(

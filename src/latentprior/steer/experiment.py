@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.runner import Runner, run_conditions
 from latentprior.steer.tasks import SteeringTask, check_named, steering_tasks
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import check_folder, replace_text
+from latentprior.utils.files import check_folder, replace_json
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
@@ -102,7 +101,7 @@ def _run(
         "texts": _examples(table, config.examples),
     }
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
+    replace_json(folder / "steer.json", result)
     return result
 
 

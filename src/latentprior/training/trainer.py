@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from latentprior.training.parallel import CPU_MICRO_BATCH, parallelize, whole_we
 from latentprior.training.sources import ActivationSource, stored_heldout
 from latentprior.utils.devices import fast_dtype
 from latentprior.utils.errors import Stopped
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 from latentprior.utils.progress import Report
 from latentprior.utils.provenance import stamp, versions
 from latentprior.utils.random import generator_of
@@ -177,7 +176,7 @@ class Trainer:
             "processes": self.world.size,
         }
         if self.world.main:
-            replace_text(self.output / "train.json", json.dumps(result, indent=2) + "\n")
+            replace_json(self.output / "train.json", result, indent=2)
         self.world.wait()
 
     def _new_state(self, recipe: Recipe) -> State:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from latentprior.utils.errors import InputError
 
@@ -47,6 +49,11 @@ def sync_files(folder: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; see `replaced`."""
     replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write `value` as JSON and a newline, whole or not at all; see `replaced`."""
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from latentprior.utils.errors import InputError
-from latentprior.utils.files import replace_text
+from latentprior.utils.files import replace_json
 
 CONSUMED = "consumed.json"
 """Written by the trainer: shards before a number are no longer needed."""
@@ -42,7 +42,7 @@ def write_consumed(folder: Path, shard: int) -> None:
     """
     path = folder / CONSUMED
     try:
-        replace_text(path, json.dumps({"shard": shard}) + "\n")
+        replace_json(path, {"shard": shard}, indent=None)
     except OSError as error:
         raise _unwritable(path, error) from error
 
