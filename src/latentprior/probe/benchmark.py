@@ -9,7 +9,6 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentprior.config import ProbeConfig
 from latentprior.probe.sources import Source
@@ -32,10 +31,6 @@ class TaskFeatures:
         sides = (task.labels[task.train], task.labels[task.test])
         self.y, self.y_test = (torch.from_numpy(labels).to(features.device) for labels in sides)
 
-    def probe(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
-        """1-D probes with training labels `y`, which may be permuted."""
-        return probe_1d(self.x, y, candidates=candidates, folds=config.folds)
-
     def test_aucs(self, probes: OneD, indices: Sequence[int]) -> list[float]:
         return probes.test_auc(torch.tensor(indices, device=self.x.device), self.x_test, self.y_test).tolist()
 
@@ -55,7 +50,7 @@ def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], co
             features = TaskFeatures(task, source)
         with _timed(seconds, "probes"):
             if source in maps:
-                probes = features.probe(features.y, config, None)
+                probes = probe_1d(features.x, features.y, candidates=None, folds=config.folds)
                 result["map"].append(_by_block(probes, features, source, config))
                 continue
             _probe_source(task, source, features, config, result)
@@ -79,10 +74,11 @@ def _probe_source(task: Task, source: Source, features: TaskFeatures, config: Pr
         units: OneD = logistic_1d(features.x, features.y, candidates=config.candidates, folds=config.folds)
         chosen = {SCREENED: (units, units.best())}
     else:
-        units = features.probe(features.y, config, None)
+        units = probe_1d(features.x, features.y, candidates=None, folds=config.folds)
         key = int.from_bytes(blake2b(task.name.encode(), digest_size=8).digest())  # another order for every task
         order = torch.randperm(len(task.train), generator=keyed_generator(config.seed, key))
-        chance = features.probe(features.y[order.to(features.y.device)], config, config.candidates)
+        shuffled = features.y[order.to(features.y.device)]
+        chance = probe_1d(features.x, shuffled, candidates=config.candidates, folds=config.folds)
         screened = units.best(config.candidates)
         chosen = {SCREENED: (units, screened), ALL: (units, units.best()), CHANCE: (chance, chance.best())}
         if source.name == "mlp-neurons":

@@ -35,6 +35,8 @@ from latentprior.utils.results import Result
 from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
+LLM = Callable[[], tuple[Any, Any]]
+"""Loads a language model and its tokenizer."""
 
 
 def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
@@ -42,18 +44,18 @@ def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
     return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
+def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result:
     """Record the tasks, probe every source on each, and write ``probe.json``, which is returned, with tables beside it.
 
     Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
-    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped". `llm` gives the language
-    model and its tokenizer; it is called only if a text is not recorded yet.
+    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped". `llm` is called only if
+    a text is not recorded yet.
     """
     with locked(config.output) as folder:
         return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
 
 
-def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
+def _benchmark(config: ProbeConfig, llm: LLM, folder: Path, phase: Phase) -> Json:
     began = time.perf_counter()
     tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
     first = config.priors[0]
@@ -62,7 +64,7 @@ def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: 
     device = priors[first].device
     sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
     _keep_settings(folder, config, priors)
-    recording = recorded(config, tasks, hookpoint, llm, report=phase("record")).to(device)
+    recording = recorded(config, tasks, hookpoint, llm, phase("record")).to(device)
     sources = sources_of(config, recording, priors, sae)
     maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
     results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
@@ -106,14 +108,7 @@ def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
     return tasks, skipped
 
 
-def recorded(
-    config: ProbeConfig,
-    tasks: Sequence[Task],
-    hookpoint: Hookpoint,
-    llm: Callable[[], tuple[Any, Any]],
-    *,
-    report: Report,
-) -> Recording:
+def recorded(config: ProbeConfig, tasks: Sequence[Task], hookpoint: Hookpoint, llm: LLM, report: Report) -> Recording:
     """The recording of all tasks' texts; what is missing is recorded."""
     folder = Path(config.recording or Path(config.output, "recording"))
     texts = list(dict.fromkeys(text for task in tasks for text in task.used()))

@@ -113,7 +113,7 @@ class Recording:
         return self._output.rows(_find(self._rows, texts)).to(self.device)
 
     def mlp(self, texts: Sequence[str], block: int) -> Float[Tensor, "n d_mlp"]:
-        """The hidden units of one block's MLP at the last token of each text, as stored."""
+        """The hidden units of one block's MLP, likewise."""
         if self._mlp is None or not 0 <= block < len(self._mlp_rows):
             raise InputError(f"{self.folder} holds no MLP units of block {block}: record them first")
         return self._mlp.rows(_find(self._mlp_rows[block], texts)).to(self.device)
@@ -122,7 +122,6 @@ class Recording:
 def _writers(
     model: nn.Module, hookpoint: Hookpoint, layers: list[int], folder: Path, source: dict[str, Any]
 ) -> dict[str, StoreWriter]:
-    """A store of the hookpoint's activations, and one of the MLPs of `layers` if there are any."""
     hookpoints = {OUTPUT: [Hookpoint.of(model, hookpoint.layer, hookpoint.side)]}
     if layers:
         hookpoints[MLP] = [Hookpoint.of(model, layer, "mlp") for layer in layers]

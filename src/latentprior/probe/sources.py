@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -131,34 +131,20 @@ def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
         torch.default_generator.set_state(keyed_generator(config.seed, _DENOISER).get_state())
         denoiser = Denoiser(like.denoiser.config).to(like.device, like.denoiser.dtype)
     glp = GLP(denoiser.eval().requires_grad_(False), like.normalizer, like.hookpoints)
-    return _denoiser_units(config, recording, glp, "random-denoiser", LABELS["random-denoiser"], "control", config.t)
+    return meta_neurons(config, recording, glp, None, "random-denoiser", label=LABELS["random-denoiser"])
 
 
 def meta_neurons(
     config: ProbeConfig,
     recording: Recording,
     glp: GLP,
-    prior: str,
+    prior: str | None,
     name: str = "meta-neurons",
     t: float | None = None,
     label: str = LABELS["meta-neurons"],
 ) -> Source:
-    """Hidden units of a prior at noise level `t` (None: the configured ones), averaged over noises."""
+    """Hidden units of a prior (None: of a control) at noise level `t` (None: the configured ones), mean over noises."""
     times = config.t if t is None else [t]
-    return _denoiser_units(config, recording, glp, name, label, "prior", times, prior=prior)
-
-
-def _denoiser_units(
-    config: ProbeConfig,
-    recording: Recording,
-    glp: GLP,
-    name: str,
-    label: str,
-    kind: Literal["prior", "control"],
-    times: Sequence[float],
-    prior: str | None = None,
-) -> Source:
-    shape = glp.denoiser.config
 
     def features(texts: Sequence[str]) -> Tensor:
         x = recording.output(texts).float().to(glp.device)
@@ -170,11 +156,10 @@ def _denoiser_units(
             parts.append(torch.cat([unit_means(glp, rows, noises, t, config.layer) for t in times], dim=1))
         return torch.cat(parts)
 
-    source = Source(name, label, kind, features, shape.n_layers, shape.d_mlp, tuple(times), prior)
-    if prior is None:
-        return source
-    return replace(
-        source, heldout_loss=heldout_loss(glp), activations=glp.provenance.get("training", {}).get("activations")
+    kind, shape = "control" if prior is None else "prior", glp.denoiser.config
+    seen = glp.provenance.get("training", {}).get("activations")
+    return Source(
+        name, label, kind, features, shape.n_layers, shape.d_mlp, tuple(times), prior, heldout_loss(glp), seen
     )
 
 

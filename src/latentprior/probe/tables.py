@@ -70,10 +70,11 @@ def _sources(result: Json) -> Table:
     found = scores(result)
     rows = []
     for source in result["sources"]:
-        screened, every, chance = (found.get((source["name"], selection), {}) for selection in _SELECTIONS)
+        screened, every, chance = (found.get((source["name"], kind), {}) for kind in ("screened", "all", "chance"))
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
-        aucs = [_estimated(screened), decimals(screened.get("validation")), _estimated(every)]
-        rows.append([labels(result)[source["name"]], units, *aucs, decimals(chance.get("auc"))])
+        estimates = [estimate(score.get("auc"), score.get("interval"), decimals) for score in (screened, every)]
+        plain = [decimals(screened.get("validation")), decimals(chance.get("auc"))]
+        rows.append([labels(result)[source["name"]], units, estimates[0], plain[0], estimates[1], plain[1]])
     count = len(result["tasks"])
     title = f"Mean test AUC over {count} tasks, 95% intervals" if count > 1 else "Test AUC of the one task"
     return Table(title, ("source", "units", "screened", "validation", "all units", "chance"), rows)
@@ -113,10 +114,3 @@ def _families(result: Json) -> Table:
 def _skipped(result: Json) -> Table:
     rows = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
     return Table("Skipped tasks", ("task", "reason"), rows)
-
-
-def _estimated(score: Json) -> str:
-    return estimate(score.get("auc"), score.get("interval"), decimals)
-
-
-_SELECTIONS = ("screened", "all", "chance")

@@ -119,7 +119,11 @@ def envelope(compute: Values, loss: Values) -> np.ndarray:
     for i in order[: int(losses[order].argmin()) + 1].tolist():
         if hull and c[i] == c[hull[-1]]:  # the better of the two came first
             continue
-        while len(hull) > 1 and _above(c, losses, hull[-2], hull[-1], i):
+        while len(hull) > 1:
+            left, middle = hull[-2:]
+            share = math.log(c[middle] / c[left]) / math.log(c[i] / c[left])
+            if losses[middle] <= losses[left] + share * (losses[i] - losses[left]):  # not above the line
+                break
             hull.pop()
         hull.append(i)
     return np.array(hull, np.int64)
@@ -135,11 +139,10 @@ def correlation(a: Values, b: Values, *, resamples: int = 2000, seed: int = 0) -
     chosen = bootstrap_rows(len(x), resamples, seed)
     pearson = _pearson(x[chosen], y[chosen])
     spearman = _pearson(rankdata(x[chosen], axis=1), rankdata(y[chosen], axis=1))
-    found: list[tuple[float, Interval]] = []
-    for values in (pearson, spearman):  # a resample of one run over and over has no correlation
-        low, high = np.nanpercentile(values[1:], ENDS).tolist()
-        found.append((float(values[0]), (low, high)))
-    return Correlation(*found[0], *found[1], points=len(x))
+    # A resample of one run over and over has no correlation.
+    low, high = np.nanpercentile([pearson[1:], spearman[1:]], ENDS, axis=1).tolist()
+    intervals = list(zip(low, high, strict=True))
+    return Correlation(float(pearson[0]), intervals[0], float(spearman[0]), intervals[1], len(x))
 
 
 def _huber_fit(u: np.ndarray, loss: np.ndarray, weight: np.ndarray, rounds: int) -> np.ndarray:
@@ -191,12 +194,6 @@ def _pair(name_a: str, a: Values, name_b: str, b: Values) -> tuple[np.ndarray, n
         if not np.isfinite(values).all():
             raise InputError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}")
     return x, y
-
-
-def _above(c: np.ndarray, loss: np.ndarray, left: int, middle: int, right: int) -> bool:
-    """Whether the middle point lies above the line between its neighbours, in log C."""
-    share = math.log(c[middle] / c[left]) / math.log(c[right] / c[left])
-    return bool(loss[middle] > loss[left] + share * (loss[right] - loss[left]))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

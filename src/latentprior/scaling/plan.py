@@ -79,19 +79,14 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     llm_seconds = llm["flops"] / (config.chips * chip.llm_peak * config.llm_mfu)
     prior_seconds = prior["flops"] / (config.chips * chip.prior_peak * config.prior_mfu)
     seconds = llm_seconds + prior_seconds
+    times = {"llm_seconds": llm_seconds, "prior_seconds": prior_seconds, "seconds": seconds, "days": seconds / DAY}
     return {
         "kind": "plan",
         "llm": llm,
         "prior": prior,
         "chip": asdict(chip) | {"count": config.chips},
         "memory": _memory(config, shape, denoiser, chip, layers),
-        "time": {
-            "llm_seconds": llm_seconds,
-            "prior_seconds": prior_seconds,
-            "seconds": seconds,
-            "days": seconds / DAY,
-            "activations_per_second": config.activations / seconds,
-        },
+        "time": times | {"activations_per_second": config.activations / seconds},
         "disk_bytes": round(config.activations * store_bytes_per_activation(shape.width)),
         "assumptions": list(ASSUMPTIONS),
         **stamp(to_dict(config), seed=0, wall_seconds=time.perf_counter() - began),
@@ -125,10 +120,8 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
     rows, micro_batch = _rows(config, chip)
     passes = math.ceil(rows / micro_batch)
     times = distinct_times(recipe, rows, micro_batch)
-    distinct = {
-        "distinct_times": passes * times / rows,
-        "distinct_layers": passes * len(layers) / rows if len(layers) > 1 else 0.0,
-    }
+    several = passes * len(layers) / rows if len(layers) > 1 else 0.0
+    forward = flops_per_activation(denoiser, distinct_times=passes * times / rows, distinct_layers=several)
     cost = training_flops(denoiser, recipe, rows, layers=len(layers), times=times, passes=passes)
     update = cost.update / rows  # every process makes the whole one
     return {
@@ -137,7 +130,7 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
         "batch_size": recipe.batch_size,
         "micro_batch": micro_batch,
         "parallel": _parallel(config, denoiser),
-        "forward_flops_per_activation": flops_per_activation(denoiser, **distinct),
+        "forward_flops_per_activation": forward,
         "flops_per_activation": cost.activation,
         "paper_flops_per_activation": paper_flops_per_activation(denoiser),
         "update_flops_per_activation": update,
@@ -227,9 +220,6 @@ def _measured(config: LLMConfig, name: str) -> PlannedChip:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     micro_batch = CPU_MICRO_BATCH if device.type == "cpu" else None
     return PlannedChip(name, peaks[llm], peaks[prior], device_memory(device), llm.itemsize, prior.itemsize, micro_batch)
-
-
-# -- showing -------------------------------------------------------------------------------------------------------
 
 
 def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -68,7 +68,7 @@ def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
         glp = fit(run.config, report=_part(trained, run, before, total))
         rows.append(run.row() | grid.measure(run, glp))
         before += run.flops
-        measured(len(rows), len(grid.runs), {"run": run.name, "loss": rows[-1]["heldout_loss"]})
+        measured(len(rows), len(grid.runs), {"run": run.folder.name, "loss": rows[-1]["heldout_loss"]})
     result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
     result |= findings(rows, config.seed)
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
@@ -123,15 +123,11 @@ class _Run:
     def folder(self) -> Path:
         return Path(self.config.run.output)
 
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
     def row(self) -> dict[str, Any]:
         """What is known of the run once it is trained."""
         trained = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
         return {
-            "name": self.name,
+            "name": self.folder.name,
             "d_model": self.config.prior.d_model,
             "d_mlp": self.d_mlp,
             "blocks": self.config.prior.blocks,
@@ -162,7 +158,8 @@ class _Grid:
 
     def prepare(self) -> None:
         """Check rows, model and folder before anything is trained."""
-        identity = {"store": _identity(self.store), "heldout": _identity(self.heldout)}
+        stores = {"store": self.store, "heldout": self.heldout}
+        identity = {name: store.manifest["statistics"]["sha256"] for name, store in stores.items()}
         path = self.folder / "activations.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
             raise InputError(f"{self.folder} holds a sweep of other activations: choose another --output")
@@ -233,13 +230,9 @@ def _part(report: Report, run: _Run, before: float, total: float) -> Report:
 
     def part(done: int, of: int | None, figures: Mapping[str, Any]) -> None:
         flops = before + run.flops * done / (of or run.config.run.activations)
-        report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.name, **figures})
+        report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.folder.name, **figures})
 
     return part
-
-
-def _identity(store: ActivationStore) -> str:
-    return store.manifest["statistics"]["sha256"]
 
 
 def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
@@ -252,7 +245,6 @@ def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
 
 
 def _or_failure(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, or the reason why it fails."""
     try:
         return make()
     except InputError as error:

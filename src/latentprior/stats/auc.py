@@ -97,7 +97,6 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
 
 
 def _signed(auc: Tensor, sign: Tensor) -> Tensor:
-    """The AUC of ``sign * feature``."""
     return 0.5 + sign * (auc - 0.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,19 +34,10 @@ def bootstrap_interval(
     value, weight = _entries(values, weights)
     if value.min() == value.max():  # scipy warns of a degenerate distribution; the interval is the point itself
         return float(value[0]), float(value[0])
-    result = stats.bootstrap(
-        (value, weight),
-        _weighted_mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, DRAWS_AT_ONCE // len(value)),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    return float(interval.low), float(interval.high)
+    batch, rng = max(1, DRAWS_AT_ONCE // len(value)), np.random.default_rng(seed)
+    how: Any = {"paired": True, "vectorized": True, "method": "percentile", "batch": batch, "rng": rng}
+    drawn = stats.bootstrap((value, weight), _weighted_mean, n_resamples=resamples, confidence_level=level, **how)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def bootstrap_counts(
@@ -53,10 +45,8 @@ def bootstrap_counts(
 ) -> np.ndarray:
     """[1 + resamples, entries] float64: ones, then how often each entry is drawn in each resample.
 
-    For statistics of several means: those under row 0 are the sample's, the others have a `percentile_interval`.
-
-    Args:
-        usable: tells of resamples [R, entries] which may stay, [R] bool; the others are drawn again.
+    Row 0 gives a statistic of the sample, the others its `percentile_interval`. `usable` tells of resamples
+    [R, entries] which may stay, [R] bool; the others are drawn again.
     """
     rng = np.random.default_rng(seed)
     kept = np.empty((0, entries))

@@ -147,10 +147,8 @@ def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tupl
 
 
 def _quantile_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each interval on which both quantile functions are constant: the rank in either set, and the width.
-
-    In units of 1 / (n m) all ends are integers, so no interval is lost or doubled by rounding.
-    """
+    """For each interval on which both quantile functions are constant: the rank in either set, and the width."""
+    # In units of 1 / (n m) all ends are integers, so no interval is lost or doubled by rounding.
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
 
@@ -162,27 +160,20 @@ def _sorted_projections(x: Tensor, directions: Tensor, centre: Tensor) -> np.nda
 
 
 def _magnitude_features(reference: Tensor) -> Callable[[Tensor], Tensor]:
-    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies.
-
-    Fitted to `reference` [M, d]: rows other than those that a classifier is trained or judged on.
-    """
+    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies."""
     mean, std = reference.mean(0), reference.std(0)
     std[std <= 1e-6 * mean.abs()] = float("inf")  # constant but for float32 round-off: the dimension becomes 0
     variances, directions = np.linalg.eigh(ledoit_wolf(((reference - mean) / std).double().cpu().numpy())[0])
     scale = np.where(variances > 1e-8 * variances[-1], np.sqrt(variances.clip(min=0)), np.inf)
     whiten = torch.as_tensor(directions / scale, dtype=reference.dtype, device=reference.device)
 
-    def magnitude(z: Tensor) -> Tensor:
-        return (z.abs() - 0.8) / 0.6  # mean and standard deviation of |z| for a Gaussian
-
-    def energy(z: Tensor) -> Tensor:
-        """[N, 1], of unit variance for a standard normal: one number that d magnitudes would hide from the network."""
-        return z.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (z.shape[1] / 2) ** 0.5
-
     def features(x: Tensor) -> Tensor:
         z = (x - mean) / std
-        whitened = z @ whiten
-        return torch.cat([z, magnitude(z), magnitude(whitened), energy(z), energy(whitened)], dim=1)
+        both = (z, z @ whiten)
+        magnitudes = [(v.abs() - 0.8) / 0.6 for v in both]  # mean and standard deviation of |z| for a Gaussian
+        # Of unit variance for a standard normal: one number that d magnitudes would hide from the network.
+        energies = [v.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (v.shape[1] / 2) ** 0.5 for v in both]
+        return torch.cat([z, *magnitudes, *energies], dim=1)
 
     return features
 

@@ -1,6 +1,6 @@
 """A Gaussian as a prior: the baseline that every generative prior has to beat, and a flow whose velocity is known.
 
-Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps`` with t = 0 data and t = 1 noise.
+Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps``.
 """
 
 from __future__ import annotations
@@ -68,11 +68,10 @@ class GaussianPrior:
         variance = (1 - t).square() * variances + t.square()
         # Without variance z_t is certain and tells nothing: 0 / 0, only at t = 0.
         gain = torch.where(variance > 0, covariance / variance, 0.0)
-        centred = self._to_components(z_t.to(dtype) - (1 - t) * mean)
+        centred = z_t.to(dtype) - (1 - t) * mean
+        if self.directions is not None:
+            centred = centred @ self.directions.to(centred)
         return (of_data * mean + self._to_space(gain * centred)).to(z_t.dtype)
-
-    def _to_components(self, z: Tensor) -> Tensor:
-        return z if self.directions is None else z @ self.directions.to(z)
 
     def _to_space(self, components: Tensor) -> Tensor:
         return components if self.directions is None else components @ self.directions.to(components).T

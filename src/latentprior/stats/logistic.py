@@ -171,9 +171,8 @@ def _decision(basis: _Basis, x: Tensor, y: Tensor, x_test: Tensor, C: float) -> 
     done = 0
     for units in basis.units.split(columns(x)):
         scaled = basis.scaler.select(units)
-        if basis.shares is None:
-            weights = coefficients[done : done + len(units)]
-        else:
+        weights = coefficients[done : done + len(units)]
+        if basis.shares is not None:
             weights = scaled(x[:, units]).T @ (basis.shares @ coefficients)
         decision += scaled(x_test[:, units]) @ weights
         done += len(units)
