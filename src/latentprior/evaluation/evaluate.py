@@ -45,45 +45,38 @@ def evaluate(
     `glp`, which is not changed, and `llm`, a model and its tokenizer, take the place of those that `config` names.
     """
     with locked(config.output) as folder:
-        return _evaluate(config, folder, glp, llm, phase)
-
-
-def _evaluate(
-    config: EvaluateConfig, folder: Path, glp: GLP | None, llm: tuple[Any, Any] | None, phase: Phase
-) -> Result:
-    began = time.perf_counter()
-    device = resolve_device(config.device)
-    if glp is None:
-        glp = GLP.from_pretrained(config.prior, config.checkpoint, device=device)
-    else:
-        glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
-    dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
-    glp.cast(dtype)
-    layer = config.layer if len(glp.normalizer.layers) > 1 else None
-    hookpoint = at_layer(glp.hookpoints, layer, "this prior") if glp.hookpoints else None
-    glp.normalizer.rows(layer)  # an error for a layer without statistics
-    real, other, fitted, documents = _real_rows(config, glp, layer)
-    if config.delta_lm:  # another model, layer or text shows before minutes of other measurements
-        text.documents(config.text)
-        llm = llm or load_llm(config.llm, glp.device)
-        hookpoints_on(glp.hookpoints, llm[0], layer, check_model=True)
-    z_fitted = glp.normalizer.normalize(fitted, layer)
-    gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
-    sae = _sae(config, hookpoint, glp.device, phase("train the SAE")) if "sae" in config.baseline else None
-    result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
-    result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
-    result["distribution"], generated = compare_distributions(
-        config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
-    )
-    if sae is not None:
-        result["sae"] = described(sae, other)
-    result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
-    if config.delta_lm and llm is not None:
-        report = phase("delta LM loss")
-        result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_json(folder / "evaluate.json", result)
-    return Result(result, table="distribution")
+        began = time.perf_counter()
+        device = resolve_device(config.device)
+        if glp is None:
+            glp = GLP.from_pretrained(config.prior, config.checkpoint, device=device)
+        else:
+            glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
+        glp.cast(fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision))
+        layer = config.layer if len(glp.normalizer.layers) > 1 else None
+        hookpoint = at_layer(glp.hookpoints, layer, "this prior") if glp.hookpoints else None
+        glp.normalizer.rows(layer)  # an error for a layer without statistics
+        real, other, fitted, documents = _real_rows(config, glp, layer)
+        if config.delta_lm:  # another model, layer or text shows before minutes of other measurements
+            text.documents(config.text)
+            llm = llm or load_llm(config.llm, glp.device)
+            hookpoints_on(glp.hookpoints, llm[0], layer, check_model=True)
+        z_fitted = glp.normalizer.normalize(fitted, layer)
+        gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
+        sae = _sae(config, hookpoint, glp.device, phase("train the SAE")) if "sae" in config.baseline else None
+        result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
+        result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+        result["distribution"], generated = compare_distributions(
+            config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
+        )
+        if sae is not None:
+            result["sae"] = described(sae, other)
+        result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
+        if config.delta_lm and llm is not None:
+            report = phase("delta LM loss")
+            result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_json(folder / "evaluate.json", result)
+        return Result(result, table="distribution")
 
 
 def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[str, Any]:
@@ -92,7 +85,8 @@ def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[s
     error, bins = heldout_errors(glp.denoiser, glp.normalizer, x, layers, seed=seed)
 
     def estimated(name: str, values: Tensor) -> dict[str, Any]:
-        return {name: values.double().mean().item(), "interval": bootstrap_interval(values, seed=seed)}
+        array = values.double().numpy()
+        return {name: float(array.mean()), "interval": bootstrap_interval(array, seed=seed)}
 
     by_t = [{"t": [i / BINS, (i + 1) / BINS], **estimated("loss", error[bins == i])} for i in range(BINS)]
     return {**estimated("mean", error), "by_t": by_t}
@@ -125,17 +119,14 @@ def compare_distributions(
     def add(source: str, x: Tensor, of: Tensor | None = None, **labels: Any) -> None:
         z = glp.normalizer.normalize(x, layer)
         two_sample = classifier_two_sample(z_real, z, documents=(documents[0], of), seed=config.seed)
-        rows.append(
-            {
-                "source": source,
-                **labels,
-                "frechet_raw": asdict(frechet_parts(references[0], x)),
-                "frechet": asdict(frechet_parts(references[1], z)),
-                "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
-                "two_sample_auc": two_sample.auc,
-                "two_sample_interval": (two_sample.low, two_sample.high),
-            }
-        )
+        row = {
+            "frechet_raw": asdict(frechet_parts(references[0], x)),
+            "frechet": asdict(frechet_parts(references[1], z)),
+            "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
+            "two_sample_auc": two_sample.auc,
+            "two_sample_interval": (two_sample.low, two_sample.high),
+        }
+        rows.append({"source": source, **labels, **row})
         report(len(rows), total, {"now": source})
 
     add("real", other, documents[1])
@@ -163,7 +154,7 @@ def measure_delta_lm(
     report: Report = silent,
 ) -> dict[str, Any]:
     """Delta LM loss of the prior's projection and of its references, at every one of `t_starts`."""
-    hookpoint = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0]
+    at, seed = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0], config.seed
     limits = {"max_length": config.max_length, "batch_tokens": config.batch_tokens}
     batches = list(tokens.tokenize(text.documents(config.text), tokenizer, **limits))
     replacements: dict[str, Replacement] = {}
@@ -176,17 +167,13 @@ def measure_delta_lm(
     replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: mean.expand_as(x))
     if sae is not None:
         replacements["sae"] = _spare_sinks(glp, layer, lambda x, eps: sae.reconstruct(x))
-    losses = lm_losses(
-        model, batches, hookpoint.layer, replacements, side=hookpoint.side, seed=config.seed, report=report
-    )
+    losses = lm_losses(model, batches, at.layer, replacements, side=at.side, seed=seed, report=report)
     clean = losses.pop("clean")
     rows = []
     for name, loss in losses.items():
-        by_token = delta(loss, clean, per_document=False, seed=config.seed)
-        by_document = delta(loss, clean, per_document=True, seed=config.seed)
+        by_token, by_document = (asdict(delta(loss, clean, per_document=of, seed=seed)) for of in (False, True))
         headline = by_document if config.per_document else by_token
-        both = {"per_token": asdict(by_token), "per_document": asdict(by_document)}
-        rows.append(labels[name] | asdict(headline) | both)
+        rows.append(labels[name] | headline | {"per_token": by_token, "per_document": by_document})
     return {
         "clean_loss": clean.mean(per_document=config.per_document),
         "weighted_by": "document" if config.per_document else "token",
@@ -257,14 +244,11 @@ def _sae(config: EvaluateConfig, hookpoint: Hookpoint | None, device: torch.devi
 def _real_rows(
     config: EvaluateConfig, glp: GLP, layer: int | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Two sets of held-out activations from disjoint documents, the rows that the Gaussians are fitted to, and which
-    documents those of the two sets are from."""
+    """Two held-out sets from disjoint documents, the rows that Gaussians are fitted to, and both sets' documents."""
     heldout = _open(config.heldout, glp)
     if config.samples < (least := least_rows(heldout.width)):
-        raise InputError(
-            f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
-            f"at least {least}"
-        )
+        few = f"{config.samples} samples are too few for a two-sample test at width {heldout.width}"
+        raise InputError(f"{few}: raise --samples to at least {least}")
     chosen = sampled_halves(heldout, layer, config.samples, config.seed)
     real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
     documents = tuple(heldout.metadata(rows)[1] for rows in chosen)
@@ -279,10 +263,8 @@ def sampled_halves(store: ActivationStore, layer: int | None, samples: int, seed
     """`samples` row numbers of either half of the documents (see `document_halves`)."""
     first, second = document_halves(store, layer, seed)
     if (least := min(len(first), len(second))) < samples:
-        raise InputError(
-            f"half of the documents of {store.folder} hold {least} rows of this layer, less than {samples} samples: "
-            "record more held-out documents or lower --samples"
-        )
+        few = f"half of the documents of {store.folder} hold {least} rows of this layer, less than {samples} samples"
+        raise InputError(f"{few}: record more held-out documents or lower --samples")
     return first[:samples], second[:samples]
 
 

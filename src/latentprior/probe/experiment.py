@@ -52,42 +52,39 @@ def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result
     a text is not recorded yet.
     """
     with locked(config.output) as folder:
-        return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
-
-
-def _benchmark(config: ProbeConfig, llm: LLM, folder: Path, phase: Phase) -> Json:
-    began = time.perf_counter()
-    tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
-    first = config.priors[0]
-    options = {name: getattr(config, name) for name in ("checkpoint", "layer", "device", "precision")}
-    priors, hookpoint = priors_of(config.priors, **options)
-    device = priors[first].device
-    sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
-    _keep_settings(folder, config, priors)
-    recording = recorded(config, tasks, hookpoint, llm, phase("record")).to(device)
-    sources = sources_of(config, recording, priors, sae)
-    maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
-    results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
-    if not results:
-        raise InputError(f"no task could be probed; the first of them: {skipped[0]['task']}: {skipped[0]['reason']}")
-    protocol = ("candidates", "folds", "seed", "max_length", "max_test", "noise")
-    described = ("family", "train", "test", "left_out")
-    result = {
-        "kind": "probe",
-        "method": config.method,
-        "hookpoint": hookpoint.to_dict(),
-        "protocol": {name: getattr(config, name) for name in protocol},
-        "tasks": [{name: task[name] for name in described} | {"name": task["task"]} for task in results],
-        "skipped": skipped,
-        "sources": [source.to_dict() for source in sources],
-        "summary": summarise(results, sources, maps, config.seed),
-        "rows": [{"task": task["task"], "family": task["family"], "scores": _scores(task["rows"])} for task in results],
-        "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    write_tables(folder, results)
-    replace_json(folder / "probe.json", result)
-    return result
+        began = time.perf_counter()
+        tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
+        first = config.priors[0]
+        options = {name: getattr(config, name) for name in ("checkpoint", "layer", "device", "precision")}
+        priors, hookpoint = priors_of(config.priors, **options)
+        device = priors[first].device
+        sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
+        _keep_settings(folder, config, priors)
+        recording = recorded(config, tasks, hookpoint, llm, phase("record")).to(device)
+        sources = sources_of(config, recording, priors, sae)
+        maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
+        results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
+        if not results:
+            task, reason = skipped[0]["task"], skipped[0]["reason"]
+            raise InputError(f"no task could be probed; the first of them: {task}: {reason}")
+        protocol = ("candidates", "folds", "seed", "max_length", "max_test", "noise")
+        described = ("family", "train", "test", "left_out")
+        result = {
+            "kind": "probe",
+            "method": config.method,
+            "hookpoint": hookpoint.to_dict(),
+            "protocol": {name: getattr(config, name) for name in protocol},
+            "tasks": [{name: task[name] for name in described} | {"name": task["task"]} for task in results],
+            "skipped": skipped,
+            "sources": [source.to_dict() for source in sources],
+            "summary": summarise(results, sources, maps, config.seed),
+            "rows": [_by_source(task) for task in results],
+            "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
+        }
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        write_tables(folder, results)
+        replace_json(folder / "probe.json", result)
+        return Result(result, table="summary.scores")
 
 
 def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
@@ -143,9 +140,9 @@ def _probe_all(
             if path.exists():
                 results.append(_read(path))
             else:
-                present = recording.has(task.texts)
-                missing = int((~present[task.train]).sum() + (~present[task.test]).sum())
-                result = probe_task(task.without(~present), sources, maps, config) | {"left_out": missing}
+                missing = ~recording.has(task.texts)
+                left_out = int(missing[task.train].sum() + missing[task.test].sum())
+                result = probe_task(task.without(missing), sources, maps, config) | {"left_out": left_out}
                 replace_json(path, result, indent=None)
                 results.append(result)
         except InputError as error:
@@ -168,14 +165,14 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
     path = folder / "settings.json"
     if path.exists():
         check_settings(folder, "results", _read(path), settings)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_json(path, settings)
+    else:
+        replace_json(path, settings)
 
 
-def _scores(rows: Sequence[Json]) -> dict[str, float]:
-    """Screened test AUC by source."""
-    return {row["source"]: row["test_auc"] for row in rows if row["selection"] == "screened"}
+def _by_source(task: Json) -> Json:
+    """A task's screened test AUC of each source."""
+    scores = {row["source"]: row["test_auc"] for row in task["rows"] if row["selection"] == "screened"}
+    return {"task": task["task"], "family": task["family"], "scores": scores}
 
 
 def write_tables(folder: Path, results: Sequence[Json]) -> None:

@@ -99,7 +99,7 @@ def _paired(result: Json) -> Table:
 
 
 def _families(result: Json) -> Table:
-    """What every family's best source is, beside the leading one: a column for each source fits no terminal."""
+    """Each family's best source beside the leading one: a column for each source fits no terminal."""
     named, lead = labels(result), leading(result)
     rows = []
     for family in sorted(result["summary"].get("families") or [], key=lambda family: -family["tasks"]):

@@ -146,9 +146,8 @@ class SAE(ShortRepr):
         folder = Path(folder)
         described, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
         try:
-            encoder, bias, decoder, offset, scale = (
-                tensors[name] for name in ("encoder", "bias", "decoder", "offset", "scale")
-            )
+            encoder, bias, offset = tensors["encoder"], tensors["bias"], tensors["offset"]
+            decoder, scale = tensors["decoder"], tensors["scale"]
             hookpoint, threshold = Hookpoint.from_dict(described["hookpoint"]), tensors.get("threshold")
             options = {"k": described["k"], "threshold": threshold, "provenance": described["provenance"]}
             sae = cls.of(encoder, bias, decoder * scale[:, None], offset, hookpoint, **options)

@@ -19,10 +19,9 @@ ARCHITECTURES = ("standard", "topk", "jumprelu")
 CFG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-def read_sae(path_or_repo: str | Path, name: str = "", *, model: str | None = None) -> SAE:
-    """An SAE of this project or of SAELens; see `load_saelens` for the arguments."""
-    folder = Path(path_or_repo) / name
-    return SAE.load(folder) if (folder / CONFIG).is_file() else load_saelens(path_or_repo, name, model=model)
+def read_sae(folder: str | Path, *, model: str | None = None) -> SAE:
+    """An SAE of this project or of SAELens; see `load_saelens`."""
+    return SAE.load(folder) if Path(folder, CONFIG).is_file() else load_saelens(folder, model=model)
 
 
 def sae_at(folder: str, hookpoint: Hookpoint, *, model: str | None = None) -> SAE:

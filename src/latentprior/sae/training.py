@@ -1,8 +1,8 @@
 """Training a TopK SAE on recorded activations, with the sparse coder and the optimizer of `eai-sparsify`.
 
-Its trainer cannot be used: it takes a language model and tokens, runs the one on the other, prints, and keeps its own
-checkpoints. So the loop over a store is here; what is learned (TopK encoder with its sparse backward pass, decoder of
-unit norm, fraction of variance unexplained as the loss) and how (signed momentum, schedule-free average) are theirs.
+Its trainer takes a language model and tokens, prints, and keeps its own checkpoints, so the loop over a store is here;
+what is learned (TopK encoder with its sparse backward pass, decoder of unit norm, fraction of variance unexplained as
+the loss) and how (signed momentum, schedule-free average) are theirs.
 """
 
 from __future__ import annotations

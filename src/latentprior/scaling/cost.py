@@ -138,11 +138,10 @@ def llm_flops_per_token(shape: LLMShape, *, blocks: int, sequence: int) -> float
 
 
 def llm_forward_bytes(shape: LLMShape, *, tokens: int, layers: int, item: int = 2) -> int:
-    """Bytes of a forward pass of `tokens` without gradients, roughly: three hidden vectors of one MLP and four of the
-    residual stream for each token, and the recorded states of `layers` layers."""
+    """Bytes of a forward pass, roughly: of each token three vectors of an MLP, four states, and the recorded states."""
     return tokens * item * (3 * shape.mlp + (4 + layers) * shape.width)
 
 
-def store_bytes_per_activation(width: int, *, item: int = 2) -> float:
+def store_bytes_per_activation(width: int) -> float:
     """Bytes of a row in an activation store."""
-    return width * item + METADATA_BYTES
+    return width * 2 + METADATA_BYTES

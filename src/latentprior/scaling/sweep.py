@@ -54,26 +54,22 @@ def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     the loss with the other measures. Of every run the final prior is kept, without training states.
     """
     with locked(config.output):
-        return _sweep(config, phase)
-
-
-def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
-    began = time.perf_counter()
-    grid = _Grid(config)
-    grid.prepare()
-    trained, measured = phase("train, GFLOP"), phase("measure")
-    total = sum(run.flops for run in grid.runs)
-    before, rows = 0.0, []
-    for run in grid.runs:
-        glp = fit(run.config, report=_part(trained, run, before, total))
-        rows.append(run.row() | grid.measure(run, glp))
-        before += run.flops
-        measured(len(rows), len(grid.runs), {"run": run.folder.name, "loss": rows[-1]["heldout_loss"]})
-    result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
-    result |= findings(rows, config.seed)
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_json(grid.folder / "sweep.json", result)
-    return result
+        began = time.perf_counter()
+        grid = _Grid(config)
+        grid.prepare()
+        trained, measured = phase("train, GFLOP"), phase("measure")
+        total = sum(run.flops for run in grid.runs)
+        before, rows = 0.0, []
+        for run in grid.runs:
+            glp = fit(run.config, report=_part(trained, run, before, total))
+            rows.append(run.row() | grid.measure(run, glp))
+            before += run.flops
+            measured(len(rows), len(grid.runs), {"run": run.folder.name, "loss": rows[-1]["heldout_loss"]})
+        result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
+        result |= findings(rows, config.seed)
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_json(grid.folder / "sweep.json", result)
+        return result
 
 
 def findings(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
@@ -170,7 +166,6 @@ class _Grid:
         lm = self._lm_settings()
         if lm is not None and any(_read_result(run.folder / "delta_lm.json", lm) is None for run in self.runs):
             _ = self.llm  # loads it, and finds whether the store is of it
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_json(path, identity, indent=None)
 
     @cached_property

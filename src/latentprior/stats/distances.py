@@ -16,7 +16,7 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from latentprior.stats.auc import auc_by_group
-from latentprior.stats.frechet import rows
+from latentprior.stats.frechet import Array, rows
 from latentprior.utils.errors import InputError
 
 PROJECTION_CHUNK = 64
@@ -41,9 +41,7 @@ class TwoSample:
     high: float
 
 
-def sliced_wasserstein(
-    a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, projections: int = 512, seed: int = 0
-) -> float:
+def sliced_wasserstein(a: Array, b: Array, *, projections: int = 512, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance: root mean square, over random unit directions, of the distance along each.
 
     Of ``a: [N, d]`` and ``b: [M, d]``, in the units of the activations, exact along each of `projections` directions.
@@ -66,12 +64,7 @@ def sliced_wasserstein(
 
 
 def classifier_two_sample(
-    a: Tensor | np.ndarray,
-    b: Tensor | np.ndarray,
-    *,
-    documents: tuple[Tensor | None, Tensor | None] = (None, None),
-    seed: int = 0,
-    folds: int = 3,
+    a: Array, b: Array, *, documents: tuple[Tensor | None, Tensor | None] = (None, None), seed: int = 0, folds: int = 3
 ) -> TwoSample:
     """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` [N, d] from `b` [M, d].
 
@@ -139,7 +132,7 @@ def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
     return fold
 
 
-def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tuple[Tensor, Tensor]:
+def _pair(a: Array, b: Array, *, least: int) -> tuple[Tensor, Tensor]:
     a, b = rows(a, least=least), rows(b, least=least)
     if a.shape[1] != b.shape[1]:
         raise InputError(f"both sets need the same width, got {a.shape[1]} and {b.shape[1]}")

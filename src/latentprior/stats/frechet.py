@@ -17,18 +17,17 @@ from torch import Tensor
 
 from latentprior.utils.errors import InputError
 
+Array = Tensor | np.ndarray
 CHUNK_BYTES = 1 << 25  # most bytes of activations held in float64 at once
 
 
 @dataclass(frozen=True)
 class FrechetParts:
-    """A Fréchet distance and its two terms, in squared units of the activations."""
+    """A Fréchet distance, squared units of the activations, as the sum of the means' and the covariances' terms."""
 
     total: float
     mean: float
-    """``|mean1 - mean2|^2``."""
     covariance: float
-    """``tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class GaussianMoments:
     cov: np.ndarray
 
     @classmethod
-    def of(cls, x: Tensor | np.ndarray) -> GaussianMoments:
+    def of(cls, x: Array) -> GaussianMoments:
         """The sample mean and unbiased sample covariance of ``x: [N, d]``, of any floating dtype and device."""
         x = rows(x, least=2)
         chunks = x.split(max(1, CHUNK_BYTES // (8 * x.shape[1])))
@@ -61,7 +60,7 @@ class GaussianMoments:
         return factor, pivots - 1, rank
 
 
-def frechet_distance(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.ndarray | GaussianMoments) -> float:
+def frechet_distance(a: Array | GaussianMoments, b: Array | GaussianMoments) -> float:
     """Fréchet distance of two sets of activations, the "FD" of the paper (its evaluation 1).
 
     ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``, in squared units of the activations, unbiased
@@ -75,7 +74,7 @@ def frechet_distance(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.nd
     return frechet_parts(a, b).total
 
 
-def frechet_parts(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.ndarray | GaussianMoments) -> FrechetParts:
+def frechet_parts(a: Array | GaussianMoments, b: Array | GaussianMoments) -> FrechetParts:
     """`frechet_distance` with its two terms: how far the means lie apart, and how much the covariances differ."""
     first, second = (x if isinstance(x, GaussianMoments) else GaussianMoments.of(x) for x in (a, b))
     if first.width != second.width:
@@ -92,7 +91,7 @@ def frechet_from_moments(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray,
     return frechet_distance(_moments(mean1, cov1), _moments(mean2, cov2))
 
 
-def rows(x: Tensor | np.ndarray, *, least: int = 1) -> Tensor:
+def rows(x: Array, *, least: int = 1) -> Tensor:
     """``x: [N, d]``, checked, as a tensor without gradient."""
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
