@@ -155,8 +155,8 @@ def measure_delta_lm(
 ) -> dict[str, Any]:
     """Delta LM loss of the prior's projection and of its references, at every one of `t_starts`."""
     at, seed = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0], config.seed
-    limits = {"max_length": config.max_length, "batch_tokens": config.batch_tokens}
-    batches = list(tokens.tokenize(text.documents(config.text), tokenizer, **limits))
+    documents = text.documents(config.text)
+    batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
     replacements: dict[str, Replacement] = {}
     labels: dict[str, dict[str, Any]] = {name: {"method": name, "t_start": None} for name in ("mean", "sae")}
     for t_start in config.t_starts:
@@ -167,7 +167,7 @@ def measure_delta_lm(
     replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: mean.expand_as(x))
     if sae is not None:
         replacements["sae"] = _spare_sinks(glp, layer, lambda x, eps: sae.reconstruct(x))
-    losses = lm_losses(model, batches, at.layer, replacements, side=at.side, seed=seed, report=report)
+    losses = lm_losses(model, list(batches), at.layer, replacements, side=at.side, seed=seed, report=report)
     clean = losses.pop("clean")
     rows = []
     for name, loss in losses.items():
@@ -198,13 +198,10 @@ def lm_replacements(
     def prior(x: Tensor, eps: Tensor) -> Tensor:
         return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
 
-    def posterior(x: Tensor, eps: Tensor) -> Tensor:
-        return normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer)
-
-    def noise(x: Tensor, eps: Tensor) -> Tensor:
-        return normalizer.denormalize(noised(x, eps), layer)
-
-    references = {"gaussian": posterior, "noise": noise}
+    references: dict[str, Replacement] = {
+        "gaussian": lambda x, eps: normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer),
+        "noise": lambda x, eps: normalizer.denormalize(noised(x, eps), layer),
+    }
     return {"prior": prior} | {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
 
 
@@ -251,7 +248,7 @@ def _real_rows(
         raise InputError(f"{few}: raise --samples to at least {least}")
     chosen = sampled_halves(heldout, layer, config.samples, config.seed)
     real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
-    documents = tuple(heldout.metadata(rows)[1] for rows in chosen)
+    documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
     if config.train is None:
         return real, other, other, documents
     train = _open(config.train, glp)

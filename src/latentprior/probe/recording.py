@@ -67,8 +67,7 @@ def record_texts(
     known = set.intersection(*(_keys(folder / name) for name in writers))
     missing = [text for text in dict.fromkeys(texts) if text_key(text) not in known]
     documents = (Document(text_key(text), text) for text in missing)
-    limits = {"max_length": max_length, "batch_tokens": batch_tokens}
-    batches = tokens.tokenize(documents, tokenizer, keep="last", **limits)
+    batches = tokens.tokenize(documents, tokenizer, max_length=max_length, batch_tokens=batch_tokens, keep="last")
     done = 0
     for batch, parts in _recorded(model, batches, hookpoint, layers):
         finite = _finite(list(parts.values()))

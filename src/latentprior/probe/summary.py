@@ -28,8 +28,8 @@ def summarise(tasks: Sequence[Mapping[str, Any]], sources: Sequence[Source], map
         "families", "grid" (by block and t), "mlp_blocks", "scaling" (AUC against held-out loss) and "sparse".
     """
     names = [source.name for source in sources]
-    table = {key: _column(tasks, *key) for key in product(names, (SCREENED, ALL, CHANCE))}
-    table = {key: values for key, values in table.items() if len(values["test_auc"])}
+    columns = {key: _column(tasks, *key) for key in product(names, (SCREENED, ALL, CHANCE))}
+    table: Table = {key: values for key, values in columns.items() if len(values["test_auc"])}
     scores = []
     for (source, selection), values in table.items():
         validation = {"validation": float(values["validation_auc"].mean())}

@@ -15,8 +15,9 @@ TOO_FEW = "too few tasks to compare"
 
 def tables(result: Json) -> list[Table]:
     """Sources, paired differences, families, and what was skipped, of what is in ``probe.json``."""
-    found = [_sources(result), _paired(result), _families(result), _skipped(result)]
-    return [table for table in found if table.rows]
+    skipped = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
+    last = Table("Skipped tasks", ("task", "reason"), skipped)
+    return [table for table in (_sources(result), _paired(result), _families(result), last) if table.rows]
 
 
 def labels(result: Json) -> dict[str, str]:
@@ -109,8 +110,3 @@ def _families(result: Json) -> Table:
         shown = ", ".join(named.get(name, name) for name in best) or MISSING
         rows.append([*first, decimals(aucs[best[0]] if best else None), shown])
     return Table("By task family", ("family", "tasks", *([named[lead]] if lead else []), "best AUC", "of"), rows)
-
-
-def _skipped(result: Json) -> Table:
-    rows = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
-    return Table("Skipped tasks", ("task", "reason"), rows)

@@ -56,7 +56,6 @@ def find_task(
 
     Args:
         name: one of `corpus.binary_tasks()`, or the path of a CSV, TSV or parquet file.
-        seed: of the split; the protocol's is 42.
         max_test: most test rows, the first ones of the protocol's random order; None: all.
         text, label: columns of a table; None: see `labelled_texts`.
 

@@ -71,7 +71,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """
     began = time.perf_counter()
     shape = llm_shape(config.llm)
-    layers = _layers(config, shape)
+    for layer in config.layers:
+        check_in_range(layer, shape.blocks, config.llm.model)
+    layers = sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
     chip = chip_of(config)
     denoiser = config.prior().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
     llm = _llm(config, shape, layers)
@@ -91,12 +93,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "assumptions": list(ASSUMPTIONS),
         **stamp(to_dict(config), seed=0, wall_seconds=time.perf_counter() - began),
     }
-
-
-def _layers(config: PlanConfig, shape: LLMShape) -> list[int]:
-    for layer in config.layers:
-        check_in_range(layer, shape.blocks, config.llm.model)
-    return sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
 
 
 def _llm(config: PlanConfig, shape: LLMShape, layers: list[int]) -> dict[str, Any]:
