@@ -167,7 +167,7 @@ def all_units(tasks: Sequence[Task], units: Source, config: ProbeConfig) -> dict
         start = time.perf_counter()
         split = TaskFeatures(task, units)
         had = time.perf_counter()
-        probes = split.probe(split.y, config, None)
+        probes = probe_1d(split.x, split.y, candidates=None, folds=config.folds)
         of_screened, of_all = split.test_aucs(probes, [probes.best(config.candidates), probes.best()])
         probing += time.perf_counter() - had
         computing += had - start

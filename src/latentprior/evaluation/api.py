@@ -38,16 +38,12 @@ def evaluate(
         heldout: a store of held-out documents, or its folder; a little over twice ``samples`` rows.
         train: the store that the Gaussian baselines are fitted to; by default half of the held-out rows.
         model: a language model for the delta LM loss, which is left out without one (or without ``delta_lm=True``).
-        tokenizer: of that model.
         output: folder of ``evaluate.json``; none is written by default.
         **options: other fields of `latentprior.config.EvaluateConfig`, such as ``samples=2000``,
             ``solvers=["ab2"]``, ``nfes=[20]``, ``layer=15`` or ``text={"dataset": "texts.jsonl"}``.
 
     Returns:
         what ``evaluate.json`` holds, with attributes: `heldout_loss`, `distribution`, `delta_lm` ...
-
-    Raises:
-        InputError: an unknown option, too few held-out rows, or a prior, stores and model that do not belong together.
 
     Examples:
         >>> result = lp.evaluate(glp, store, samples=150, solvers=["euler"], nfes=[4])
@@ -64,7 +60,6 @@ def evaluate(
             "train": None if train is None else folder_of(train),
             "output": str(folder),
             "delta_lm": llm is not None,
-            **options,
-        }
+        } | options
         glp = prior if isinstance(prior, GLP) else None
         return command.evaluate(from_dict(EvaluateConfig, values), glp=glp, llm=llm, phase=phase)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from latentprior.config import EvaluateConfig, Solver, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.store.reader import ActivationStore
 from latentprior.evaluation.lm_loss import Replacement, delta, lm_losses
-from latentprior.lm.hooks import Hookpoint
+from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
 from latentprior.prior.repair import hookpoints_on
@@ -43,71 +42,54 @@ def evaluate(
 ) -> Result:
     """Measure a prior as `config` says, write ``evaluate.json`` and return what is in it.
 
-    Args:
-        glp: the prior, in place of the one that `config` names; it is not changed.
-        llm: language model and tokenizer, in place of those that `config` names.
-
-    Raises:
-        InputError: too few held-out rows, or stores, prior and language model that do not belong together.
+    `glp`, which is not changed, and `llm`, a model and its tokenizer, take the place of those that `config` names.
     """
     with locked(config.output) as folder:
-        return _evaluate(config, folder, glp, llm, phase)
-
-
-def _evaluate(
-    config: EvaluateConfig, folder: Path, glp: GLP | None, llm: tuple[Any, Any] | None, phase: Phase
-) -> Result:
-    began = time.perf_counter()
-    device = resolve_device(config.device)
-    if glp is None:
-        glp = GLP.from_pretrained(config.prior, config.checkpoint, device=device)
-    else:
-        glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
-    dtype = fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision)
-    glp.cast(dtype)
-    layer = _layer(glp, config)
-    real, other, fitted, documents = _real_rows(config, glp, layer)
-    llm = _checked_llm(config, glp, layer, llm) if config.delta_lm else None
-    z_fitted = glp.normalizer.normalize(fitted, layer)
-    gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
-    sae = _sae(config, glp, layer, report=phase("train the SAE")) if "sae" in config.baseline else None
-    hookpoint = _hookpoint(glp, layer)
-    result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
-    result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
-    result["distribution"], generated = compare_distributions(
-        config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
-    )
-    if sae is not None:
-        result["sae"] = described(sae, other)
-    result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
-    if llm is not None:
-        result["delta_lm"] = measure_delta_lm(
-            config, glp, gaussians["full"], *llm, layer, sae, report=phase("delta LM loss")
+        began = time.perf_counter()
+        device = resolve_device(config.device)
+        if glp is None:
+            glp = GLP.from_pretrained(config.prior, config.checkpoint, device=device)
+        else:
+            glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
+        glp.cast(fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision))
+        layer = config.layer if len(glp.normalizer.layers) > 1 else None
+        hookpoint = at_layer(glp.hookpoints, layer, "this prior") if glp.hookpoints else None
+        glp.normalizer.rows(layer)  # an error for a layer without statistics
+        real, other, fitted, documents = _real_rows(config, glp, layer)
+        if config.delta_lm:  # another model, layer or text shows before minutes of other measurements
+            text.documents(config.text)
+            llm = llm or load_llm(config.llm, glp.device)
+            hookpoints_on(glp.hookpoints, llm[0], layer, check_model=True)
+        z_fitted = glp.normalizer.normalize(fitted, layer)
+        gaussians = {kind: GaussianPrior.fit(z_fitted, covariance=kind) for kind in ("full", "diagonal")}
+        sae = _sae(config, hookpoint, glp.device, phase("train the SAE")) if "sae" in config.baseline else None
+        result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
+        result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+        result["distribution"], generated = compare_distributions(
+            config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
         )
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_json(folder / "evaluate.json", result)
-    return Result(result, table="distribution")
-
-
-def _checked_llm(config: EvaluateConfig, glp: GLP, layer: int | None, llm: tuple[Any, Any] | None) -> tuple[Any, Any]:
-    """The language model and its tokenizer; another model, layer or text shows before minutes of other measurements."""
-    text.documents(config.text)
-    model, tokenizer = llm or load_llm(config.llm, glp.device)
-    hookpoints_on(glp.hookpoints, model, layer, check_model=True)
-    return model, tokenizer
+        if sae is not None:
+            result["sae"] = described(sae, other)
+        result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
+        if config.delta_lm and llm is not None:
+            report = phase("delta LM loss")
+            result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_json(folder / "evaluate.json", result)
+        return Result(result, table="distribution")
 
 
 def heldout_by_t(glp: GLP, x: Tensor, layer: int | None, *, seed: int) -> dict[str, Any]:
     """Held-out loss, overall and by noise level, with 95% bootstrap intervals over activations."""
     layers = None if layer is None else torch.full((len(x),), layer)
     error, bins = heldout_errors(glp.denoiser, glp.normalizer, x, layers, seed=seed)
-    by_t = []
-    for i in range(BINS):
-        part = error[bins == i].double().numpy()
-        low_t, high_t = i / BINS, (i + 1) / BINS
-        by_t.append({"t": [low_t, high_t], "loss": float(part.mean()), "interval": bootstrap_interval(part, seed=seed)})
-    values = error.double().numpy()
-    return {"mean": float(values.mean()), "interval": bootstrap_interval(values, seed=seed), "by_t": by_t}
+
+    def estimated(name: str, values: Tensor) -> dict[str, Any]:
+        array = values.double().numpy()
+        return {name: float(array.mean()), "interval": bootstrap_interval(array, seed=seed)}
+
+    by_t = [{"t": [i / BINS, (i + 1) / BINS], **estimated("loss", error[bins == i])} for i in range(BINS)]
+    return {**estimated("mean", error), "by_t": by_t}
 
 
 def compare_distributions(
@@ -122,13 +104,10 @@ def compare_distributions(
     *,
     report: Report = silent,
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """Distances of samples from `real` [N, d], and of `other` real activations: the lower bound of each distance.
+    """Distances of samples from `real` [N, d], a row for each source, and the prior's last samples.
 
-    `documents` says which one each row of `real` and of `other` is from. Of an SAE its reconstructions of `other` are
-    compared (paper, SAE baseline).
-
-    Returns:
-        one row for each source, and the last samples of the prior [N, d].
+    `other` real activations set the lower bound of each distance; an SAE reconstructs these (paper, SAE baseline).
+    `documents` says which one each row of `real` and of `other` is from.
     """
     n = len(real)
     runs: list[tuple[Solver, int]] = [(solver, nfe) for nfe in config.nfes for solver in config.solvers]
@@ -140,17 +119,14 @@ def compare_distributions(
     def add(source: str, x: Tensor, of: Tensor | None = None, **labels: Any) -> None:
         z = glp.normalizer.normalize(x, layer)
         two_sample = classifier_two_sample(z_real, z, documents=(documents[0], of), seed=config.seed)
-        rows.append(
-            {
-                "source": source,
-                **labels,
-                "frechet_raw": asdict(frechet_parts(references[0], x)),
-                "frechet": asdict(frechet_parts(references[1], z)),
-                "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
-                "two_sample_auc": two_sample.auc,
-                "two_sample_interval": (two_sample.low, two_sample.high),
-            }
-        )
+        row = {
+            "frechet_raw": asdict(frechet_parts(references[0], x)),
+            "frechet": asdict(frechet_parts(references[1], z)),
+            "sliced_wasserstein": sliced_wasserstein(z_real, z, projections=config.projections, seed=config.seed),
+            "two_sample_auc": two_sample.auc,
+            "two_sample_interval": (two_sample.low, two_sample.high),
+        }
+        rows.append({"source": source, **labels, **row})
         report(len(rows), total, {"now": source})
 
     add("real", other, documents[1])
@@ -178,34 +154,26 @@ def measure_delta_lm(
     report: Report = silent,
 ) -> dict[str, Any]:
     """Delta LM loss of the prior's projection and of its references, at every one of `t_starts`."""
-    hookpoint = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0]
+    at, seed = hookpoints_on(glp.hookpoints, model, layer, check_model=True)[0], config.seed
     documents = text.documents(config.text)
-    batches = list(
-        tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
-    )
+    batches = tokens.tokenize(documents, tokenizer, max_length=config.max_length, batch_tokens=config.batch_tokens)
     replacements: dict[str, Replacement] = {}
-    labels: dict[str, dict[str, Any]] = {}
+    labels: dict[str, dict[str, Any]] = {name: {"method": name, "t_start": None} for name in ("mean", "sae")}
     for t_start in config.t_starts:
         for method, replacement in lm_replacements(glp, gaussian, t_start, config, layer).items():
             name = f"{method} {t_start}"
             replacements[name], labels[name] = replacement, {"method": method, "t_start": t_start}
     mean = glp.normalizer.denormalize(torch.zeros(glp.width, device=glp.device), layer)
     replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: mean.expand_as(x))
-    labels["mean"] = {"method": "mean", "t_start": None}
     if sae is not None:
         replacements["sae"] = _spare_sinks(glp, layer, lambda x, eps: sae.reconstruct(x))
-        labels["sae"] = {"method": "sae", "t_start": None}
-    losses = lm_losses(
-        model, batches, hookpoint.layer, replacements, side=hookpoint.side, seed=config.seed, report=report
-    )
+    losses = lm_losses(model, list(batches), at.layer, replacements, side=at.side, seed=seed, report=report)
     clean = losses.pop("clean")
     rows = []
     for name, loss in losses.items():
-        by_token = delta(loss, clean, per_document=False, seed=config.seed)
-        by_document = delta(loss, clean, per_document=True, seed=config.seed)
+        by_token, by_document = (asdict(delta(loss, clean, per_document=of, seed=seed)) for of in (False, True))
         headline = by_document if config.per_document else by_token
-        both = {"per_token": asdict(by_token), "per_document": asdict(by_document)}
-        rows.append(labels[name] | asdict(headline) | both)
+        rows.append(labels[name] | headline | {"per_token": by_token, "per_document": by_document})
     return {
         "clean_loss": clean.mean(per_document=config.per_document),
         "weighted_by": "document" if config.per_document else "token",
@@ -230,13 +198,10 @@ def lm_replacements(
     def prior(x: Tensor, eps: Tensor) -> Tensor:
         return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
 
-    def posterior(x: Tensor, eps: Tensor) -> Tensor:
-        return normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer)
-
-    def noise(x: Tensor, eps: Tensor) -> Tensor:
-        return normalizer.denormalize(noised(x, eps), layer)
-
-    references = {"gaussian": posterior, "noise": noise}
+    references: dict[str, Replacement] = {
+        "gaussian": lambda x, eps: normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer),
+        "noise": lambda x, eps: normalizer.denormalize(noised(x, eps), layer),
+    }
     return {"prior": prior} | {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
 
 
@@ -265,41 +230,22 @@ def _spare_sinks(glp: GLP, layer: int | None, replacement: Replacement) -> Repla
     return spared
 
 
-def _layer(glp: GLP, config: EvaluateConfig) -> int | None:
-    """The layer to evaluate; None for a single-layer prior."""
-    layers: Sequence[int] = glp.normalizer.layers.tolist()
-    if len(layers) == 1:
-        return None
-    if config.layer is None:
-        raise InputError(f"this prior serves layers {layers}: choose one with --layer")
-    glp.normalizer.rows(config.layer)
-    return config.layer
-
-
-def _hookpoint(glp: GLP, layer: int | None) -> Hookpoint | None:
-    return next((h for h in glp.hookpoints if layer is None or h.layer == layer), None)
-
-
-def _sae(config: EvaluateConfig, glp: GLP, layer: int | None, *, report: Report) -> SAE:
+def _sae(config: EvaluateConfig, hookpoint: Hookpoint | None, device: torch.device, report: Report) -> SAE:
     """The SAE to compare the prior with, trained if need be."""
-    hookpoint = _hookpoint(glp, layer)
     if hookpoint is None:
         raise InputError("this prior does not say what it was trained on, so no SAE can be compared with it")
     folder = Path(config.sae.path or Path(config.output) / "sae")
-    return prepare_sae(config.sae, folder, config.train, hookpoint, device=glp.device, report=report)
+    return prepare_sae(config.sae, folder, config.train, hookpoint, device=device, report=report)
 
 
 def _real_rows(
     config: EvaluateConfig, glp: GLP, layer: int | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Two sets of held-out activations from disjoint documents, the rows that the Gaussians are fitted to, and which
-    documents those of the two sets are from."""
+    """Two held-out sets from disjoint documents, the rows that Gaussians are fitted to, and both sets' documents."""
     heldout = _open(config.heldout, glp)
     if config.samples < (least := least_rows(heldout.width)):
-        raise InputError(
-            f"{config.samples} samples are too few for a two-sample test at width {heldout.width}: raise --samples to "
-            f"at least {least}"
-        )
+        few = f"{config.samples} samples are too few for a two-sample test at width {heldout.width}"
+        raise InputError(f"{few}: raise --samples to at least {least}")
     chosen = sampled_halves(heldout, layer, config.samples, config.seed)
     real, other = (heldout.rows(rows).float().to(glp.device) for rows in chosen)
     documents = (heldout.metadata(chosen[0])[1], heldout.metadata(chosen[1])[1])
@@ -314,10 +260,8 @@ def sampled_halves(store: ActivationStore, layer: int | None, samples: int, seed
     """`samples` row numbers of either half of the documents (see `document_halves`)."""
     first, second = document_halves(store, layer, seed)
     if (least := min(len(first), len(second))) < samples:
-        raise InputError(
-            f"half of the documents of {store.folder} hold {least} rows of this layer, less than {samples} samples: "
-            "record more held-out documents or lower --samples"
-        )
+        few = f"half of the documents of {store.folder} hold {least} rows of this layer, less than {samples} samples"
+        raise InputError(f"{few}: record more held-out documents or lower --samples")
     return first[:samples], second[:samples]
 
 

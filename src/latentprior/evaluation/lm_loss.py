@@ -25,12 +25,12 @@ Replacement = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LMLoss:
-    """Next-token loss of each document."""
+    """Next-token loss of D documents."""
 
     total: Tensor
     """[D] float64, summed over the document's predicted tokens, in nats."""
     tokens: Tensor
-    """[D] int64, predicted tokens."""
+    """[D] int64, predicted ones."""
 
     def mean(self, *, per_document: bool = False) -> float:
         """Mean over tokens, or over documents of their means (the official definition)."""
@@ -59,13 +59,6 @@ def lm_losses(
 
     Every replacement gets the same noise. The blocks before the replacement run once for each batch and their outputs
     are reused, if on the first batch this gives the same losses bit for bit; else the whole model runs every time.
-
-    Args:
-        batches: token batches; each document whole.
-        layer, side: where to replace.
-        replacements: by name.
-        seed: of the noise.
-        report: gets token batches done.
     """
     if "clean" in replacements:
         raise InputError('"clean" is the loss without replacement: choose another name')

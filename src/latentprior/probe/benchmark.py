@@ -9,7 +9,6 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from latentprior.config import ProbeConfig
 from latentprior.probe.sources import Source
@@ -32,20 +31,12 @@ class TaskFeatures:
         sides = (task.labels[task.train], task.labels[task.test])
         self.y, self.y_test = (torch.from_numpy(labels).to(features.device) for labels in sides)
 
-    def probe(self, y: Tensor, config: ProbeConfig, candidates: int | None) -> OneD:
-        """1-D probes with training labels `y`, which may have been permuted."""
-        return probe_1d(self.x, y, candidates=candidates, folds=config.folds)
-
     def test_aucs(self, probes: OneD, indices: Sequence[int]) -> list[float]:
-        """AUCs of candidates on the test rows."""
         return probes.test_auc(torch.tensor(indices, device=self.x.device), self.x_test, self.y_test).tolist()
 
 
 def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], config: ProbeConfig) -> Json:
-    """Probe every source on one task.
-
-    Args:
-        maps: the first prior at the noise levels of the map by block and t.
+    """Probe every source on one task; `maps` are the first prior at the noise levels of the map by block and t.
 
     Returns:
         `rows`: for each source and selection the chosen unit with its AUC; `winners`: the top units; `blocks`: the
@@ -59,8 +50,8 @@ def probe_task(task: Task, sources: Sequence[Source], maps: Sequence[Source], co
             features = TaskFeatures(task, source)
         with _timed(seconds, "probes"):
             if source in maps:
-                by_block = _by_block(features.probe(features.y, config, None), features, source, config)
-                result["map"].append(by_block)
+                probes = probe_1d(features.x, features.y, candidates=None, folds=config.folds)
+                result["map"].append(_by_block(probes, features, source, config))
                 continue
             _probe_source(task, source, features, config, result)
         with _timed(seconds, "sparse"):
@@ -79,13 +70,15 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _probe_source(task: Task, source: Source, features: TaskFeatures, config: ProbeConfig, result: Json) -> None:
     """Add the source's rows, top units and blocks to `result`."""
-    shuffled = features.y[_permutation(task, config.seed).to(features.y.device)]
     if config.method == "logistic":
         units: OneD = logistic_1d(features.x, features.y, candidates=config.candidates, folds=config.folds)
         chosen = {SCREENED: (units, units.best())}
     else:
-        units = features.probe(features.y, config, None)
-        chance = features.probe(shuffled, config, config.candidates)
+        units = probe_1d(features.x, features.y, candidates=None, folds=config.folds)
+        key = int.from_bytes(blake2b(task.name.encode(), digest_size=8).digest())  # another order for every task
+        order = torch.randperm(len(task.train), generator=keyed_generator(config.seed, key))
+        shuffled = features.y[order.to(features.y.device)]
+        chance = probe_1d(features.x, shuffled, candidates=config.candidates, folds=config.folds)
         screened = units.best(config.candidates)
         chosen = {SCREENED: (units, screened), ALL: (units, units.best()), CHANCE: (chance, chance.best())}
         if source.name == "mlp-neurons":
@@ -93,25 +86,17 @@ def _probe_source(task: Task, source: Source, features: TaskFeatures, config: Pr
     for selection, (probes, index) in chosen.items():
         (found,) = _describe(probes, [index], features, source)
         result["rows"].append({"source": source.name, "selection": selection, **found})
-    order = units.validation_auc.argsort(descending=True, stable=True)[:TOP_UNITS].tolist()
-    for rank, found in enumerate(_describe(units, order, features, source)):
+    top = units.validation_auc.argsort(descending=True, stable=True)[:TOP_UNITS].tolist()
+    for rank, found in enumerate(_describe(units, top, features, source)):
         result["winners"].append({"source": source.name, "rank": rank, **found})
-
-
-def _permutation(task: Task, seed: int) -> Tensor:
-    """An order of the training rows, another one for every task."""
-    key = int.from_bytes(blake2b(task.name.encode(), digest_size=8).digest())
-    return torch.randperm(len(task.train), generator=keyed_generator(seed, key))
 
 
 def _describe(probes: OneD, indices: Sequence[int], features: TaskFeatures, source: Source) -> list[Json]:
     found = []
     for candidate, auc in zip(indices, features.test_aucs(probes, indices), strict=True):
         t, block, index = source.locate(int(probes.units[candidate]))
-        validation, sign = float(probes.validation_auc[candidate]), int(probes.sign[candidate])
-        found.append(
-            {"test_auc": auc, "validation_auc": validation, "block": block, "index": index, "t": t, "sign": sign}
-        )
+        aucs = {"test_auc": auc, "validation_auc": float(probes.validation_auc[candidate])}
+        found.append(aucs | {"block": block, "index": index, "t": t, "sign": int(probes.sign[candidate])})
     return found
 
 

@@ -35,6 +35,8 @@ from latentprior.utils.results import Result
 from latentprior.utils.settings import check_settings
 
 Json = dict[str, Any]
+LLM = Callable[[], tuple[Any, Any]]
+"""Loads a language model and its tokenizer."""
 
 
 def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
@@ -42,78 +44,57 @@ def probe(config: ProbeConfig, *, phase: Phase = unseen) -> Result:
     return benchmark(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
-def benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], *, phase: Phase = unseen) -> Result:
-    """Record the tasks, probe every source on each, and write ``probe.json`` with tables beside it.
+def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result:
+    """Record the tasks, probe every source on each, and write ``probe.json``, which is returned, with tables beside it.
 
     Everything that is there already is kept: the same call continues an interrupted one, and further tasks join. A
-    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped".
-
-    Args:
-        llm: gives the language model of ``config.llm`` and its tokenizer; called only if a text is not recorded yet.
-
-    Returns:
-        what is in ``probe.json``.
-
-    Raises:
-        InputError: unknown tasks or columns, before anything is loaded; priors of different hookpoints; a recording or
-            results of another hookpoint or other settings; no task that can be probed.
+    task that does not fulfil the protocol, or that fails, is skipped and named in "skipped". `llm` is called only if
+    a text is not recorded yet.
     """
     with locked(config.output) as folder:
-        return Result(_benchmark(config, llm, folder, phase), table="summary.scores")
-
-
-def _benchmark(config: ProbeConfig, llm: Callable[[], tuple[Any, Any]], folder: Path, phase: Phase) -> Json:
-    began = time.perf_counter()
-    tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
-    priors, hookpoint = priors_of(
-        config.priors,
-        checkpoint=config.checkpoint,
-        layer=config.layer,
-        device=config.device,
-        precision=config.precision,
-    )
-    device = priors[config.priors[0]].device
-    sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
-    _keep_settings(folder, config, priors)
-    recording = recorded(config, tasks, hookpoint, llm, report=phase("record")).to(device)
-    sources = sources_of(config, recording, priors, sae)
-    first = config.priors[0]
-    maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
-    results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
-    if not results:
-        raise InputError(f"no task could be probed; the first of them: {skipped[0]['task']}: {skipped[0]['reason']}")
-    result = {
-        "kind": "probe",
-        "method": config.method,
-        "hookpoint": hookpoint.to_dict(),
-        "protocol": {
-            name: getattr(config, name) for name in ("candidates", "folds", "seed", "max_length", "max_test", "noise")
-        },
-        "tasks": [
-            {name: task[name] for name in ("family", "train", "test", "left_out")} | {"name": task["task"]}
-            for task in results
-        ],
-        "skipped": skipped,
-        "sources": [source.to_dict() for source in sources],
-        "summary": summarise(results, sources, maps, config.seed),
-        "rows": _by_task(results),
-        "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    write_tables(folder, results)
-    replace_json(folder / "probe.json", result)
-    return result
+        began = time.perf_counter()
+        tasks, skipped = find_tasks(config)  # before anything is loaded: names and columns may be wrong
+        first = config.priors[0]
+        options = {name: getattr(config, name) for name in ("checkpoint", "layer", "device", "precision")}
+        priors, hookpoint = priors_of(config.priors, **options)
+        device = priors[first].device
+        sae = sae_at(config.sae, hookpoint).to(device) if config.sae else None
+        _keep_settings(folder, config, priors)
+        recording = recorded(config, tasks, hookpoint, llm, phase("record")).to(device)
+        sources = sources_of(config, recording, priors, sae)
+        maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
+        results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
+        if not results:
+            task, reason = skipped[0]["task"], skipped[0]["reason"]
+            raise InputError(f"no task could be probed; the first of them: {task}: {reason}")
+        protocol = ("candidates", "folds", "seed", "max_length", "max_test", "noise")
+        described = ("family", "train", "test", "left_out")
+        result = {
+            "kind": "probe",
+            "method": config.method,
+            "hookpoint": hookpoint.to_dict(),
+            "protocol": {name: getattr(config, name) for name in protocol},
+            "tasks": [{name: task[name] for name in described} | {"name": task["task"]} for task in results],
+            "skipped": skipped,
+            "sources": [source.to_dict() for source in sources],
+            "summary": summarise(results, sources, maps, config.seed),
+            "rows": [_by_source(task) for task in results],
+            "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
+        }
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        write_tables(folder, results)
+        replace_json(folder / "probe.json", result)
+        return Result(result, table="summary.scores")
 
 
 def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
     """The tasks that fulfil the protocol, and those that do not, with the reason."""
     tasks: list[Task] = []
     skipped: list[Json] = []
+    columns = {"text": config.text_column, "label": config.label_column}
     for name in dict.fromkeys(config.tasks or corpus.binary_tasks()):
         try:
-            task = find_task(
-                name, seed=config.seed, max_test=config.max_test, text=config.text_column, label=config.label_column
-            )
+            task = find_task(name, seed=config.seed, max_test=config.max_test, **columns)
             if any(task.name == other.name for other in tasks):
                 raise UnsuitableTask(f"another task is called {task.name!r}, too")
             tasks.append(task)
@@ -124,14 +105,7 @@ def find_tasks(config: ProbeConfig) -> tuple[list[Task], list[Json]]:
     return tasks, skipped
 
 
-def recorded(
-    config: ProbeConfig,
-    tasks: Sequence[Task],
-    hookpoint: Hookpoint,
-    llm: Callable[[], tuple[Any, Any]],
-    *,
-    report: Report,
-) -> Recording:
+def recorded(config: ProbeConfig, tasks: Sequence[Task], hookpoint: Hookpoint, llm: LLM, report: Report) -> Recording:
     """The recording of all tasks' texts; what is missing is recorded."""
     folder = Path(config.recording or Path(config.output, "recording"))
     texts = list(dict.fromkeys(text for task in tasks for text in task.used()))
@@ -142,19 +116,9 @@ def recorded(
             raise InputError(f"{folder} was recorded at {recording.hookpoint}, the prior belongs to {hookpoint}")
         if recording.has(texts).all() and (recording.mlp_hookpoints or not mlp):
             return recording
+    limits = {"max_length": config.max_length, "batch_tokens": config.batch_tokens}
     with locked(folder):
-        model, tokenizer = llm()
-        return record_texts(
-            model,
-            tokenizer,
-            texts,
-            hookpoint,
-            folder,
-            mlp=mlp,
-            max_length=config.max_length,
-            batch_tokens=config.batch_tokens,
-            report=report,
-        )
+        return record_texts(*llm(), texts, hookpoint, folder, mlp=mlp, report=report, **limits)
 
 
 def _probe_all(
@@ -176,9 +140,9 @@ def _probe_all(
             if path.exists():
                 results.append(_read(path))
             else:
-                present = recording.has(task.texts)
-                missing = int((~present[task.train]).sum() + (~present[task.test]).sum())
-                result = probe_task(task.without(~present), sources, maps, config) | {"left_out": missing}
+                missing = ~recording.has(task.texts)
+                left_out = int(missing[task.train].sum() + missing[task.test].sum())
+                result = probe_task(task.without(missing), sources, maps, config) | {"left_out": left_out}
                 replace_json(path, result, indent=None)
                 results.append(result)
         except InputError as error:
@@ -195,31 +159,20 @@ def _read(path: Path) -> Json:
 
 
 def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP]) -> None:
-    """Note what the results in `folder` depend on; refuse to mix them with others.
-
-    Raises:
-        InputError: the folder holds results with other settings; the first difference is named.
-    """
+    """Note what the results in `folder` depend on; refuse to mix them with others."""
     settings = settings_of(config) | {"model": config.llm.model}
     settings["heldout_loss"] = {name: heldout_loss(glp) for name, glp in priors.items()}
     path = folder / "settings.json"
     if path.exists():
         check_settings(folder, "results", _read(path), settings)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_json(path, settings)
+    else:
+        replace_json(path, settings)
 
 
-def _by_task(results: Sequence[Json]) -> list[Json]:
-    """Each task's screened test AUC by source."""
-    return [
-        {
-            "task": task["task"],
-            "family": task["family"],
-            "scores": {row["source"]: row["test_auc"] for row in task["rows"] if row["selection"] == "screened"},
-        }
-        for task in results
-    ]
+def _by_source(task: Json) -> Json:
+    """A task's screened test AUC of each source."""
+    scores = {row["source"]: row["test_auc"] for row in task["rows"] if row["selection"] == "screened"}
+    return {"task": task["task"], "family": task["family"], "scores": scores}
 
 
 def write_tables(folder: Path, results: Sequence[Json]) -> None:

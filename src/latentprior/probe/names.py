@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 from pathlib import PurePath
 
 OWN = "own"
@@ -38,11 +39,5 @@ def short_names(paths: Sequence[str]) -> list[str]:
     parts = [PurePath(path).parts for path in paths]
     if len(set(parts)) < 2:
         return list(paths)
-    start, end = _shared(parts), _shared([part[::-1] for part in parts])
+    start, end = (len(commonprefix(entries)) for entries in (parts, [part[::-1] for part in parts]))
     return ["/".join(part[start : len(part) - end]) or path for part, path in zip(parts, paths, strict=True)]
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many leading entries all have in common."""
-    columns = enumerate(zip(*parts, strict=False))
-    return next((i for i, entries in columns if len(set(entries)) > 1), min(map(len, parts)))

@@ -56,15 +56,9 @@ def record_texts(
     token after the first position, and activations that are not finite, are left out: `Recording.has` tells.
 
     Args:
-        hookpoint: what is recorded, usually a layer's output.
-        folder: made if it is not there. A kill loses at most the last 4,096 texts.
-        mlp: also record the hidden units of the MLPs of all blocks up to there.
+        mlp: also record the hidden units of the MLPs of all blocks up to `hookpoint`.
         max_length: tokens that are kept, the beginning-of-sequence token included.
         batch_tokens: most tokens of one forward pass, padding included.
-        report: gets the number of texts done, of how many that were missing.
-
-    Raises:
-        InputError: a folder that was recorded with another model, hookpoint or `max_length`; a full disk.
     """
     folder = Path(folder)
     hookpoint.check(model)
@@ -72,13 +66,8 @@ def record_texts(
     writers = _writers(model, hookpoint, layers, folder, {"texts": "last token", "max_length": max_length})
     known = set.intersection(*(_keys(folder / name) for name in writers))
     missing = [text for text in dict.fromkeys(texts) if text_key(text) not in known]
-    batches = tokens.tokenize(
-        (Document(text_key(text), text) for text in missing),
-        tokenizer,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        keep="last",
-    )
+    documents = (Document(text_key(text), text) for text in missing)
+    batches = tokens.tokenize(documents, tokenizer, max_length=max_length, batch_tokens=batch_tokens, keep="last")
     done = 0
     for batch, parts in _recorded(model, batches, hookpoint, layers):
         finite = _finite(list(parts.values()))
@@ -95,23 +84,18 @@ def record_texts(
 
 
 class Recording:
-    """What `record_texts` wrote, read by text.
-
-    Attributes:
-        device: where the rows that are read go; the CPU, unless `to` says otherwise.
-        hookpoint: of the layer's output.
-        mlp_hookpoints: of the MLPs' hidden units, by block; empty if they were not recorded.
-    """
+    """What `record_texts` wrote, read by text; `mlp_hookpoints` are empty if MLPs were not recorded."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder, self.device = Path(folder), torch.device("cpu")
         self._output = ActivationStore(self.folder / OUTPUT)
         self.hookpoint = self._output.hookpoints[0]
         self._rows = _index(self._output, self.hookpoint.layer)
-        has_mlp = (self.folder / MLP / MANIFEST).exists()
-        self._mlp = ActivationStore(self.folder / MLP) if has_mlp else None
-        self.mlp_hookpoints = self._mlp.hookpoints if self._mlp is not None else ()
-        self._mlp_rows = [_index(self._mlp, h.layer) for h in self.mlp_hookpoints] if self._mlp is not None else []
+        self._mlp, self.mlp_hookpoints, self._mlp_rows = None, (), []
+        if (self.folder / MLP / MANIFEST).exists():
+            self._mlp = ActivationStore(self.folder / MLP)
+            self.mlp_hookpoints = self._mlp.hookpoints
+            self._mlp_rows = [_index(self._mlp, h.layer) for h in self.mlp_hookpoints]
 
     def to(self, device: torch.device) -> Recording:
         """This recording, with its rows read onto `device`."""
@@ -128,7 +112,7 @@ class Recording:
         return self._output.rows(_find(self._rows, texts)).to(self.device)
 
     def mlp(self, texts: Sequence[str], block: int) -> Float[Tensor, "n d_mlp"]:
-        """The hidden units of one block's MLP at the last token of each text, as stored."""
+        """The hidden units of one block's MLP, likewise."""
         if self._mlp is None or not 0 <= block < len(self._mlp_rows):
             raise InputError(f"{self.folder} holds no MLP units of block {block}: record them first")
         return self._mlp.rows(_find(self._mlp_rows[block], texts)).to(self.device)
@@ -137,7 +121,6 @@ class Recording:
 def _writers(
     model: nn.Module, hookpoint: Hookpoint, layers: list[int], folder: Path, source: dict[str, Any]
 ) -> dict[str, StoreWriter]:
-    """A store of the hookpoint's activations, and one of the MLPs of `layers` if there are any."""
     hookpoints = {OUTPUT: [Hookpoint.of(model, hookpoint.layer, hookpoint.side)]}
     if layers:
         hookpoints[MLP] = [Hookpoint.of(model, layer, "mlp") for layer in layers]
@@ -149,7 +132,6 @@ def _writers(
 
 
 def _keys(folder: Path) -> set[int]:
-    """Texts that a store holds."""
     if not (folder / MANIFEST).exists():
         return set()
     store = ActivationStore(folder)

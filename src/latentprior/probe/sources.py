@@ -43,7 +43,7 @@ class Source:
     blocks: int
     width: int
     times: tuple[float, ...] = ()
-    """Noise levels of a denoiser's units; none for other sources."""
+    """Noise levels of a denoiser's units."""
     prior: str | None = None
     heldout_loss: float | None = None
     activations: int | None = None
@@ -60,7 +60,6 @@ class Source:
         return self.times[level] if self.times else None, block, index
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
         names = ("name", "label", "kind", "units", "blocks", "times", "prior", "heldout_loss", "activations")
         return {name: getattr(self, name) for name in names}
 
@@ -87,7 +86,6 @@ def sources_of(
 
 
 def layer_output(recording: Recording) -> Source:
-    """Dimensions of the layer's output."""
     width = recording.hookpoint.width
     return Source("layer", LABELS["layer"], "raw", lambda texts: recording.output(texts).float(), 1, width)
 
@@ -117,7 +115,6 @@ def mlp_neurons(recording: Recording) -> Source:
 
 
 def sae_latents(recording: Recording, sae: SAE | None) -> Source:
-    """Latents of a sparse autoencoder."""
     if sae is None:
         raise InputError("the source 'sae' needs a sparse autoencoder")
 
@@ -134,34 +131,20 @@ def untrained(config: ProbeConfig, recording: Recording, like: GLP) -> Source:
         torch.default_generator.set_state(keyed_generator(config.seed, _DENOISER).get_state())
         denoiser = Denoiser(like.denoiser.config).to(like.device, like.denoiser.dtype)
     glp = GLP(denoiser.eval().requires_grad_(False), like.normalizer, like.hookpoints)
-    return _denoiser_units(config, recording, glp, "random-denoiser", LABELS["random-denoiser"], "control", config.t)
+    return meta_neurons(config, recording, glp, None, "random-denoiser", label=LABELS["random-denoiser"])
 
 
 def meta_neurons(
     config: ProbeConfig,
     recording: Recording,
     glp: GLP,
-    prior: str,
+    prior: str | None,
     name: str = "meta-neurons",
     t: float | None = None,
     label: str = LABELS["meta-neurons"],
 ) -> Source:
-    """Hidden units of a prior at noise level `t` (None: the configured ones), averaged over noises."""
+    """Hidden units of a prior (None: of a control) at noise level `t` (None: the configured ones), mean over noises."""
     times = config.t if t is None else [t]
-    return _denoiser_units(config, recording, glp, name, label, "prior", times, prior=prior)
-
-
-def _denoiser_units(
-    config: ProbeConfig,
-    recording: Recording,
-    glp: GLP,
-    name: str,
-    label: str,
-    kind: Literal["prior", "control"],
-    times: Sequence[float],
-    prior: str | None = None,
-) -> Source:
-    shape = glp.denoiser.config
 
     def features(texts: Sequence[str]) -> Tensor:
         x = recording.output(texts).float().to(glp.device)
@@ -173,23 +156,15 @@ def _denoiser_units(
             parts.append(torch.cat([unit_means(glp, rows, noises, t, config.layer) for t in times], dim=1))
         return torch.cat(parts)
 
-    training = glp.provenance.get("training", {})
+    kind, shape = "control" if prior is None else "prior", glp.denoiser.config
+    seen = glp.provenance.get("training", {}).get("activations")
     return Source(
-        name=name,
-        label=label,
-        kind=kind,
-        features=features,
-        blocks=shape.n_layers,
-        width=shape.d_mlp,
-        times=tuple(times),
-        prior=prior,
-        heldout_loss=heldout_loss(glp) if prior is not None else None,
-        activations=training.get("activations") if prior is not None else None,
+        name, label, kind, features, shape.n_layers, shape.d_mlp, tuple(times), prior, heldout_loss(glp), seen
     )
 
 
 def unit_means(glp: GLP, x: Tensor, noises: Tensor, t: float, layer: int | None) -> Float[Tensor, "n f"]:
-    """Meta-neurons of `x` [N, d] at `t`, the mean over `noises` [k, 1 or N, d], numbered block by block, float32."""
+    """Meta-neurons of `x` [N, d] at `t`, the mean over `noises` [k, 1 or N, d], numbered block by block."""
     total = sum(glp.features(x, t=t, noise=noise.expand_as(x), layer=layer).float() for noise in noises)
     assert isinstance(total, Tensor)  # there is at least one noise
     return total.flatten(1) / len(noises)

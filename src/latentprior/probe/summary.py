@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,33 +18,24 @@ TIE = 1e-12  # AUCs that differ by less are equal
 
 
 def summarise(tasks: Sequence[Mapping[str, Any]], sources: Sequence[Source], maps: Sequence[Source], seed: int) -> Json:
-    """Means over tasks, with 95% bootstrap intervals over tasks.
+    """Means over tasks, of which there is at least one, with 95% bootstrap intervals over them.
 
     Args:
-        tasks: what `probe_task` gave for each, in any order; at least one.
-        sources, maps: as there.
+        tasks, sources, maps: what `probe_task` gave for each, and what it got.
 
     Returns:
         JSON-ready: "scores" by source and selection, "paired" differences of the first prior from every other source,
         "families", "grid" (by block and t), "mlp_blocks", "scaling" (AUC against held-out loss) and "sparse".
     """
     names = [source.name for source in sources]
-    table = {
-        (source, selection): _column(tasks, source, selection)
-        for source in names
-        for selection in (SCREENED, ALL, CHANCE)
-    }
-    table = {key: values for key, values in table.items() if len(values["test_auc"])}
+    columns = {key: _column(tasks, *key) for key in product(names, (SCREENED, ALL, CHANCE))}
+    table: Table = {key: values for key, values in columns.items() if len(values["test_auc"])}
+    scores = []
+    for (source, selection), values in table.items():
+        validation = {"validation": float(values["validation_auc"].mean())}
+        scores.append({"source": source, "selection": selection} | mean_auc(values["test_auc"], seed) | validation)
     return {
-        "scores": [
-            {
-                "source": source,
-                "selection": selection,
-                **mean_auc(values["test_auc"], seed),
-                "validation": float(values["validation_auc"].mean()),
-            }
-            for (source, selection), values in table.items()
-        ],
+        "scores": scores,
         "paired": list(_paired(table, names, seed)),
         "families": _families(tasks, names),
         "grid": _grid(tasks, maps),
@@ -86,9 +78,8 @@ def _paired(table: Table, names: Sequence[str], seed: int) -> Iterable[Json]:
 
 
 def _families(tasks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Json]:
-    families = dict.fromkeys(task["family"] for task in tasks)
     found = []
-    for family in families:
+    for family in dict.fromkeys(task["family"] for task in tasks):
         members = [task for task in tasks if task["family"] == family]
         scores = {name: float(_column(members, name, SCREENED)["test_auc"].mean()) for name in names}
         found.append({"family": family, "tasks": len(members), "scores": scores})
@@ -115,17 +106,11 @@ def _blocks(tasks: Sequence[Mapping[str, Any]]) -> list[Json]:
 
 def _scaling(table: Table, sources: Sequence[Source], seed: int) -> list[Json]:
     known = [s for s in sources if s.kind == "prior" and s.heldout_loss is not None and (s.name, SCREENED) in table]
-    return [
-        {
-            "source": source.name,
-            "prior": source.prior,
-            "heldout_loss": source.heldout_loss,
-            "activations": source.activations,
-            **mean_auc(table[source.name, SCREENED]["test_auc"], seed),
-        }
-        for source in known
-        if len(known) > 1
-    ]
+    found = []
+    for source in known if len(known) > 1 else []:
+        trained = {name: getattr(source, name) for name in ("prior", "heldout_loss", "activations")}
+        found.append({"source": source.name} | trained | mean_auc(table[source.name, SCREENED]["test_auc"], seed))
+    return found
 
 
 def _sparse(tasks: Sequence[Mapping[str, Any]], names: Sequence[str], seed: int) -> Iterable[Json]:

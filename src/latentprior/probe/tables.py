@@ -14,13 +14,10 @@ TOO_FEW = "too few tasks to compare"
 
 
 def tables(result: Json) -> list[Table]:
-    """Title, header and rows of each table: sources, paired differences, families, and what was skipped.
-
-    Args:
-        result: what is in ``probe.json``. A table without rows is left out.
-    """
-    found = [_sources(result), _paired(result), _families(result), _skipped(result)]
-    return [table for table in found if table.rows]
+    """Sources, paired differences, families, and what was skipped, of what is in ``probe.json``."""
+    skipped = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
+    last = Table("Skipped tasks", ("task", "reason"), skipped)
+    return [table for table in (_sources(result), _paired(result), _families(result), last) if table.rows]
 
 
 def labels(result: Json) -> dict[str, str]:
@@ -74,10 +71,11 @@ def _sources(result: Json) -> Table:
     found = scores(result)
     rows = []
     for source in result["sources"]:
-        screened, every, chance = (found.get((source["name"], selection), {}) for selection in _SELECTIONS)
+        screened, every, chance = (found.get((source["name"], kind), {}) for kind in ("screened", "all", "chance"))
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
-        aucs = [_estimated(screened), decimals(screened.get("validation")), _estimated(every)]
-        rows.append([labels(result)[source["name"]], units, *aucs, decimals(chance.get("auc"))])
+        estimates = [estimate(score.get("auc"), score.get("interval"), decimals) for score in (screened, every)]
+        plain = [decimals(screened.get("validation")), decimals(chance.get("auc"))]
+        rows.append([labels(result)[source["name"]], units, estimates[0], plain[0], estimates[1], plain[1]])
     count = len(result["tasks"])
     title = f"Mean test AUC over {count} tasks, 95% intervals" if count > 1 else "Test AUC of the one task"
     return Table(title, ("source", "units", "screened", "validation", "all units", "chance"), rows)
@@ -102,7 +100,7 @@ def _paired(result: Json) -> Table:
 
 
 def _families(result: Json) -> Table:
-    """What every family's best source is, beside the leading one: a column for each source fits no terminal."""
+    """Each family's best source beside the leading one: a column for each source fits no terminal."""
     named, lead = labels(result), leading(result)
     rows = []
     for family in sorted(result["summary"].get("families") or [], key=lambda family: -family["tasks"]):
@@ -112,15 +110,3 @@ def _families(result: Json) -> Table:
         shown = ", ".join(named.get(name, name) for name in best) or MISSING
         rows.append([*first, decimals(aucs[best[0]] if best else None), shown])
     return Table("By task family", ("family", "tasks", *([named[lead]] if lead else []), "best AUC", "of"), rows)
-
-
-def _skipped(result: Json) -> Table:
-    rows = [[str(entry["task"]), str(entry["reason"])] for entry in result.get("skipped") or []]
-    return Table("Skipped tasks", ("task", "reason"), rows)
-
-
-def _estimated(score: Json) -> str:
-    return estimate(score.get("auc"), score.get("interval"), decimals)
-
-
-_SELECTIONS = ("screened", "all", "chance")

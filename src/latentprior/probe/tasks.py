@@ -33,17 +33,12 @@ class Task(ShortRepr):
     labels: np.ndarray
     """[N] int64, 0 or 1: the rank of each text's target among the two, sorted."""
     train: np.ndarray
-    """Rows to train on, in random order."""
+    """Rows, in random order."""
     test: np.ndarray
-    """Rows to test on."""
-
-    def select(self, rows: np.ndarray) -> list[str]:
-        """The texts of rows."""
-        return [self.texts[row] for row in rows]
 
     def used(self) -> list[str]:
         """The texts of the training rows, then those of the test rows."""
-        return [*self.select(self.train), *self.select(self.test)]
+        return [self.texts[row] for row in (*self.train, *self.test)]
 
     def without(self, missing: np.ndarray) -> Task:
         """The task without the rows [N] bool that were not recorded."""
@@ -61,12 +56,10 @@ def find_task(
 
     Args:
         name: one of `corpus.binary_tasks()`, or the path of a CSV, TSV or parquet file.
-        seed: of the split; the protocol's is 42.
         max_test: most test rows, the first ones of the protocol's random order; None: all.
         text, label: columns of a table; None: see `labelled_texts`.
 
     Raises:
-        InputError: no such task or file, or missing columns.
         UnsuitableTask: not two classes, or fewer than 120 rows once the classes are balanced.
     """
     if kind(Path(name)) in TABLES:
@@ -126,10 +119,8 @@ def _columns(table: pa.Table, name: str, *, text: str | None, label: str | None)
 
 
 def _untold(name: str, table: pa.Table, what: str, usual: Sequence[str], option: str) -> str:
-    return (
-        f"{name} has the columns {', '.join(table.column_names)}, and none of {what} is called {' or '.join(usual)}: "
-        f"name it with {option}"
-    )
+    columns = ", ".join(table.column_names)
+    return f"{name} has the columns {columns}, and none of {what} is called {' or '.join(usual)}: name it with {option}"
 
 
 def _ordered(targets: set[str]) -> list[str]:

@@ -36,13 +36,12 @@ class SAE(ShortRepr):
     decoder: Float[Tensor, "latents d"]
     """Unit rows: the direction of each latent."""
     offset: Float[Tensor, " d"]
-    """Added to every reconstruction."""
     scale: Float[Tensor, " latents"]
     """Of each latent's value, in units of its decoder row; applied after the choice of active latents."""
     threshold: Float[Tensor, " latents"] | None
-    """Over which a latent is active; None for TopK."""
+    """None for TopK."""
     k: int | None
-    """Active latents of each row; None where thresholds decide."""
+    """None where thresholds decide."""
     hookpoint: Hookpoint
     provenance: dict[str, Any] = field(default_factory=dict)
     """JSON-ready: where it comes from, how it was trained."""
@@ -92,18 +91,16 @@ class SAE(ShortRepr):
         return self.encoder.shape[1]
 
     def encode(self, x: Float[Tensor, "n d"]) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:
-        """Active latents of raw activations, strongest first.
+        """Active latents of raw activations, strongest first: their indices, and values in units of the activation.
 
-        Returns:
-            indices [N, m] int64 and values [N, m] float32, on the SAE's device: m is `k`, or the most that any row has
-            active; unused entries have value 0. Values are in units of the activation.
+        On the SAE's device. m is `k`, or the most that any row has active; unused entries have value 0.
         """
         if x.shape[-1] != self.width:
             raise InputError(f"this SAE takes activations of width {self.width}, got {x.shape[-1]}")
         parts = [self._encode(chunk.to(self.encoder.device).float()) for chunk in x.split(CHUNK)]
         most = max((values.shape[1] for _, values in parts), default=0)
         padded = [[F.pad(t, (0, most - t.shape[1])) for t in part] for part in parts]
-        indices, values = (torch.cat(side) for side in zip(*padded, strict=True))
+        indices, values = map(torch.cat, zip(*padded, strict=True))
         return indices, values
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +114,7 @@ class SAE(ShortRepr):
         return indices, values * self.scale[indices]
 
     def decode(self, indices: Int[Tensor, "n m"], values: Float[Tensor, "n m"]) -> Float[Tensor, "n d"]:
-        """Raw activations [N, d] float32 from active latents and their values."""
+        """Raw activations, float32."""
         if not indices.shape[1]:
             return self.offset.repeat(len(indices), 1)
         return F.embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum") + self.offset
@@ -128,7 +125,6 @@ class SAE(ShortRepr):
         return torch.cat(parts).to(x.device) if parts else x.float()
 
     def to(self, device: torch.device | str) -> SAE:
-        """The same SAE on another device."""
         return replace(self, **{name: t.to(device) for name, t in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -146,22 +142,15 @@ class SAE(ShortRepr):
 
     @classmethod
     def load(cls, folder: str | Path) -> SAE:
-        """What `save` wrote; InputError for no such SAE, or a damaged one."""
+        """What `save` wrote."""
         folder = Path(folder)
-        described = read_json(folder / CONFIG)
-        tensors = read_tensors(folder / WEIGHTS)
+        described, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
         try:
+            encoder, bias, offset = tensors["encoder"], tensors["bias"], tensors["offset"]
             decoder, scale = tensors["decoder"], tensors["scale"]
-            sae = cls.of(
-                tensors["encoder"],
-                tensors["bias"],
-                decoder * scale[:, None],
-                tensors["offset"],
-                Hookpoint.from_dict(described["hookpoint"]),
-                k=described["k"],
-                threshold=tensors.get("threshold"),
-                provenance=described["provenance"],
-            )
+            hookpoint, threshold = Hookpoint.from_dict(described["hookpoint"]), tensors.get("threshold")
+            options = {"k": described["k"], "threshold": threshold, "provenance": described["provenance"]}
+            sae = cls.of(encoder, bias, decoder * scale[:, None], offset, hookpoint, **options)
             return replace(sae, decoder=decoder, scale=scale)  # not rounded a second time
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{folder} holds no whole SAE: {' '.join(str(error).split())}") from error
@@ -187,19 +176,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def explained_variance(sae: SAE, x: Float[Tensor, "n d"]) -> float:
-    """Share of the variance of `x` [N, d] about its mean that the reconstructions explain."""
+    """Share of the variance of `x` about its mean that the reconstructions explain."""
     error = (x - sae.reconstruct(x)).double().square().sum()
     return 1.0 - float(error / (x - x.double().mean(dim=0)).square().sum())
 
 
 def active_share(sae: SAE, x: Float[Tensor, "n d"]) -> float:
-    """Share of the latents that are active in at least one row of `x` [N, d]."""
+    """Share of the latents that are active in at least one row of `x`."""
     indices, values = sae.encode(x)
     return indices[values > 0].unique().numel() / sae.latents
 
 
 def described(sae: SAE, x: Float[Tensor, "n d"]) -> dict[str, Any]:
-    """What an SAE is and how it does on activations [N, d] that it was not trained on, JSON-ready."""
+    """What an SAE is and how it does on activations that it was not trained on, JSON-ready."""
     return {
         "latents": sae.latents,
         "k": sae.k,

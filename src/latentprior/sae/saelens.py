@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latentprior.config import Side
@@ -18,10 +19,9 @@ ARCHITECTURES = ("standard", "topk", "jumprelu")
 CFG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-def read_sae(path_or_repo: str | Path, name: str = "", *, model: str | None = None) -> SAE:
-    """An SAE of this project or of SAELens; see `load_saelens` for the arguments."""
-    folder = Path(path_or_repo) / name
-    return SAE.load(folder) if (folder / CONFIG).is_file() else load_saelens(path_or_repo, name, model=model)
+def read_sae(folder: str | Path, *, model: str | None = None) -> SAE:
+    """An SAE of this project or of SAELens; see `load_saelens`."""
+    return SAE.load(folder) if Path(folder, CONFIG).is_file() else load_saelens(folder, model=model)
 
 
 def sae_at(folder: str, hookpoint: Hookpoint, *, model: str | None = None) -> SAE:
@@ -42,26 +42,21 @@ def load_saelens(
             releases are not known here: give the repository that they stand for.
         name: folder of the SAE below it, such as "blocks.8.hook_resid_pre".
         model: Hugging Face id of the model, where SAELens has a name of its own for it ("gpt2-small" is "gpt2").
-        revision: branch, tag or commit of the repository.
 
     Raises:
         InputError: no such SAE, another architecture, an SAE that is not of a block's input or output, inputs that are
             normalised row by row, or damaged files.
     """
-    folder = _folder(path_or_repo, name, revision)
+    root, files = Path(path_or_repo), f"{name}/*" if name else "*"
+    if not root.is_dir():
+        root = snapshot("SAE", str(path_or_repo), revision=revision, allow_patterns=files)
+    folder = root / name
     cfg = _modern(read_json(folder / CFG))
     weights = read_tensors(folder / SAE_WEIGHTS)
     try:
         return _sae(cfg, weights, model, str(folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} holds no whole SAE of SAELens: {error}") from error
-
-
-def _folder(path_or_repo: str | Path, name: str, revision: str | None) -> Path:
-    root = Path(path_or_repo)
-    if root.is_dir():
-        return root / name
-    return snapshot("SAE", str(path_or_repo), revision=revision, allow_patterns=f"{name}/*" if name else "*") / name
 
 
 def _modern(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +87,11 @@ def _sae(cfg: dict[str, Any], weights: dict[str, Tensor], model: str | None, sou
     if cfg.get("rescale_acts_by_decoder_norm"):  # the choice of the k largest goes by what they add to the output
         norm = decoder.norm(dim=1)
         encoder, bias, decoder = encoder * norm[:, None], bias * norm, decoder / norm[:, None]
-    threshold = weights["threshold"].float() if architecture == "jumprelu" else bias.new_zeros(len(bias))
-    topk = architecture == "topk"
+    k, threshold = None, None
+    if architecture == "topk":
+        k = int(cfg["k"])
+    else:
+        threshold = weights["threshold"] if architecture == "jumprelu" else torch.zeros_like(bias)
     hookpoint = _hookpoint(cfg, len(offset), model)
     provenance = {
         "format": "SAELens",
@@ -102,16 +100,7 @@ def _sae(cfg: dict[str, Any], weights: dict[str, Tensor], model: str | None, sou
         # A model whose weights TransformerLens centred before it recorded has other activations than the original.
         "model_from_pretrained_kwargs": cfg.get("model_from_pretrained_kwargs") or {},
     }
-    return SAE.of(
-        encoder,
-        bias,
-        decoder,
-        offset,
-        hookpoint,
-        k=int(cfg["k"]) if topk else None,
-        threshold=None if topk else threshold,
-        provenance=provenance,
-    )
+    return SAE.of(encoder, bias, decoder, offset, hookpoint, k=k, threshold=threshold, provenance=provenance)
 
 
 def _hookpoint(cfg: dict[str, Any], width: int, model: str | None) -> Hookpoint:

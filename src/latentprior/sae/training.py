@@ -1,8 +1,8 @@
 """Training a TopK SAE on recorded activations, with the sparse coder and the optimizer of `eai-sparsify`.
 
-Its trainer cannot be used: it takes a language model and tokens, runs the one on the other, prints, and keeps its own
-checkpoints. So the loop over a store is here; what is learned (TopK encoder with its sparse backward pass, decoder of
-unit norm, fraction of variance unexplained as the loss) and how (signed momentum, schedule-free average) are theirs.
+Its trainer takes a language model and tokens, prints, and keeps its own checkpoints, so the loop over a store is here;
+what is learned (TopK encoder with its sparse backward pass, decoder of unit norm, fraction of variance unexplained as
+the loss) and how (signed momentum, schedule-free average) are theirs.
 """
 
 from __future__ import annotations
@@ -43,18 +43,7 @@ def prepare_sae(
     device: torch.device | str = "cpu",
     report: Report = silent,
 ) -> SAE:
-    """The SAE in `folder` if there is one, else one trained on `store` and kept there.
-
-    Args:
-        config: its options.
-        store: folder of the activations to train on.
-        hookpoint: of the activations that it must take.
-        device: where to train and to put it.
-        report: gets activations seen.
-
-    Raises:
-        InputError: nothing to train on, or an SAE of another hookpoint or other options.
-    """
+    """The SAE in `folder` if there is one, checked to be of `hookpoint`; else one trained on `store` and kept there."""
     if (folder / CONFIG).is_file() or (folder / "cfg.json").is_file():
         sae = read_sae(folder)
         _check_settings(sae, config, folder)
@@ -78,15 +67,13 @@ def _check_hookpoint(found: Hookpoint, wanted: Hookpoint, folder: Path | str) ->
 
 
 def _check_settings(sae: SAE, config: SAEConfig, folder: Path) -> None:
-    wanted = settings_of(config)
+    stored, wanted = sae.provenance.get("settings", {}), settings_of(config)
     if config.activations is None:
         del wanted["activations"]  # however many it saw
-    for name, value in sae.provenance.get("settings", {}).items():
+    for name, value in stored.items():
         if name in wanted and wanted[name] != value:
-            raise InputError(
-                f"{folder} holds an SAE of {name} {value}, not {wanted[name]}: give --sae.{name} {value} or another "
-                "--sae.path"
-            )
+            advice = f"give --sae.{name} {value} or another --sae.path"
+            raise InputError(f"{folder} holds an SAE of {name} {value}, not {wanted[name]}: {advice}")
 
 
 def train_sae(
@@ -100,13 +87,7 @@ def train_sae(
     """A TopK SAE (Gao et al., 2024) of one layer of `store`.
 
     It sees activations scaled to a mean variance of 1, so that biases and weights learn at one rate; the SAE that is
-    returned takes raw ones.
-
-    Args:
-        report: gets activations seen and the share of variance that is left unexplained.
-
-    Raises:
-        InputError: the extra `[sae]` is not installed, or a layer that the store does not have.
+    returned takes raw ones. Needs the extra `[sae]`.
     """
     hookpoint = at_layer(store.hookpoints, layer, store.folder)
     variance = float(store.moments().variance()[store.layers.index(layer)].sum())
@@ -146,7 +127,7 @@ def train_sae(
 
 
 def _batches(store: ActivationStore, layer: int, total: int, seed: int) -> Iterator[Tensor]:
-    """Batches [B, d] float32 of one layer's activations, shuffled anew in every epoch, until `total` are seen."""
+    """Batches of one layer's activations, shuffled anew in every epoch, until `total` are seen."""
     seen = 0
     size = min(BATCH, len(store.rows_at([layer])))
     for x, _ in store.batches(size, seed=seed, layers=[layer]):

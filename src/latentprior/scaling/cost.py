@@ -27,12 +27,10 @@ class LLMShape:
     """What decides the cost of a language model's forward pass."""
 
     width: int
-    """Of the residual stream."""
     parameters: int
     """All of them, embeddings and head included."""
     block_weights: tuple[int, ...]
-    """Entries of the matrices that each token is multiplied with, in each block (of a mixture of experts: the active
-    ones)."""
+    """Of each block: entries of the matrices that each token is multiplied with (active experts only)."""
     attention: int
     """Heads times width of a head."""
     mlp: int
@@ -72,7 +70,6 @@ def llm_shape(config: LLMConfig) -> LLMShape:
         return LLM_SHAPES[known]
     if config.gguf is None and _mistyped(config.model):
         raise unknown("model", config.model, LLM_SHAPES)
-    cached = config.gguf is None and not Path(config.model).is_dir() and cache_only(config.model, config.revision)
     from transformers import AutoConfig, AutoModelForCausalLM  # slow to import, and known shapes do without
 
     from latentprior.lm.dequantise import config_of
@@ -82,6 +79,7 @@ def llm_shape(config: LLMConfig) -> LLMShape:
         if config.gguf is not None:
             loaded = config_of(config.gguf)
         else:
+            cached = not Path(config.model).is_dir() and cache_only(config.model, config.revision)
             source = {"revision": config.revision or "main", "local_files_only": cached}
             loaded = AutoConfig.from_pretrained(config.model, **source, **trust)
         with torch.device("meta"):  # shapes only
@@ -119,12 +117,10 @@ def shape_of(model: PreTrainedModel) -> LLMShape:
 
 def _used(parameter: torch.Tensor, config: Any) -> int:
     """Entries of a parameter that one token is multiplied with: all of a matrix, the chosen ones of stacked experts."""
-    if parameter.ndim < 2:
-        return 0
     chosen = getattr(config, "num_experts_per_tok", None)
     if parameter.ndim == 3 and chosen:
         return parameter.numel() * chosen // parameter.shape[0]
-    return parameter.numel()
+    return parameter.numel() if parameter.ndim > 1 else 0
 
 
 def named(name: str, table: Mapping[str, Any]) -> str | None:
@@ -136,18 +132,16 @@ def llm_flops_per_token(shape: LLMShape, *, blocks: int, sequence: int) -> float
     """FLOPs of one token's forward pass through the first `blocks` blocks, in a document of `sequence` tokens.
 
     ``2 P + 4 blocks sequence attention``: P is the blocks' matrices; queries times keys and weights times values are
-    ``2 sequence attention`` each, without a discount for the causal mask. Embeddings are looked up, which is free, and
-    neither later blocks nor the head run.
+    ``2 sequence attention`` each, without a discount for the causal mask.
     """
     return 2.0 * sum(shape.block_weights[:blocks]) + 4.0 * blocks * sequence * shape.attention
 
 
 def llm_forward_bytes(shape: LLMShape, *, tokens: int, layers: int, item: int = 2) -> int:
-    """Bytes of a forward pass of `tokens` without gradients, roughly: three hidden vectors of one MLP and four of the
-    residual stream for each token, and the recorded states of `layers` layers."""
+    """Bytes of a forward pass, roughly: of each token three vectors of an MLP, four states, and the recorded states."""
     return tokens * item * (3 * shape.mlp + (4 + layers) * shape.width)
 
 
-def store_bytes_per_activation(width: int, *, item: int = 2) -> float:
-    """Bytes of a row in an activation store: the activation, and `METADATA_BYTES` that say where it comes from."""
-    return width * item + METADATA_BYTES
+def store_bytes_per_activation(width: int) -> float:
+    """Bytes of a row in an activation store."""
+    return width * 2 + METADATA_BYTES

@@ -1,8 +1,7 @@
 """The scaling law ``L(C) = E + A C^-alpha`` (paper, evaluation 5): its fit, its envelope, and correlations.
 
-For a given alpha the law is a straight line in ``C^-alpha``, so E and A have a closed form and one number is left to
-search for. So a fit of thousands of resamples is one array computation, seven times as fast as scipy's least_squares
-one by one with the same result, and there is no local minimum to start in.
+For a given alpha the law is a straight line in ``C^-alpha``: E and A have a closed form and one number is searched for.
+So thousands of resamples are fitted in one array computation, seven times as fast as by scipy's least_squares.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class PowerLaw:
     """A fitted ``L(C) = E + A C^-alpha``. Intervals are 95% percentile intervals of a bootstrap over the points."""
 
     E: float
-    """Loss that no compute removes; between 0 and the smallest loss."""
+    """Loss that no compute removes."""
     A: float
     """Reducible loss at one FLOP."""
     alpha: float
@@ -47,7 +46,7 @@ class PowerLaw:
     E_pinned: bool
     """Whether the data determine E: its interval leaves out 0, and covers less than half of 0 to the smallest loss."""
     residual: float
-    """Root mean square of the relative residuals."""
+    """Root mean square, relative."""
     points: int
     draws: np.ndarray = field(repr=False)
     """[R, 3] float64: E, log A and alpha of every resample."""
@@ -78,11 +77,6 @@ def fit_power_law(compute: Values, loss: Values, *, resamples: int = 1000, seed:
     and 72% with four, of which most resamples leave one out and fit the others exactly. They say nothing of how the
     runs were chosen: those of an `envelope` are taken as given.
 
-    Args:
-        compute: [N] FLOPs of each run.
-        loss: [N] its loss.
-        resamples, seed: of the bootstrap.
-
     Raises:
         InputError: fewer than four different computes, or a loss that does not fall with compute.
     """
@@ -102,36 +96,20 @@ def fit_power_law(compute: Values, loss: Values, *, resamples: int = 1000, seed:
     whole = _huber_fit(u, losses, counts[:1], EXACT)
     parts = np.array_split(counts[1:], -(-counts[1:].size // RESAMPLED_AT_ONCE))
     draws = np.concatenate([whole, *(_huber_fit(u, losses, part, COARSE) for part in parts)])
-    residual = _residuals(u, losses, whole)
     draws[:, 1] += draws[:, 2] * np.log(c).mean()  # A at one FLOP
     (E, log_a, alpha), draws = draws[0].tolist(), draws[1:]
     (E_low, log_low, alpha_low), (E_high, log_high, alpha_high) = np.percentile(draws, ENDS, axis=0).tolist()
-    return PowerLaw(
-        E,
-        math.exp(log_a),
-        alpha,
-        (E_low, E_high),
-        (math.exp(log_low), math.exp(log_high)),
-        (alpha_low, alpha_high),
-        E_pinned=bool(0 < E_low and E_high - E_low < 0.5 * losses.min()),
-        residual=float(np.sqrt(np.square(residual).mean())),
-        points=len(c),
-        draws=draws,
-    )
+    intervals = (E_low, E_high), (math.exp(log_low), math.exp(log_high)), (alpha_low, alpha_high)
+    pinned = bool(0 < E_low and E_high - E_low < 0.5 * losses.min())
+    residual = float(np.sqrt(np.square(_residuals(u, losses, whole)).mean()))
+    return PowerLaw(E, math.exp(log_a), alpha, *intervals, pinned, residual, len(c), draws)
 
 
 def envelope(compute: Values, loss: Values) -> np.ndarray:
-    """Which runs are compute-optimal: the falling part of the lower convex hull of the points (log C, L).
+    """Indices, cheap to dear, of compute-optimal runs: the falling part of the lower convex hull of the (log C, L).
 
     A law ``E + A C^-alpha`` is convex in log C, so a run above the line between two others is above the law through
     them. The dearest run of the envelope has no run beyond it to be compared with.
-
-    Args:
-        compute: [N] FLOPs, positive.
-        loss: [N].
-
-    Returns:
-        [M] int64 indices, from cheap to dear.
     """
     c, losses = _pair("compute", compute, "loss", loss)
     if not (c > 0).all():
@@ -141,14 +119,18 @@ def envelope(compute: Values, loss: Values) -> np.ndarray:
     for i in order[: int(losses[order].argmin()) + 1].tolist():
         if hull and c[i] == c[hull[-1]]:  # the better of the two came first
             continue
-        while len(hull) > 1 and _above(c, losses, hull[-2], hull[-1], i):
+        while len(hull) > 1:
+            left, middle = hull[-2:]
+            share = math.log(c[middle] / c[left]) / math.log(c[i] / c[left])
+            if losses[middle] <= losses[left] + share * (losses[i] - losses[left]):  # not above the line
+                break
             hull.pop()
         hull.append(i)
     return np.array(hull, np.int64)
 
 
 def correlation(a: Values, b: Values, *, resamples: int = 2000, seed: int = 0) -> Correlation:
-    """Pearson's and Spearman's correlation of two measures of the same runs, ``a: [N]`` and ``b: [N]``."""
+    """Pearson's and Spearman's correlation of two measures of the same runs."""
     x, y = _pair("a", a, "b", b)
     if len(x) < LEAST_POINTS:
         raise InputError(f"a correlation needs at least {LEAST_POINTS} runs, got {len(x)}")
@@ -157,11 +139,10 @@ def correlation(a: Values, b: Values, *, resamples: int = 2000, seed: int = 0) -
     chosen = bootstrap_rows(len(x), resamples, seed)
     pearson = _pearson(x[chosen], y[chosen])
     spearman = _pearson(rankdata(x[chosen], axis=1), rankdata(y[chosen], axis=1))
-    found: list[tuple[float, Interval]] = []
-    for values in (pearson, spearman):  # a resample of one run over and over has no correlation
-        low, high = np.nanpercentile(values[1:], ENDS).tolist()
-        found.append((float(values[0]), (low, high)))
-    return Correlation(*found[0], *found[1], points=len(x))
+    # A resample of one run over and over has no correlation.
+    low, high = np.nanpercentile([pearson[1:], spearman[1:]], ENDS, axis=1).tolist()
+    intervals = list(zip(low, high, strict=True))
+    return Correlation(float(pearson[0]), intervals[0], float(spearman[0]), intervals[1], len(x))
 
 
 def _huber_fit(u: np.ndarray, loss: np.ndarray, weight: np.ndarray, rounds: int) -> np.ndarray:
@@ -213,12 +194,6 @@ def _pair(name_a: str, a: Values, name_b: str, b: Values) -> tuple[np.ndarray, n
         if not np.isfinite(values).all():
             raise InputError(f"{name} must be finite, got {values[~np.isfinite(values)][0]}")
     return x, y
-
-
-def _above(c: np.ndarray, loss: np.ndarray, left: int, middle: int, right: int) -> bool:
-    """Whether the middle point lies above the line between its neighbours, in log C."""
-    share = math.log(c[middle] / c[left]) / math.log(c[right] / c[left])
-    return bool(loss[middle] > loss[left] + share * (loss[right] - loss[left]))
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

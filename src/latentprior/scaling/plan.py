@@ -54,14 +54,12 @@ class PlannedChip:
 
     name: str
     llm_peak: float
-    """FLOP/s of a matrix product in the language model's precision."""
+    """FLOP/s in the language model's precision."""
     prior_peak: float
     memory: int
-    """Bytes."""
     llm_item: int = 2
     """Bytes of a number in the language model."""
     prior_item: int = 2
-    """Bytes of a number in the prior's matrix work."""
     micro_batch: int | None = None
     """Most rows of a pass by default; None is all."""
 
@@ -70,13 +68,12 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """What the run of `config` needs, as plain JSON values: counts, bytes of a process, seconds and disk.
 
     All counts are those of `prior.cost` and `scaling.cost`; "assumptions" in the result names what they rest on.
-
-    Raises:
-        InputError: an unknown chip or model, or a layer that the model does not have.
     """
     began = time.perf_counter()
     shape = llm_shape(config.llm)
-    layers = _layers(config, shape)
+    for layer in config.layers:
+        check_in_range(layer, shape.blocks, config.llm.model)
+    layers = sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
     chip = chip_of(config)
     denoiser = config.prior().denoiser(shape.width, shape.blocks if len(layers) > 1 else None)
     llm = _llm(config, shape, layers)
@@ -84,29 +81,18 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     llm_seconds = llm["flops"] / (config.chips * chip.llm_peak * config.llm_mfu)
     prior_seconds = prior["flops"] / (config.chips * chip.prior_peak * config.prior_mfu)
     seconds = llm_seconds + prior_seconds
+    times = {"llm_seconds": llm_seconds, "prior_seconds": prior_seconds, "seconds": seconds, "days": seconds / DAY}
     return {
         "kind": "plan",
         "llm": llm,
         "prior": prior,
         "chip": asdict(chip) | {"count": config.chips},
         "memory": _memory(config, shape, denoiser, chip, layers),
-        "time": {
-            "llm_seconds": llm_seconds,
-            "prior_seconds": prior_seconds,
-            "seconds": seconds,
-            "days": seconds / DAY,
-            "activations_per_second": config.activations / seconds,
-        },
+        "time": times | {"activations_per_second": config.activations / seconds},
         "disk_bytes": round(config.activations * store_bytes_per_activation(shape.width)),
         "assumptions": list(ASSUMPTIONS),
         **stamp(to_dict(config), seed=0, wall_seconds=time.perf_counter() - began),
     }
-
-
-def _layers(config: PlanConfig, shape: LLMShape) -> list[int]:
-    for layer in config.layers:
-        check_in_range(layer, shape.blocks, config.llm.model)
-    return sorted(set(config.layers)) or [max(shape.blocks // 2 - 1, 0)]
 
 
 def _llm(config: PlanConfig, shape: LLMShape, layers: list[int]) -> dict[str, Any]:
@@ -130,10 +116,8 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
     rows, micro_batch = _rows(config, chip)
     passes = math.ceil(rows / micro_batch)
     times = distinct_times(recipe, rows, micro_batch)
-    distinct = {
-        "distinct_times": passes * times / rows,
-        "distinct_layers": passes * len(layers) / rows if len(layers) > 1 else 0.0,
-    }
+    several = passes * len(layers) / rows if len(layers) > 1 else 0.0
+    forward = flops_per_activation(denoiser, distinct_times=passes * times / rows, distinct_layers=several)
     cost = training_flops(denoiser, recipe, rows, layers=len(layers), times=times, passes=passes)
     update = cost.update / rows  # every process makes the whole one
     return {
@@ -142,7 +126,7 @@ def _prior(config: PlanConfig, denoiser: DenoiserConfig, chip: PlannedChip, laye
         "batch_size": recipe.batch_size,
         "micro_batch": micro_batch,
         "parallel": _parallel(config, denoiser),
-        "forward_flops_per_activation": flops_per_activation(denoiser, **distinct),
+        "forward_flops_per_activation": forward,
         "flops_per_activation": cost.activation,
         "paper_flops_per_activation": paper_flops_per_activation(denoiser),
         "update_flops_per_activation": update,
@@ -183,13 +167,10 @@ def _memory(
         average=recipe.ema is not None,
         item=chip.prior_item,
     )
-    parts = {
-        "LLM weights": shape.parameters * chip.llm_item,
-        "LLM forward pass": llm_forward_bytes(
-            shape, tokens=config.batch_tokens, layers=len(layers), item=chip.llm_item
-        ),
-        "buffer": _buffer_bytes(config, shape.width * chip.llm_item, several=len(layers) > 1),
-    } | {f"prior {name}": taken for name, taken in training.items()}
+    forward = llm_forward_bytes(shape, tokens=config.batch_tokens, layers=len(layers), item=chip.llm_item)
+    buffer = _buffer_bytes(config, shape.width * chip.llm_item, several=len(layers) > 1)
+    parts = {"LLM weights": shape.parameters * chip.llm_item, "LLM forward pass": forward, "buffer": buffer}
+    parts |= {f"prior {name}": taken for name, taken in training.items()}
     total = sum(parts.values())
     return {"bytes": parts, "total": total, "fits": total <= chip.memory, "verdict": _verdict(parts, total, chip)}
 
@@ -206,13 +187,11 @@ def _buffer_bytes(config: PlanConfig, row: int, *, several: bool) -> int:
 
 def _verdict(parts: dict[str, int], total: int, chip: PlannedChip) -> str:
     """One line: whether a process fits, and what is too big if not."""
+    needs = f"a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
     if total <= chip.memory:
-        return f"fits: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}"
+        return f"fits: {needs}"
     largest = max(parts, key=lambda part: parts[part])
-    return (
-        f"does not fit: a process needs {scaled(total, BYTES)}, {chip.name} has {scaled(chip.memory, BYTES)}; "
-        f"the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
-    )
+    return f"does not fit: {needs}; the largest part is the {largest}, {scaled(parts[largest], BYTES)}"
 
 
 def chip_of(config: PlanConfig) -> PlannedChip:
@@ -237,9 +216,6 @@ def _measured(config: LLMConfig, name: str) -> PlannedChip:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     micro_batch = CPU_MICRO_BATCH if device.type == "cpu" else None
     return PlannedChip(name, peaks[llm], peaks[prior], device_memory(device), llm.itemsize, prior.itemsize, micro_batch)
-
-
-# -- showing -------------------------------------------------------------------------------------------------------
 
 
 def tables(result: dict[str, Any]) -> dict[str, dict[str, str]]:

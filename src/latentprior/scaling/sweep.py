@@ -52,40 +52,24 @@ def sweep(config: SweepConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     executed and as 6 N D, held-out loss, Fréchet distance standardised and raw, delta LM loss), which runs are
     compute-optimal, the law through these and through all runs with either count of FLOPs, and the correlations of
     the loss with the other measures. Of every run the final prior is kept, without training states.
-
-    Args:
-        config: the grid.
-        phase: gives the reports of training (done and in all in GFLOP) and of measuring (in runs).
-
-    Raises:
-        InputError: before anything is trained: too few held-out rows, a model that the store is not of, or a folder
-            with a sweep of other activations.
     """
     with locked(config.output):
-        return _sweep(config, phase)
-
-
-def _sweep(config: SweepConfig, phase: Phase) -> dict[str, Any]:
-    began = time.perf_counter()
-    grid = _Grid(config)
-    grid.prepare()
-    trained, measured = phase("train, GFLOP"), phase("measure")
-    total = sum(run.flops for run in grid.runs)
-    before, rows = 0.0, []
-    for run in grid.runs:
-        glp = fit(run.config, report=_part(trained, run, before, total))
-        rows.append(run.row() | grid.measure(run, glp))
-        before += run.flops
-        measured(len(rows), len(grid.runs), {"run": run.name, "loss": rows[-1]["heldout_loss"]})
-    result = {
-        "kind": "sweep",
-        "hookpoint": grid.hookpoint.to_dict(),
-        "bound": grid.bound,
-        **findings(rows, config.seed),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_json(grid.folder / "sweep.json", result)
-    return result
+        began = time.perf_counter()
+        grid = _Grid(config)
+        grid.prepare()
+        trained, measured = phase("train, GFLOP"), phase("measure")
+        total = sum(run.flops for run in grid.runs)
+        before, rows = 0.0, []
+        for run in grid.runs:
+            glp = fit(run.config, report=_part(trained, run, before, total))
+            rows.append(run.row() | grid.measure(run, glp))
+            before += run.flops
+            measured(len(rows), len(grid.runs), {"run": run.folder.name, "loss": rows[-1]["heldout_loss"]})
+        result = {"kind": "sweep", "hookpoint": grid.hookpoint.to_dict(), "bound": grid.bound}
+        result |= findings(rows, config.seed)
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_json(grid.folder / "sweep.json", result)
+        return result
 
 
 def findings(rows: list[dict[str, Any]], seed: int = 0) -> dict[str, Any]:
@@ -135,15 +119,11 @@ class _Run:
     def folder(self) -> Path:
         return Path(self.config.run.output)
 
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
     def row(self) -> dict[str, Any]:
         """What is known of the run once it is trained."""
         trained = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
         return {
-            "name": self.name,
+            "name": self.folder.name,
             "d_model": self.config.prior.d_model,
             "d_mlp": self.d_mlp,
             "blocks": self.config.prior.blocks,
@@ -166,15 +146,16 @@ class _Grid:
         self.store, self.heldout = ActivationStore(config.store), ActivationStore(config.heldout)
         if not same_places(self.heldout.hookpoints, self.store.hookpoints):
             raise InputError(f"{config.heldout} was recorded at other hookpoints than {config.store}")
-        self.layer = _layer(self.store, config)
-        self.hookpoint = next(h for h in self.store.hookpoints if self.layer in (None, h.layer))
+        self.hookpoint = at_layer(self.store.hookpoints, config.layer, config.store)
+        self.layer = self.hookpoint.layer if len(self.store.layers) > 1 else None
         self.device = resolve_device(config.device)
         self.normalizer = Normalizer.from_moments(self.store.moments()).to(self.device)
         self.runs = sorted((_Run.of(run, self.store) for run in config.runs()), key=lambda run: run.flops)
 
     def prepare(self) -> None:
         """Check rows, model and folder before anything is trained."""
-        identity = {"store": _identity(self.store), "heldout": _identity(self.heldout)}
+        stores = {"store": self.store, "heldout": self.heldout}
+        identity = {name: store.manifest["statistics"]["sha256"] for name, store in stores.items()}
         path = self.folder / "activations.json"
         if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != identity:
             raise InputError(f"{self.folder} holds a sweep of other activations: choose another --output")
@@ -185,7 +166,6 @@ class _Grid:
         lm = self._lm_settings()
         if lm is not None and any(_read_result(run.folder / "delta_lm.json", lm) is None for run in self.runs):
             _ = self.llm  # loads it, and finds whether the store is of it
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_json(path, identity, indent=None)
 
     @cached_property
@@ -220,15 +200,9 @@ class _Grid:
         def repaired(x: Tensor, eps: Tensor) -> Tensor:
             return glp.project(x, t_start=T_START, steps=self.config.steps, noise=eps, layer=self.layer)
 
-        losses = lm_losses(
-            model,
-            batches,
-            self.hookpoint.layer,
-            {"prior": repaired},
-            side=self.hookpoint.side,
-            seed=self.config.seed,
-        )
-        found = delta(losses["prior"], losses["clean"], seed=self.config.seed)
+        at, seed = self.hookpoint, self.config.seed
+        losses = lm_losses(model, batches, at.layer, {"prior": repaired}, side=at.side, seed=seed)
+        found = delta(losses["prior"], losses["clean"], seed=seed)
         return {"delta_lm": found.delta, "delta_lm_interval": list(found.interval)}
 
     def _lm_settings(self) -> dict[str, Any] | None:
@@ -251,19 +225,9 @@ def _part(report: Report, run: _Run, before: float, total: float) -> Report:
 
     def part(done: int, of: int | None, figures: Mapping[str, Any]) -> None:
         flops = before + run.flops * done / (of or run.config.run.activations)
-        report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.name, **figures})
+        report(math.ceil(flops / 1e9), math.ceil(total / 1e9), {"run": run.folder.name, **figures})
 
     return part
-
-
-def _layer(store: ActivationStore, config: SweepConfig) -> int | None:
-    """The layer to measure at; None for a store of one layer."""
-    hookpoint = at_layer(store.hookpoints, config.layer, config.store)
-    return hookpoint.layer if len(store.layers) > 1 else None
-
-
-def _identity(store: ActivationStore) -> str:
-    return store.manifest["statistics"]["sha256"]
 
 
 def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
@@ -276,7 +240,6 @@ def _law(law: PowerLaw, compute: np.ndarray) -> dict[str, Any]:
 
 
 def _or_failure(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, or the reason why it fails."""
     try:
         return make()
     except InputError as error:
@@ -293,8 +256,7 @@ def _read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The kept result, else a new one, kept."""
-    result = _read_result(path, settings)
-    if result is None:
+    if (result := _read_result(path, settings)) is None:
         result = make()
         replace_json(path, {"settings": settings, "result": result}, indent=None)
     return result

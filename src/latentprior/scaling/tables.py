@@ -9,7 +9,7 @@ from latentprior.utils.formatting import COUNTS, Table, decimals, estimate, numb
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """Title, header and rows of each table: the runs, the laws, the correlations, and why any of these are missing."""
+    """The runs, the laws, the correlations, and why any of these are missing."""
     measured = "delta_lm" in result["runs"][0]
     header = ("size", "params", "budget", "FLOPs", "loss", "Fréchet", *(["delta LM"] if measured else []), "best")
     runs = [

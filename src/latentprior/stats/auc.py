@@ -1,10 +1,7 @@
 """1-D probes without fitting (paper, 1-D probing).
 
 A logistic probe on one standardised feature orders texts by that feature, ascending or descending as the training
-class means say. So its AUC is the feature's own: a rank statistic, for every feature, fold and task at once.
-
-Values tie that are equal once standardised (`Scaler`), as in a probe: closed gates leave meta-neurons of 1e-30 beside
-others of 50, whose order is lost when the mean is subtracted.
+class means say, so its AUC is a rank statistic of the feature. Values that are equal once standardised tie (`Scaler`).
 """
 
 from __future__ import annotations
@@ -25,14 +22,9 @@ CHUNK = 1 << 20  # numbers that are sorted together: bounds the memory
 
 
 def aucs(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], scaler: Scaler | None = None) -> Float[Tensor, " f"]:
-    """Area under the ROC curve of each feature: P(x of class 1 > x of class 0) + P(equal) / 2, float64.
+    """Area under the ROC curve of each feature, P(x of class 1 > x of class 0) + P(equal) / 2, exact, float64.
 
-    Exact, ties included, on the device of `x`; one sort of the rows.
-
-    Args:
-        x: features, finite, of any floating type.
-        y: labels 0 or 1.
-        scaler: values that it makes equal count as equal.
+    Values that `scaler` makes equal count as equal.
     """
     check_features(x, y)
     width = max(1, CHUNK // len(x))
@@ -58,10 +50,7 @@ def stratified_folds(y: Int[Tensor, " n"], k: int = 5) -> Int[Tensor, " n"]:
 def auc_by_group(
     positive: np.ndarray, negative: np.ndarray, positive_group: np.ndarray, negative_group: np.ndarray
 ) -> tuple[float, float]:
-    """AUC of two samples' scores, ties counted half, and its variance.
-
-    The variance is DeLong's (1988) where every entry is a group of its own, else Obuchowski's for groups (1997).
-    """
+    """AUC of two samples' scores and its variance: DeLong's (1988), or Obuchowski's (1997) of larger groups."""
     rank = rankdata(np.concatenate([positive, negative]))
     n, m = len(positive), len(negative)
     below = (rank[:n] - rankdata(positive)) / m
@@ -74,22 +63,18 @@ class OneD:
     """1-D probes of one task: m candidates, by descending class-mean difference on the training rows."""
 
     units: Int[Tensor, " m"]
-    """Columns of the features."""
     sign: Float[Tensor, " m"]
-    """+1 where class 1 has the larger training mean, -1 where class 0 has, 0 where they are equal."""
+    """Of the difference of the training class means, class 1 minus class 0."""
     validation_auc: Float[Tensor, " m"]
     """Mean over the folds, each with the sign of its own training part."""
     scaler: Scaler
-    """Standardises the candidates by the training rows."""
 
     def best(self, candidates: int | None = None) -> int:
         """Index of the highest validation AUC among the first `candidates` (None: all); the first on ties."""
         return int(self.validation_auc[:candidates].argmax())
 
-    def test_auc(
-        self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]
-    ) -> Float[Tensor, " p"]:
-        """AUC of the candidates at `indices` on other rows, with the training rows' signs."""
+    def test_auc(self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Tensor:
+        """AUC [p] of the candidates at `indices` on other rows, with the training rows' signs."""
         return _signed(aucs(x[:, self.units[indices]], y, self.scaler.select(indices)), self.sign[indices])
 
 
@@ -97,10 +82,8 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
     """Probe features on their own (paper, 1-D probing): screened by class-mean difference, validated in folds.
 
     Args:
-        x: training features.
-        y: labels 0 or 1.
         candidates: how many features with the largest absolute difference of class means to keep; None: all.
-        folds: of the cross-validation, stratified and not shuffled.
+        folds: stratified, not shuffled.
     """
     check_features(x, y)
     difference = class_difference(x, y)
@@ -114,7 +97,6 @@ def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int |
 
 
 def _signed(auc: Tensor, sign: Tensor) -> Tensor:
-    """The AUC of ``sign * feature``."""
     return 0.5 + sign * (auc - 0.5)
 
 
@@ -138,8 +120,7 @@ def check_features(x: Tensor, y: Tensor) -> None:
 
 
 def _aucs(x: Tensor, y: Tensor, scaler: Scaler | None) -> Tensor:
-    """`aucs` of features [f, n]."""
-    values, label = _sorted(x, y)
+    values, label = _sorted(x, y)  # [f, n]
     if scaler is not None:  # standardising keeps the order, so that it may follow the sort
         values = scaler(values.T).T
     negatives = (1 - label).cumsum(1) - (1 - label)  # class 0 before each entry
@@ -174,7 +155,6 @@ def _sort(keys: Tensor) -> Tensor:
 
 
 def _running_max(x: Tensor) -> Tensor:
-    """The largest value up to each entry of a row."""
     if x.device.type == "cpu":  # torch also looks for where it is, which takes ten times as long
         return torch.from_numpy(np.maximum.accumulate(x.numpy(), axis=1))
     return x.cummax(dim=1).values

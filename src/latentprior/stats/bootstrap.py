@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,9 @@ DRAWS_AT_ONCE = 1 << 22
 
 
 def bootstrap_interval(
-    values: Values,
-    weights: Values | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Values, weights: Values | None = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean.
+    """Percentile bootstrap interval ``(low, high)`` of a weighted mean.
 
     For a paired comparison of two conditions give the differences, entry by entry.
 
@@ -32,33 +28,16 @@ def bootstrap_interval(
         values: [n], one for each document, such as the mean loss of its tokens.
         weights: [n], such as the number of tokens; drawn together with their values. Entries of weight 0 take no part.
         level: share of resamples between the two ends.
-        resamples: how many are drawn.
-        seed: seed of the draws.
-
-    Returns:
-        ``(low, high)``.
-
-    Raises:
-        InputError: fewer than two entries, NaN or infinite values, negative weights, or a level outside (0, 1).
     """
     if not 0 < level < 1 or resamples < 1:
         raise InputError(f"level must lie in (0, 1) and resamples be positive, got {level} and {resamples}")
     value, weight = _entries(values, weights)
     if value.min() == value.max():  # scipy warns of a degenerate distribution; the interval is the point itself
         return float(value[0]), float(value[0])
-    result = stats.bootstrap(
-        (value, weight),
-        _weighted_mean,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        batch=max(1, DRAWS_AT_ONCE // len(value)),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    return float(interval.low), float(interval.high)
+    batch, rng = max(1, DRAWS_AT_ONCE // len(value)), np.random.default_rng(seed)
+    how: Any = {"paired": True, "vectorized": True, "method": "percentile", "batch": batch, "rng": rng}
+    drawn = stats.bootstrap((value, weight), _weighted_mean, n_resamples=resamples, confidence_level=level, **how)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def bootstrap_counts(
@@ -66,10 +45,8 @@ def bootstrap_counts(
 ) -> np.ndarray:
     """[1 + resamples, entries] float64: ones, then how often each entry is drawn in each resample.
 
-    For statistics of several means: those under row 0 are the sample's, the others have a `percentile_interval`.
-
-    Args:
-        usable: tells of resamples [R, entries] which may stay, [R] bool; the others are drawn again.
+    Row 0 gives a statistic of the sample, the others its `percentile_interval`. `usable` tells of resamples
+    [R, entries] which may stay, [R] bool; the others are drawn again.
     """
     rng = np.random.default_rng(seed)
     kept = np.empty((0, entries))
@@ -80,7 +57,7 @@ def bootstrap_counts(
 
 
 def bootstrap_rows(entries: int, resamples: int, seed: int) -> np.ndarray:
-    """[1 + resamples, entries] int64: the entries in order, then those of each resample. For other statistics."""
+    """[1 + resamples, entries] int64: the entries in order, then those of each resample."""
     drawn = np.random.default_rng(seed).integers(entries, size=(resamples, entries))
     return np.vstack([np.arange(entries), drawn])
 

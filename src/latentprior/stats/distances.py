@@ -1,7 +1,6 @@
 """How far two sets of activations are apart beyond their first two moments: sliced Wasserstein, classifier two-sample.
 
-The Fréchet distance sees means and covariances alone, so a Gaussian fitted to the data scores a perfect 0. These two
-see the rest.
+The Fréchet distance compares means and covariances alone: a Gaussian fitted to the data has a perfect 0.
 """
 
 from __future__ import annotations
@@ -17,15 +16,14 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 
 from latentprior.stats.auc import auc_by_group
-from latentprior.stats.frechet import rows
+from latentprior.stats.frechet import Array, rows
 from latentprior.utils.errors import InputError
 
 PROJECTION_CHUNK = 64
 ROW_CHUNK = 8192
 
-# The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576. Twice the hidden units
-# or epochs found no more on residual streams of a small language model. A linear model finds far less (AUC 0.66 instead
-# of 0.96 for a Gaussian against a scale mixture), and scikit-learn's network stops by accuracy, not by loss.
+# The two-sample classifier: about two CPU seconds for 6,000 + 6,000 activations of width 576; twice the hidden units
+# or epochs found no more. A linear model finds far less, and scikit-learn's network stops by accuracy, not by loss.
 HIDDEN = 128
 EPOCHS = 10
 PATIENCE = 3
@@ -41,25 +39,13 @@ class TwoSample:
     low: float
     """Lower end of the 95% interval (DeLong) over the held-out activations, or over their documents."""
     high: float
-    """Upper end of it."""
 
 
-def sliced_wasserstein(
-    a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, projections: int = 512, seed: int = 0
-) -> float:
+def sliced_wasserstein(a: Array, b: Array, *, projections: int = 512, seed: int = 0) -> float:
     """Sliced 2-Wasserstein distance: root mean square, over random unit directions, of the distance along each.
 
-    Along one direction the distance is exact for any two sizes: the quantile functions of both sets are steps, and
-    their squared difference is integrated over the steps of both.
-
-    Args:
-        a: [N, d] activations.
-        b: [M, d] activations.
-        projections: how many directions are drawn.
-        seed: seed of the directions; equal seeds make distances comparable.
-
-    Returns:
-        The distance in the units of the activations.
+    Of ``a: [N, d]`` and ``b: [M, d]``, in the units of the activations, exact along each of `projections` directions.
+    Equal seeds draw equal directions and make distances comparable.
     """
     a, b = _pair(a, b, least=1)
     if projections < 1:
@@ -78,36 +64,20 @@ def sliced_wasserstein(
 
 
 def classifier_two_sample(
-    a: Tensor | np.ndarray,
-    b: Tensor | np.ndarray,
-    *,
-    documents: tuple[Tensor | None, Tensor | None] = (None, None),
-    seed: int = 0,
-    folds: int = 3,
+    a: Array, b: Array, *, documents: tuple[Tensor | None, Tensor | None] = (None, None), seed: int = 0, folds: int = 3
 ) -> TwoSample:
-    """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` from `b`.
+    """Classifier two-sample test (Lopez-Paz and Oquab, 2017): the held-out AUC of telling `a` [N, d] from `b` [M, d].
 
     Each fold is held out once: the next one sets the principal components, a small network is trained on the others,
     stopped early on a validation part of them, and judged on the fold. It sees every dimension, the magnitude of every
     dimension and of every principal component, and the mean square of both; from plain activations a network of this
     size cannot learn what a Gaussian with the right covariance lacks. The components come from rows of their own, by a
-    shrunk covariance (Ledoit and Wolf, 2004): rows look different along components that were fitted to them, and below
-    about 1.5 d rows a network learns that difference instead.
+    shrunk covariance (Ledoit and Wolf, 2004): below about 1.5 d rows a network learns which rows they were fitted to.
 
     Args:
-        a: [N, d] activations, such as real ones.
-        b: [M, d] activations, such as generated ones; independent of `a`.
         documents: for each set, which document every row is from, [N] and [M] integers; None if rows are independent.
-            Rows of one document lie in one fold, so that the network cannot learn documents, and count together in
-            the interval.
-        seed: seed of folds, initial weights and batches.
-        folds: parts into which the sets are cut, each held out once.
-
-    Returns:
-        The mean AUC over the folds, with its interval.
-
-    Raises:
-        InputError: fewer rows than `least_rows` in either set, or fewer than three folds.
+            Rows of one document lie in one fold and count together in the interval.
+        folds: at least three; together they need `least_rows` rows of each set.
     """
     if folds < 3:
         raise InputError(f"folds must be at least 3, got {folds}")
@@ -137,10 +107,7 @@ def classifier_two_sample(
 
 
 def least_rows(width: int, folds: int = 3) -> int:
-    """How many rows of each set `classifier_two_sample` needs: a quarter of the width, ten for each fold.
-
-    With fewer, real differences are lost in the noise of the components.
-    """
+    """How many rows of each set `classifier_two_sample` needs: with fewer, the components are too noisy."""
     return max(10 * folds, -(-width // 4))
 
 
@@ -165,7 +132,7 @@ def _folds(group: Tensor, folds: int, generator: torch.Generator) -> Tensor:
     return fold
 
 
-def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tuple[Tensor, Tensor]:
+def _pair(a: Array, b: Array, *, least: int) -> tuple[Tensor, Tensor]:
     a, b = rows(a, least=least), rows(b, least=least)
     if a.shape[1] != b.shape[1]:
         raise InputError(f"both sets need the same width, got {a.shape[1]} and {b.shape[1]}")
@@ -173,10 +140,8 @@ def _pair(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, least: int) -> tupl
 
 
 def _quantile_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each interval on which both quantile functions are constant: the rank in either set, and the width.
-
-    In units of 1 / (n m) all ends are integers, so no interval is lost or doubled by rounding.
-    """
+    """For each interval on which both quantile functions are constant: the rank in either set, and the width."""
+    # In units of 1 / (n m) all ends are integers, so no interval is lost or doubled by rounding.
     ends = np.union1d(np.arange(1, n + 1) * m, np.arange(1, m + 1) * n)
     return (ends - 1) // m, (ends - 1) // n, np.diff(ends, prepend=0) / (n * m)
 
@@ -188,27 +153,20 @@ def _sorted_projections(x: Tensor, directions: Tensor, centre: Tensor) -> np.nda
 
 
 def _magnitude_features(reference: Tensor) -> Callable[[Tensor], Tensor]:
-    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies.
-
-    Fitted to `reference` [M, d]: rows other than those that a classifier is trained or judged on.
-    """
+    """``[N, d] -> [N, 3 d + 2]``: standardised dimensions, their magnitudes and whitened components', log energies."""
     mean, std = reference.mean(0), reference.std(0)
     std[std <= 1e-6 * mean.abs()] = float("inf")  # constant but for float32 round-off: the dimension becomes 0
     variances, directions = np.linalg.eigh(ledoit_wolf(((reference - mean) / std).double().cpu().numpy())[0])
     scale = np.where(variances > 1e-8 * variances[-1], np.sqrt(variances.clip(min=0)), np.inf)
     whiten = torch.as_tensor(directions / scale, dtype=reference.dtype, device=reference.device)
 
-    def magnitude(z: Tensor) -> Tensor:
-        return (z.abs() - 0.8) / 0.6  # mean and standard deviation of |z| for a Gaussian
-
-    def energy(z: Tensor) -> Tensor:
-        """[N, 1], of unit variance for a standard normal: one number that d magnitudes would hide from the network."""
-        return z.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (z.shape[1] / 2) ** 0.5
-
     def features(x: Tensor) -> Tensor:
         z = (x - mean) / std
-        whitened = z @ whiten
-        return torch.cat([z, magnitude(z), magnitude(whitened), energy(z), energy(whitened)], dim=1)
+        both = (z, z @ whiten)
+        magnitudes = [(v.abs() - 0.8) / 0.6 for v in both]  # mean and standard deviation of |z| for a Gaussian
+        # Of unit variance for a standard normal: one number that d magnitudes would hide from the network.
+        energies = [v.square().mean(1, keepdim=True).clamp(min=1e-6).log() * (v.shape[1] / 2) ** 0.5 for v in both]
+        return torch.cat([z, *magnitudes, *energies], dim=1)
 
     return features
 

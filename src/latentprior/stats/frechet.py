@@ -1,9 +1,8 @@
 """Fréchet distance: the squared 2-Wasserstein distance of the Gaussians fitted to two sets of activations.
 
-Everything is float64 (float32 gives nonsense from about a thousand dimensions on). With ``cov1 = R R'`` the eigenvalues
-of ``cov1 cov2`` are those of the symmetric ``R' cov2 R``, so no square root of a matrix is ever taken. ``R`` comes from
-a pivoted Cholesky factorisation: it needs no convergence, ends by itself where a covariance runs out of rank, costs a
-fifth of an eigendecomposition and keeps the small variances exact that one loses next to large ones.
+Everything is float64: float32 fails from about a thousand dimensions on. With ``cov1 = R R'`` the eigenvalues of ``cov1
+cov2`` are those of the symmetric ``R' cov2 R``, so no matrix square root is needed. ``R`` is a pivoted Cholesky factor:
+a fifth of the cost of an eigendecomposition, exact for small variances beside large ones, and of the covariance's rank.
 """
 
 from __future__ import annotations
@@ -18,37 +17,29 @@ from torch import Tensor
 
 from latentprior.utils.errors import InputError
 
-CHUNK_BYTES = 1 << 25
-"""Most bytes of activations held in float64 at once."""
+Array = Tensor | np.ndarray
+CHUNK_BYTES = 1 << 25  # most bytes of activations held in float64 at once
 
 
 @dataclass(frozen=True)
 class FrechetParts:
-    """A Fréchet distance and its two terms, in squared units of the activations."""
+    """A Fréchet distance, squared units of the activations, as the sum of the means' and the covariances' terms."""
 
     total: float
-    """``mean + covariance``."""
     mean: float
-    """``|mean1 - mean2|^2``."""
     covariance: float
-    """``tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))``."""
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianMoments:
-    """Mean and covariance of a set of activations. Keep one to compare many sets with the same reference."""
+    """Mean [d] and covariance [d, d], float64. Keep one to compare many sets with the same reference."""
 
     mean: np.ndarray
-    """[d] float64."""
     cov: np.ndarray
-    """[d, d] float64, symmetric and positive semi-definite."""
 
     @classmethod
-    def of(cls, x: Tensor | np.ndarray) -> GaussianMoments:
-        """The sample mean and the unbiased sample covariance (that of ``np.cov``) of ``x: [N, d]``.
-
-        Any floating dtype and device; converted to float64 in chunks of bounded size.
-        """
+    def of(cls, x: Array) -> GaussianMoments:
+        """The sample mean and unbiased sample covariance of ``x: [N, d]``, of any floating dtype and device."""
         x = rows(x, least=2)
         chunks = x.split(max(1, CHUNK_BYTES // (8 * x.shape[1])))
         mean = torch.stack([chunk.sum(0, dtype=torch.float64) for chunk in chunks]).sum(0) / len(x)
@@ -62,32 +53,28 @@ class GaussianMoments:
 
     @cached_property
     def factor(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Lower triangular ``R: [d, d]``, order and rank: ``R R' = cov[order][:, order]``, R's last d - rank columns 0.
-
-        Above the diagonal of `R` lie leftovers.
-        """
+        """``R: [d, d]`` (only its lower triangle counts), order and rank: ``R R' = cov[order][:, order]``."""
         (pstrf,) = get_lapack_funcs(("pstrf",), (self.cov,))
         factor, pivots, rank, _ = pstrf(self.cov, lower=1)
         factor[rank:, rank:] = 0
         return factor, pivots - 1, rank
 
 
-def frechet_distance(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.ndarray | GaussianMoments) -> float:
+def frechet_distance(a: Array | GaussianMoments, b: Array | GaussianMoments) -> float:
     """Fréchet distance of two sets of activations, the "FD" of the paper (its evaluation 1).
 
     ``|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))``, in squared units of the activations, unbiased
-    covariances. Also defined for fewer rows than dimensions and for dimensions without variance; it is symmetric, and
-    at least 0.
+    covariances. Also defined for fewer rows than dimensions and for dimensions without variance.
 
     Args:
-        a: [N, d] activations, or their `GaussianMoments`. The factor of `a` is cached in its moments, so give the set
-            that many others are compared with first: ``real = GaussianMoments.of(x)``, ``frechet_distance(real, y)``.
+        a: [N, d] activations, or their `GaussianMoments`, which cache a factor: give the set that many others are
+            compared with first, as ``real = GaussianMoments.of(x)``, ``frechet_distance(real, y)``.
         b: [M, d] activations, or their `GaussianMoments`.
     """
     return frechet_parts(a, b).total
 
 
-def frechet_parts(a: Tensor | np.ndarray | GaussianMoments, b: Tensor | np.ndarray | GaussianMoments) -> FrechetParts:
+def frechet_parts(a: Array | GaussianMoments, b: Array | GaussianMoments) -> FrechetParts:
     """`frechet_distance` with its two terms: how far the means lie apart, and how much the covariances differ."""
     first, second = (x if isinstance(x, GaussianMoments) else GaussianMoments.of(x) for x in (a, b))
     if first.width != second.width:
@@ -104,7 +91,7 @@ def frechet_from_moments(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray,
     return frechet_distance(_moments(mean1, cov1), _moments(mean2, cov2))
 
 
-def rows(x: Tensor | np.ndarray, *, least: int = 1) -> Tensor:
+def rows(x: Array, *, least: int = 1) -> Tensor:
     """``x: [N, d]``, checked, as a tensor without gradient."""
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():

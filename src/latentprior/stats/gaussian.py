@@ -1,6 +1,6 @@
 """A Gaussian as a prior: the baseline that every generative prior has to beat, and a flow whose velocity is known.
 
-Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps`` with t = 0 data and t = 1 noise.
+Time and path are the paper's: ``z_t = (1 - t) z_0 + t eps``.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ Covariance = Literal["full", "diagonal"]
 
 @dataclass(frozen=True, eq=False)
 class GaussianPrior:
-    """``N(mean, V diag(variances) V')``, in the space of the activations it was fitted to.
+    """``N(mean, V diag(variances) V')``, in the space of the activations it was fitted to; all float64.
 
-    Methods compute in the dtype of their input, at least float32. Leading dimensions are free. Directions without
-    variance are allowed.
+    Methods compute in the dtype of their input, at least float32. Directions without variance are allowed.
     """
 
     mean: Tensor
-    """[d] float64."""
     variances: Tensor
-    """[d] float64, along the columns of `directions`, at least 0."""
+    """[d], along the columns of `directions`."""
     directions: Tensor | None
-    """[d, d] float64, orthogonal; None for a diagonal covariance."""
+    """[d, d], orthogonal; None for a diagonal covariance."""
 
     @classmethod
     def fit(cls, z: Tensor, covariance: Covariance = "full") -> GaussianPrior:
@@ -54,12 +52,7 @@ class GaussianPrior:
         return self.mean.to(dtype) + self._to_space(noise * self.variances.sqrt().to(dtype))
 
     def posterior_mean(self, z_t: Tensor, t: float | Tensor) -> Tensor:
-        """``E[z_0 | z_t]``, the best reconstruction of a noised activation.
-
-        Args:
-            z_t: [..., d] point on the path.
-            t: time in [0, 1], a scalar or one for each leading index of `z_t`.
-        """
+        """``E[z_0 | z_t: [..., d]]``, the best reconstruction at `t`, a scalar or one for each leading index."""
         return self._conditional(z_t, t, of_data=1.0, of_noise=0.0)
 
     def velocity(self, z_t: Tensor, t: float | Tensor) -> Tensor:
@@ -75,11 +68,10 @@ class GaussianPrior:
         variance = (1 - t).square() * variances + t.square()
         # Without variance z_t is certain and tells nothing: 0 / 0, only at t = 0.
         gain = torch.where(variance > 0, covariance / variance, 0.0)
-        centred = self._to_components(z_t.to(dtype) - (1 - t) * mean)
+        centred = z_t.to(dtype) - (1 - t) * mean
+        if self.directions is not None:
+            centred = centred @ self.directions.to(centred)
         return (of_data * mean + self._to_space(gain * centred)).to(z_t.dtype)
-
-    def _to_components(self, z: Tensor) -> Tensor:
-        return z if self.directions is None else z @ self.directions.to(z)
 
     def _to_space(self, components: Tensor) -> Tensor:
         return components if self.directions is None else components @ self.directions.to(components).T

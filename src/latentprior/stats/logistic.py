@@ -34,9 +34,7 @@ class FittedOneD(OneD):
     coefficient: Float[Tensor, " m"]
     intercept: Float[Tensor, " m"]
 
-    def test_auc(
-        self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]
-    ) -> Float[Tensor, " p"]:
+    def test_auc(self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Tensor:
         z = self.scaler.select(indices)(x[:, self.units[indices]])
         return aucs(z * self.coefficient[indices] + self.intercept[indices], y)
 
@@ -51,14 +49,8 @@ def logistic_1d(
 ) -> FittedOneD:
     """What `probe_1d` computes, by fitting (paper, 1-D probing): scikit-learn's LogisticRegressionCV on each candidate.
 
-    Each of the features with the largest absolute class-mean difference is standardised; stratified folds without
-    shuffling choose C by AUC, the smallest on ties. Takes about 0.1 s a feature. Where a class difference is zero up to
+    Folds choose C by AUC, the smallest on ties. Takes about 0.1 s a feature. Where a class difference is zero up to
     rounding, so is the coefficient, and the solver's tolerance decides its sign.
-
-    Args:
-        x: training features.
-        y: labels 0 or 1.
-        candidates: how many features to fit; None: all.
     """
     check_features(x, y)
     stratified_folds(y, folds)
@@ -69,30 +61,14 @@ def logistic_1d(
         warnings.simplefilter("ignore", ConvergenceWarning)  # so near the minimum rounding may end the line search
         rows = [_fit_column(column[:, None], labels, folds, Cs) for column in z.T]
     validation, C, coefficient, intercept = torch.tensor(rows, dtype=torch.float64, device=x.device).unbind(dim=1)
-    return FittedOneD(
-        units=units,
-        sign=coefficient.sign(),
-        validation_auc=validation,
-        scaler=scaler,
-        C=C,
-        coefficient=coefficient,
-        intercept=intercept,
-    )
+    return FittedOneD(units, coefficient.sign(), validation, scaler, C, coefficient, intercept)
 
 
 def _fit_column(z: np.ndarray, labels: np.ndarray, folds: int, Cs: Sequence[float]) -> tuple[float, ...]:
     """Validation AUC, C, coefficient and intercept of the probe on a standardised feature [n, 1]."""
-    settings: dict[str, Any] = {
-        "Cs": Cs,
-        "cv": StratifiedKFold(folds),
-        "scoring": "roc_auc",
-        "solver": "lbfgs",
-        "tol": 1e-10,
-        "max_iter": 10_000,
-        "l1_ratios": (0.0,),  # the L2 penalty
-        "use_legacy_attributes": False,
-    }
-    probe: Any = LogisticRegressionCV(**settings)
+    penalty: Any = {"Cs": Cs, "l1_ratios": (0.0,), "use_legacy_attributes": False}  # L2
+    solver: Any = {"solver": "lbfgs", "tol": 1e-10, "max_iter": 10_000}
+    probe: Any = LogisticRegressionCV(cv=StratifiedKFold(folds), scoring="roc_auc", **solver, **penalty)
     probe.fit(z, labels)
     validation = probe.scores_.mean(axis=0).max()
     return float(validation), float(probe.C_), float(probe.coef_[0, 0]), float(probe.intercept_[0])
@@ -107,7 +83,7 @@ class SparseResult:
     """Mean over the folds at the chosen C."""
     C: float
     units: Int[Tensor, " k"]
-    """Columns of the features, the largest class-mean difference first; all that vary, in order, for a dense probe."""
+    """The largest class-mean difference first; all that vary, in order, for a dense probe."""
 
 
 def sparse_probe(
@@ -120,16 +96,11 @@ def sparse_probe(
     Cs: Sequence[float] = CS,
     folds: int = 5,
 ) -> SparseResult:
-    """L2 logistic regression on the `k` features whose class means differ most, or on all.
+    """L2 logistic regression on the `k` features whose class means differ most, or, for None, on all.
 
-    Features are chosen by the absolute difference of their class means in standard deviations (the max-mean-difference
-    selection of sparse probing, Gurnee et al. 2023). Features are standardised by all training rows; each fold chooses
-    features by its own training part. C is that of the highest validation AUC, the smallest on ties.
-
-    Args:
-        x, x_test: features of the training and the test rows, finite.
-        y, y_test: labels 0 or 1.
-        k: how many features; None: all, a dense probe.
+    Features are chosen by the absolute difference of their class means in standard deviations of all training rows (the
+    max-mean-difference selection of sparse probing, Gurnee et al. 2023), each fold by its own training part. C is that
+    of the highest validation AUC, the smallest on ties.
     """
     if k is not None and not 0 < k <= x.shape[1]:
         raise InputError(f"k must lie between 1 and the number of features, {x.shape[1]}, got {k}")
@@ -200,9 +171,8 @@ def _decision(basis: _Basis, x: Tensor, y: Tensor, x_test: Tensor, C: float) -> 
     done = 0
     for units in basis.units.split(columns(x)):
         scaled = basis.scaler.select(units)
-        if basis.shares is None:
-            weights = coefficients[done : done + len(units)]
-        else:
+        weights = coefficients[done : done + len(units)]
+        if basis.shares is not None:
             weights = scaled(x[:, units]).T @ (basis.shares @ coefficients)
         decision += scaled(x_test[:, units]) @ weights
         done += len(units)

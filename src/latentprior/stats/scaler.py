@@ -24,7 +24,6 @@ class Scaler:
 
     @classmethod
     def of(cls, x: Float[Tensor, "n f"]) -> Scaler:
-        """Moments of training rows, float64."""
         means, scales = [], []
         for part in x.split(columns(x), dim=1):
             mean = part.double().mean(dim=0)
@@ -38,7 +37,6 @@ class Scaler:
         return cls(mean, torch.cat(scales))
 
     def select(self, units: Int[Tensor, " k"]) -> Scaler:
-        """The scaler of some features."""
         return Scaler(self.mean[units], self.scale[units])
 
     def __call__(self, x: Float[Tensor, "n f"]) -> Float[Tensor, "n f"]:
