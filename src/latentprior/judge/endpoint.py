@@ -31,15 +31,11 @@ Value = TypeVar("Value")
 class Cost:
     """What asking will take, estimated beforehand."""
 
-    calls: int
-    """Requests to the endpoint, if none fails."""
-    known: int
-    """Answers that need no call: in the cache already, or asked for twice."""
-    prompt_tokens: int
-    """Characters of the prompts / 4."""
+    calls: int  # if none fails
+    known: int  # answers that need no call: in the cache already, or asked for twice
+    prompt_tokens: int  # characters of the prompts / 4
     answer_tokens: int
-    money: float | None
-    """In the currency of the prices; None if no price is known."""
+    money: float | None  # in the currency of the prices; None if no price is known
 
     def figures(self) -> dict[str, Any]:
         """What progress shows of it: tokens, and money where prices are known."""
@@ -81,22 +77,18 @@ def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
 class EndpointJudge:
     """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a file.
 
-    Calls run in threads. A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a
-    response that is not JSON) is repeated after `backoff` s, twice that, and so on, and never before the server's
-    Retry-After; an answer without a valid value is asked for again. A request that fails for good gets no value and a
-    reason; the next run asks for it again.
+    A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a response that is not JSON)
+    is repeated after `backoff` seconds, twice that, and so on, and never before the server's Retry-After. A request
+    that fails for good gets no value and a reason; the next run asks for it again.
 
     Args:
         url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
-        model: name of the model there.
         key: bearer token; None for endpoints that need none.
-        cache: file of paid answers, made if missing (`AnswerCache`). An answer is found by model, messages, options,
-            kind and version of the wording, whatever the endpoint.
-        concurrency: most calls at a time.
+        cache: file of paid answers (`AnswerCache`), found by model, messages, options, kind and version of the wording.
+        concurrency: most calls at a time, each in a thread.
         timeout: seconds for one call.
         attempts: most failed calls for one request.
         reasks: how often a malformed answer is asked for again.
-        backoff: seconds before the second try.
         longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
         patience: after this many requests in a row that got no answer at all, the others are not asked.
         options: further fields of the body in place of `OPTIONS`, as some models want other ones.
@@ -143,11 +135,7 @@ class EndpointJudge:
         self._client = opener()
 
     def estimate(
-        self,
-        requests: Sequence[Request[Any]],
-        *,
-        prompt_price: float | None = None,
-        answer_price: float | None = None,
+        self, requests: Sequence[Request[Any]], *, prompt_price: float | None = None, answer_price: float | None = None
     ) -> Cost:
         """What asking `requests` will take, given what the cache holds; calls nothing. Prices: of a million tokens."""
         known = read_cache(self.cache)
@@ -168,9 +156,6 @@ class EndpointJudge:
         """The answers to `requests`, in their order.
 
         If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
-
-        Args:
-            report: gets answers done that were not in the cache, of how many, and how many failed.
 
         Raises:
             InputError: the endpoint refuses every request (wrong URL, key or account), or the cache is damaged, in use
@@ -199,8 +184,7 @@ class EndpointJudge:
     ) -> dict[str, Answer[Value]]:
         results: dict[str, Answer[Value]] = {}
         failed = unanswered = 0
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.concurrency)
+        stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
         try:
             futures = {pool.submit(self._ask_one, key, item, cache, stop): key for key, item in pending.items()}
             for future in as_completed(futures):
@@ -267,8 +251,8 @@ class EndpointJudge:
 def _completions_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
-    except ValueError as error:
-        raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}") from error
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}")
     path = parts.path.rstrip("/")

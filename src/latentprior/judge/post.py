@@ -35,10 +35,7 @@ class PostError(Exception):
 
 
 class Unavailable(PostError):
-    """It may work later: no connection, a time-out, too many requests, a fault of the server, a garbled response.
-
-    `retry_after` are the seconds that the server asks to wait, if it does.
-    """
+    """It may work later; `retry_after` are the seconds that the server asks to wait, if it does."""
 
     def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(failure, message)
@@ -69,7 +66,6 @@ def post_json(
     """The JSON that the server responds with.
 
     Args:
-        client: from `opener()`.
         key: sent as a bearer token; appears in no message.
         timeout: seconds for the whole exchange, however slowly the response arrives.
     """

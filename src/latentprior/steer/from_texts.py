@@ -34,10 +34,8 @@ PairedKind = Literal["pca", "difference_of_means"]
 class SpanMeans(NamedTuple):
     """What was read of some texts."""
 
-    x: Float[Tensor, "n d"]
-    """Mean activation over a span of each text, float32."""
-    norms: float
-    """Sum of the norms at all positions but first ones and attention sinks, in a span or not."""
+    x: Float[Tensor, "n d"]  # mean activation over a span of each text, float32
+    norms: float  # sum of the norms at all positions but first ones and attention sinks, in a span or not
     positions: int
 
 
@@ -56,16 +54,12 @@ def text_activations(
     max_length: int = 128,
     batch_tokens: int = 4096,
 ) -> SpanMeans:
-    """Activations of `texts` at `hookpoint`, one row each and in their order.
+    """Activations of `texts` at `hookpoint`, one row each and in their order: none is dropped, as rows match labels.
 
     Args:
         read: "last", the last token; "mean", the mean over all tokens but the first and attention sinks.
         max_length: texts are cut to this many tokens, the beginning-of-sequence token included.
         batch_tokens: most tokens of one forward pass, padding included.
-
-    Raises:
-        InputError: no texts, or some without a token after the first position (none is dropped: rows keep matching
-            their labels); another model, layer or width; texts longer than the model's context; an unknown `read`.
     """
     if read not in get_args(Read):
         raise unknown("read", read, get_args(Read))
@@ -94,18 +88,11 @@ def response_activations(
     max_length: int = 2048,
     batch_tokens: int = 4096,
 ) -> SpanMeans:
-    """Mean activation over the tokens of each conversation's last response.
-
-    The tokens are those of the response's text; what the chat template puts around it is context only.
+    """Mean activation over the text of each conversation's last response; what the chat template adds is context only.
 
     Args:
         conversations: messages {"role", "content"}, the last of them an assistant's.
         max_length: conversations are cut to this many tokens.
-        batch_tokens: most tokens of one forward pass, padding included.
-
-    Raises:
-        InputError: no conversations; one without a response, whose response lies beyond `max_length`, or whose
-            response the chat template changes; no chat template; another model, layer or width.
     """
     if not conversations:
         raise InputError("response activations need at least one conversation")
@@ -143,32 +130,26 @@ def persona_conversations(
         raise InputError("questions must be a list of at least one string")
     if max_new_tokens < 1 or batch < 1 or not 0 <= temperature < math.inf:
         raise InputError(
-            f"max_new_tokens and batch must be at least 1 and temperature at least 0, "
+            "max_new_tokens and batch must be at least 1 and temperature at least 0, "
             f"got {max_new_tokens}, {batch} and {temperature}"
         )
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     prompts: list[Conversation] = [[*system, {"role": "user", "content": question}] for question in questions]
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    options = drawing if temperature > 0 else {"do_sample": False}
-    devices = range(torch.cuda.device_count())
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": padding_id(tokenizer)}
+    options |= {"do_sample": False}
+    if temperature > 0:
+        options |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[str] = []
-    with torch.random.fork_rng(devices=devices):  # `generate` draws from the global generator only
+    with torch.random.fork_rng():  # `generate` draws from the global generator only
         torch.manual_seed(seed)
         for begin in range(0, len(rows), batch):
             ids, mask, _ = pad(rows[begin : begin + batch], padding_id(tokenizer), "left")
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.long().to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=padding_id(tokenizer),
-                **options,
-            )
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+            output = model.generate(**inputs, **options)
             answers += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [
-        [*prompt, {"role": "assistant", "content": answer.strip()}]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    replies = [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    return [[*prompt, reply] for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 def persona_answers(
@@ -181,16 +162,12 @@ def persona_answers(
     if not trait.positive or not trait.negative or not trait.questions:
         raise InputError(f"the trait {trait.name!r} needs positive and negative system prompts, and questions")
 
-    def answers(system_prompts: Sequence[str], side: int) -> list[Conversation]:
-        return [
-            conversation
-            for i, prompt in enumerate(system_prompts)
-            for conversation in persona_conversations(
-                model, tokenizer, trait.questions, prompt, seed=seed_of(keyed_generator(seed, side, i)), **options
-            )
-        ]
-
-    return answers(trait.positive, 0), answers(trait.negative, 1)
+    sides: tuple[list[Conversation], list[Conversation]] = [], []
+    for side, system_prompts in enumerate((trait.positive, trait.negative)):
+        for i, prompt in enumerate(system_prompts):
+            own = seed_of(keyed_generator(seed, side, i))
+            sides[side].extend(persona_conversations(model, tokenizer, trait.questions, prompt, seed=own, **options))
+    return sides
 
 
 def persona_direction(
@@ -217,7 +194,6 @@ def persona_direction(
         answers: what `persona_answers` gave with the same options, where it is there already.
         name: that of the trait by default.
         max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
-        batch_tokens: most tokens of one forward pass of `response_activations`.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
@@ -321,14 +297,9 @@ def paired_direction(
 
 
 def _span_means(
-    model: Any,
-    tokenizer: Any,
-    rows: list[list[int]],
-    spans: list[Span],
-    hookpoint: Hookpoint,
-    batch_tokens: int,
+    model: Any, tokenizer: Any, rows: list[list[int]], spans: list[Span], hookpoint: Hookpoint, batch_tokens: int
 ) -> SpanMeans:
-    """Mean activation over a span of each row of token ids; sinks count only where the span holds nothing else."""
+    """A row of token ids gives one row; sinks count only where its span holds nothing else."""
     means, total, positions = torch.empty(len(rows), hookpoint.width), 0.0, 0
     batches = _batches(rows, padding_id(tokenizer), batch_tokens)
     for batch in activations(model, batches, [hookpoint.layer], side=hookpoint.side):

@@ -29,8 +29,7 @@ class Curve:
 
     gain: np.ndarray
     increase: np.ndarray
-    nll: np.ndarray
-    """[N, 1 + S] the increase on top of the mean unsteered NLL."""
+    nll: np.ndarray  # the increase on top of the mean unsteered NLL
 
 
 class Estimate(NamedTuple):
@@ -51,7 +50,6 @@ class Estimate(NamedTuple):
         return None if math.isnan(self.low) else [_finite(self.low), _finite(self.high)]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
         return {"value": _finite(self.value), "interval": self.interval, "clear": self.clear}
 
 
@@ -65,8 +63,7 @@ class Frontier:
     points it flatters: a method without any effect has a small positive area.
     """
 
-    increase: np.ndarray
-    """[N, V] vertices, never falling; the last one is repeated."""
+    increase: np.ndarray  # [N, V] vertices, never falling; the last one is repeated
     gain: np.ndarray
 
     def gain_at(self, increase: float) -> np.ndarray:
@@ -87,7 +84,6 @@ class Frontier:
         start, length, rise = self._segments()
 
         def integral(x: float) -> np.ndarray:
-            """Of each segment's share, up to x."""
             return _ratio(np.square(np.clip(x - start, 0, length)), 2 * length) + np.maximum(x - start - length, 0)
 
         return self.gain[:, 0] + (rise * (integral(width) - integral(0.0))).sum(axis=1) / width
@@ -97,13 +93,10 @@ class Frontier:
 
 
 def curve(aggregated: Aggregate, counts: np.ndarray) -> Curve:
-    """Mean gain and NLL at each strength, in every resample.
+    """Mean gain and NLL at each strength, in every resample of `bootstrap_counts` [N, P].
 
     A prompt without a rating at some strength is left out of that strength alone; because both figures are differences
     to the same prompt's unsteered text, that does not shift them by how hard the prompt is.
-
-    Args:
-        counts: [N, P] how often each prompt counts in each resample (`bootstrap_counts`).
     """
     zero = np.zeros((len(counts), 1))
     gain, increase = (np.hstack([zero, _means(counts, part)]) for part in (aggregated.gain, aggregated.increase))
@@ -161,7 +154,7 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
     strengths might have given it more.
 
     Args:
-        table: the rows of `aggregate`.
+        table: see `aggregate`.
         baseline: the method that the others are compared with.
         resamples, seed: of the bootstrap over prompts.
     """
@@ -169,12 +162,10 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
         raise InputError(f"resamples must be positive, got {resamples}")
     if not (aggregates := aggregate(table)):
         raise InputError("the results hold no steered texts")
-    directions = [
-        _direction(
-            {key: part for key, part in aggregates.items() if key.direction == direction}, baseline, resamples, seed
-        )
-        for direction in dict.fromkeys(key.direction for key in aggregates)
-    ]
+    by_direction: dict[str, dict[Key, Aggregate]] = {}
+    for key, part in aggregates.items():
+        by_direction.setdefault(key.direction, {})[key] = part
+    directions = [_direction(parts, baseline, resamples, seed) for parts in by_direction.values()]
     return {"baseline": baseline, "resamples": resamples, "seed": seed, "directions": directions}
 
 
@@ -229,16 +220,15 @@ def _range(points: Curve) -> float:
 
 
 def _differences(mine: Frontier, baseline: Frontier, width: float) -> dict[str, Any]:
-    """Everything that is compared with the baseline."""
     increases = [share * width for share in MATCHED_NLL]
     attained = float(baseline.gain_at(width)[0])
     gains = [share * attained for share in MATCHED_GAIN] if attained > 0 else []
     return {
         "area_difference": area_difference(mine, baseline, width).to_dict(),
         "gain_at_matched_fluency": [
-            {"increase": x, **gain_at_matched_fluency(mine, baseline, x).to_dict()} for x in increases
+            {"increase": x} | gain_at_matched_fluency(mine, baseline, x).to_dict() for x in increases
         ],
-        "nll_at_matched_concept": [{"gain": y, **nll_at_matched_concept(mine, baseline, y).to_dict()} for y in gains],
+        "nll_at_matched_concept": [{"gain": y} | nll_at_matched_concept(mine, baseline, y).to_dict() for y in gains],
     }
 
 
