@@ -129,7 +129,6 @@ class ConceptClassifier:
     Args:
         labels: 1 where the text shows the concept, else 0.
         features: see `features_for`; sentence embeddings by default.
-        seed: of the split.
     """
 
     def __init__(

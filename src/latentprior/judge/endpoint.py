@@ -23,6 +23,7 @@ from latentprior.utils.progress import Report, silent
 
 CHARACTERS_PER_TOKEN = 4
 OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+LEAST = {"concurrency": 1, "attempts": 1, "patience": 1, "reasks": 0, "backoff": 0, "longest_wait": 0}
 NOT_ASKED, MALFORMED = "not asked", "malformed"
 Value = TypeVar("Value")
 
@@ -63,15 +64,9 @@ def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
     """The judge that `config` names, with its key from the environment; None if it names none."""
     if config.url is None or config.model is None:
         return None
-    return EndpointJudge(
-        config.url,
-        config.model,
-        endpoint_key(config.key_variable) if config.key_variable else None,
-        cache=cache,
-        concurrency=config.workers,
-        timeout=config.timeout,
-        attempts=config.attempts,
-    )
+    key = endpoint_key(config.key_variable) if config.key_variable else None
+    options: dict[str, Any] = {"concurrency": config.workers, "timeout": config.timeout, "attempts": config.attempts}
+    return EndpointJudge(config.url, config.model, key, cache=cache, **options)
 
 
 class EndpointJudge:
@@ -83,7 +78,7 @@ class EndpointJudge:
 
     Args:
         url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
-        key: bearer token; None for endpoints that need none.
+        key: bearer token, if the endpoint needs one.
         cache: file of paid answers (`AnswerCache`), found by model, messages, options, kind and version of the wording.
         concurrency: most calls at a time, each in a thread.
         timeout: seconds for one call.
@@ -110,16 +105,6 @@ class EndpointJudge:
         patience: int = 20,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("attempts", attempts, 1),
-            ("patience", patience, 1),
-            ("reasks", reasks, 0),
-            ("backoff", backoff, 0),
-            ("longest_wait", longest_wait, 0),
-        ):
-            if not value >= least:
-                raise InputError(f"{name} of a judge must be at least {least}, got {value}")
         if not timeout > 0:
             raise InputError(f"timeout of a judge must be positive, got {timeout}")
         if not model.strip():
@@ -132,6 +117,9 @@ class EndpointJudge:
         self.attempts, self.reasks, self.patience = attempts, reasks, patience
         self.backoff, self.longest_wait = backoff, longest_wait
         self.options = dict(OPTIONS if options is None else options)
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} of a judge must be at least {least}, got {getattr(self, name)}")
         self._client = opener()
 
     def estimate(

@@ -1,9 +1,7 @@
 """One HTTP request with a JSON body, and the three ways in which it can fail.
 
-By the standard library's client, which sends what it is told to and nothing else. The openai client adds
-OPENAI_ORG_ID and OPENAI_PROJECT_ID from the environment to requests to any endpoint and follows redirects; told to do
-neither, it would still need what is here: one deadline and a largest size for a response, the three kinds of failure,
-and waiting left to the caller.
+By the standard library's client, which sends what it is told to and nothing else: the openai client adds values from
+the environment, follows redirects, and has neither one deadline nor a largest size for a response.
 """
 
 from __future__ import annotations
@@ -29,17 +27,13 @@ _FOR_ALL = frozenset({301, 302, 303, 307, 308, 401, 402, 404, 405})
 class PostError(Exception):
     """A request failed; the message is one line, `failure` an HTTP status, "time-out", "connection" or "not JSON"."""
 
-    def __init__(self, failure: str, message: str) -> None:
+    def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.failure = failure
+        self.failure, self.retry_after = failure, retry_after
 
 
 class Unavailable(PostError):
     """It may work later; `retry_after` are the seconds that the server asks to wait, if it does."""
-
-    def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(failure, message)
-        self.retry_after = retry_after
 
 
 class Rejected(PostError):

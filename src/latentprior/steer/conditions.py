@@ -1,8 +1,7 @@
 """The conditions of a steering experiment, and the folder that keeps the rows of each.
 
 A condition is one task (a direction with its prompts), one method and, if that repairs, one prior; all prompts and
-strengths belong to it. Its rows are a Parquet file below ``cells``. A run that was interrupted, or one with more
-directions, methods or priors, makes only the files that are not there.
+strengths belong to it. Its rows are a Parquet file below ``cells``. A run makes only the files that are not there.
 """
 
 from __future__ import annotations
@@ -37,12 +36,11 @@ class Condition:
 
     task: SteeringTask
     method: str
-    prior: str
-    """Empty if the method has no prior."""
+    prior: str  # empty if the method has none
 
     @property
     def direction(self) -> str:
-        """The name of the task's direction, which the rows have."""
+        """The name of the task's direction, as in the rows."""
         return self.task.direction.name
 
     @property
@@ -51,7 +49,6 @@ class Condition:
 
 
 def file_of(direction: str, method: str, prior: str) -> str:
-    """The name of a condition's file."""
     return f"{method}-{_digest(json.dumps([direction, method, prior]).encode())}.parquet"
 
 

@@ -32,8 +32,6 @@ from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
 from latentprior.utils.results import Result
 
-ROWS = "summary.directions.methods.points"  # what a result is as a table
-
 
 def steer(config: SteerConfig, *, phase: Phase = unseen) -> Result:
     """Load the language model and run the experiment (`experiment`)."""
@@ -49,13 +47,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
         llm: gives the language model of ``config.llm`` and its tokenizer; called when the rest is found to be in order.
 
     Returns:
-        what is in ``steer.json``: the frontiers with their intervals, what each repair costs, the judges, the
-        directions, and some texts.
-
-    Raises:
-        InputError: a prior that cannot be read or knows no mean norm, priors of different layers, a missing key of the
-            judge; directions that are not there or do not fit; a folder that another process writes, or that holds an
-            experiment with other settings.
+        what is in ``steer.json``.
     """
     check_folder(config.output)
     priors, hookpoint = load_priors(config)
@@ -76,7 +68,6 @@ def _run(
     endpoint: EndpointJudge | None,
     phase: Phase,
 ) -> dict[str, Any]:
-    """The experiment in a folder that is this process's alone."""
     began, first = time.perf_counter(), priors[config.priors[0]]
     model, tokenizer = llm()
     hookpoint.check(model)
@@ -116,21 +107,19 @@ def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
 
 
 def _repairs(config: SteerConfig, glp: GLP) -> dict[str, Any]:
-    """What each method's repair is, and its denoiser evaluations for each activation."""
     repairs = {method: repair for method in config.methods if (repair := config.repair_of(method)) is not None}
     return {method: to_dict(repair) | {"nfe": PriorRepair(glp, repair).nfe} for method, repair in repairs.items()}
 
 
 def _described(tasks: Sequence[SteeringTask]) -> list[dict[str, Any]]:
-    return [
-        {"name": d.name, "kind": d.kind, "norm": d.norm, "concept": task.concept, "provenance": d.provenance}
-        for task in tasks
-        for d in [task.direction]
-    ]
+    described = []
+    for task in tasks:
+        found = {name: getattr(task.direction, name) for name in ("name", "kind", "norm", "provenance")}
+        described.append(found | {"concept": task.concept})
+    return described
 
 
 def _examples(table: pa.Table, prompts: int) -> list[dict[str, Any]]:
-    """The rows of the first prompts, without the figures that the page does not show."""
     shown = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")
     return table.filter(pc.field("prompt") < prompts).select(shown).to_pylist()
 

@@ -69,8 +69,7 @@ def text_activations(
         raise InputError(f"max_length must be at least 2, got {max_length}")
     hookpoint.check(model)
     rows = encode(list(texts), tokenizer, max_length)
-    short = [i for i, row in enumerate(rows) if len(row) < 2]
-    if short:
+    if short := [i for i, row in enumerate(rows) if len(row) < 2]:
         raise InputError(
             f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read: "
             f"leave them out (the first is number {short[0]})"
@@ -118,30 +117,27 @@ def persona_conversations(
     seed: int = 0,
     batch: int = 32,
 ) -> list[Conversation]:
-    """The model's answers to `questions` under a system prompt, as conversations of two or three messages.
+    """The model's answers to `questions` under a system prompt (or none), as conversations of two or three messages.
 
     Args:
-        system_prompt: None leaves the system message out.
         temperature: 0 decodes greedily; else tokens are drawn from the whole distribution at this temperature.
-        seed: of the draws; the global generator is left as it was.
-        batch: questions that are answered together, padded on the left. Draws depend on it, greedy answers do not.
+        batch: questions that are answered together. Draws depend on it, greedy answers do not.
     """
     if isinstance(questions, str) or not len(questions):
         raise InputError("questions must be a list of at least one string")
     if max_new_tokens < 1 or batch < 1 or not 0 <= temperature < math.inf:
-        raise InputError(
-            "max_new_tokens and batch must be at least 1 and temperature at least 0, "
-            f"got {max_new_tokens}, {batch} and {temperature}"
-        )
+        given = f"{max_new_tokens}, {batch} and {temperature}"
+        raise InputError(f"max_new_tokens and batch must be at least 1 and temperature at least 0, got {given}")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     prompts: list[Conversation] = [[*system, {"role": "user", "content": question}] for question in questions]
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": padding_id(tokenizer)}
-    options |= {"do_sample": False}
+    options["do_sample"] = temperature > 0
     if temperature > 0:
-        options |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        options |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[str] = []
-    with torch.random.fork_rng():  # `generate` draws from the global generator only
+    # `generate` draws from the global generator only.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for begin in range(0, len(rows), batch):
             ids, mask, _ = pad(rows[begin : begin + batch], padding_id(tokenizer), "left")
@@ -161,7 +157,6 @@ def persona_answers(
     """
     if not trait.positive or not trait.negative or not trait.questions:
         raise InputError(f"the trait {trait.name!r} needs positive and negative system prompts, and questions")
-
     sides: tuple[list[Conversation], list[Conversation]] = [], []
     for side, system_prompts in enumerate((trait.positive, trait.negative)):
         for i, prompt in enumerate(system_prompts):
@@ -192,33 +187,24 @@ def persona_direction(
 
     Args:
         answers: what `persona_answers` gave with the same options, where it is there already.
-        name: that of the trait by default.
         max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
-    sides: list[SpanMeans] = []
-    empty = 0
+    sides, empty = [], 0
     for side in answers or persona_answers(model, tokenizer, trait, seed=seed, **options):
         given = [conversation for conversation in side if conversation[-1]["content"]]
         if not given:
             raise InputError(f"the model gave only empty answers for the trait {trait.name!r}: raise max_new_tokens")
         sides.append(response_activations(model, tokenizer, given, hookpoint, batch_tokens=batch_tokens))
         empty += len(side) - len(given)
-    return Direction.of(
-        estimate.mean_difference(*(side.x for side in sides)),
-        hookpoint,
-        name or trait.name,
-        "persona",
-        mean_norm=mean_norm_of(*sides),
-        trait=trait.name,
-        positive=len(sides[0].x),
-        negative=len(sides[1].x),
-        empty=empty,
-        read="response",
-        seed=seed,
-        **options,
+    positive, negative = (side.x for side in sides)
+    vector, counts = (
+        estimate.mean_difference(positive, negative),
+        {"positive": len(positive), "negative": len(negative)},
     )
+    made: dict[str, Any] = {"trait": trait.name, **counts, "empty": empty, "read": "response", "seed": seed, **options}
+    return Direction.of(vector, hookpoint, name or trait.name, "persona", mean_norm=mean_norm_of(*sides), **made)
 
 
 def labelled_direction(
@@ -239,7 +225,6 @@ def labelled_direction(
     """The direction from texts of label 0 to those of label 1, or a control for it.
 
     Args:
-        labels: N labels, 0 or 1.
         kind: "difference_of_means"; "probe", the normal of a logistic probe; and two controls: "shuffled", the
             difference of means after the labels were permuted, and "random", for which no text is read.
         seed: of the controls.
@@ -255,13 +240,12 @@ def labelled_direction(
     options: dict[str, Any] = {"read": read, "max_length": max_length}
     found = text_activations(model, tokenizer, texts, hookpoint, batch_tokens=batch_tokens, **options)
     made: dict[str, Any] = {"positive": int(positive.sum()), "negative": int((~positive).sum()), **options}
-    x = found.x
     if kind == "probe":
-        vector, made["l2"] = estimate.probe_normal(x, positive, l2=l2), l2
+        vector, made["l2"] = estimate.probe_normal(found.x, positive, l2=l2), l2
     elif kind == "shuffled":
-        vector, made["seed"] = estimate.shuffled_mean_difference(x, positive, seed), seed
+        vector, made["seed"] = estimate.shuffled_mean_difference(found.x, positive, seed), seed
     else:
-        vector = estimate.mean_difference(x[positive], x[~positive])
+        vector = estimate.mean_difference(found.x[positive], found.x[~positive])
     return Direction.of(vector, hookpoint, name, kind, mean_norm=mean_norm_of(found), **made)
 
 

@@ -49,6 +49,9 @@ class Estimate(NamedTuple):
         """JSON-ready; an infinite end is None."""
         return None if math.isnan(self.low) else [_finite(self.low), _finite(self.high)]
 
+    def named(self, name: str) -> dict[str, Any]:
+        return {name: _finite(self.value), f"{name}_interval": self.interval}
+
     def to_dict(self) -> dict[str, Any]:
         return {"value": _finite(self.value), "interval": self.interval, "clear": self.clear}
 
@@ -126,23 +129,10 @@ def estimate(draws: np.ndarray) -> Estimate:
     return Estimate(float(draws[0]), *percentile_interval(draws[1:]))
 
 
-def area_difference(method: Frontier, baseline: Frontier, width: float) -> Estimate:
-    """How much more mean gain `method` gives than `baseline`, over NLL increases from 0 to `width`."""
-    return estimate(method.area(width) - baseline.area(width))
-
-
-def gain_at_matched_fluency(method: Frontier, baseline: Frontier, increase: float) -> Estimate:
-    """How much more gain `method` gives at an NLL increase of at most `increase`."""
-    return estimate(method.gain_at(increase) - baseline.gain_at(increase))
-
-
-def nll_at_matched_concept(method: Frontier, baseline: Frontier, gain: float) -> Estimate:
-    """How much more NLL `method` needs for `gain`: below zero it is the more fluent one.
-
-    Infinite where one of the two never attains the gain, NaN where neither does.
-    """
+def difference(method: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """How much more `method` [N] is than `baseline`: infinite where one of the two is, NaN where both are."""
     with np.errstate(invalid="ignore"):
-        return estimate(method.increase_at(gain) - baseline.increase_at(gain))
+        return estimate(method - baseline)
 
 
 def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -155,7 +145,6 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
 
     Args:
         table: see `aggregate`.
-        baseline: the method that the others are compared with.
         resamples, seed: of the bootstrap over prompts.
     """
     if resamples < 1:
@@ -170,7 +159,6 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
 
 
 def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: int, seed: int) -> dict[str, Any]:
-    """The summary of one direction, the baseline's methods first."""
     first = next(iter(aggregates))
     if baseline not in (methods := dict.fromkeys(key.method for key in aggregates)):
         raise unknown(f"baseline along {first.direction!r}", baseline, methods)
@@ -189,7 +177,6 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
         if against is None:
             raise InputError(f"prior {key.prior!r} along {key.direction!r} has no rows of the baseline {baseline!r}")
         mine = frontiers[key]
-        area = estimate(mine.area(width))
         entry = {
             "method": key.method,
             "prior": key.prior or None,
@@ -197,8 +184,7 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
             "missing": aggregates[key].missing,
             "points": list(_points(aggregates[key], curves[key])),
             "frontier": _vertices(mine, curves[key]),
-            "area": area.value,
-            "area_interval": area.interval,
+            **estimate(mine.area(width)).named("area"),
         }
         if key.method != baseline:
             entry |= _differences(mine, frontiers[against], width)
@@ -220,16 +206,13 @@ def _range(points: Curve) -> float:
 
 
 def _differences(mine: Frontier, baseline: Frontier, width: float) -> dict[str, Any]:
-    increases = [share * width for share in MATCHED_NLL]
-    attained = float(baseline.gain_at(width)[0])
-    gains = [share * attained for share in MATCHED_GAIN] if attained > 0 else []
-    return {
-        "area_difference": area_difference(mine, baseline, width).to_dict(),
-        "gain_at_matched_fluency": [
-            {"increase": x} | gain_at_matched_fluency(mine, baseline, x).to_dict() for x in increases
-        ],
-        "nll_at_matched_concept": [{"gain": y} | nll_at_matched_concept(mine, baseline, y).to_dict() for y in gains],
-    }
+    at_increase, at_gain, attained = [], [], float(baseline.gain_at(width)[0])
+    for x in (share * width for share in MATCHED_NLL):
+        at_increase.append({"increase": x} | difference(mine.gain_at(x), baseline.gain_at(x)).to_dict())
+    for y in (share * attained for share in MATCHED_GAIN if attained > 0):
+        at_gain.append({"gain": y} | difference(mine.increase_at(y), baseline.increase_at(y)).to_dict())
+    area = difference(mine.area(width), baseline.area(width)).to_dict()
+    return {"area_difference": area, "gain_at_matched_fluency": at_increase, "nll_at_matched_concept": at_gain}
 
 
 def _points(aggregated: Aggregate, points: Curve) -> Iterator[dict[str, Any]]:
@@ -239,10 +222,8 @@ def _points(aggregated: Aggregate, points: Curve) -> Iterator[dict[str, Any]]:
         yield {
             "strength": strength,
             "prompts": int((~np.isnan(aggregated.gain[:, i])).sum()),
-            "gain": _finite(gain.value),
-            "gain_interval": gain.interval,
-            "nll": _finite(nll.value),
-            "nll_interval": nll.interval,
+            **gain.named("gain"),
+            **nll.named("nll"),
             "concept_positive": _mean(signs[:, 0]),
             "concept_negative": _mean(signs[:, 1]),
             **{name: _mean(values[:, i]) for name, values in aggregated.columns.items() if name in DESCRIBED},

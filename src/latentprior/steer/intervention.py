@@ -40,13 +40,13 @@ class Edit(ShortRepr):
     - "clamp": the component along w becomes ``r m``, the rest stays.
     - "ablate": the component along w becomes 0; the strength must be 0.
     - "rotate": a turns towards w by the angle ``atan(r)``, in the plane of both, and keeps its norm; a negative
-      strength turns it away. It stops at w or -w. An activation of norm m across w then points where adding ``r m w``
-      would point it. One that lies along w stays as it is, as no plane is given.
+      strength turns it away. It stops at w or -w. One that lies along w stays as it is, as no plane is given.
+
+    A strength is one number, or [B] with one for each row of the batch; beams and returned sequences take their row's.
     """
 
     direction: Direction
     strength: float | Tensor = 0.0
-    """One number, or [B] with one for each row of the batch. Beams and returned sequences take their row's."""
     kind: EditKind = "add"
 
     def __post_init__(self) -> None:
@@ -59,9 +59,8 @@ class Edit(ShortRepr):
             raise unknown("kind of edit", self.kind, EDIT_KINDS)
         strength = torch.as_tensor(self.strength)
         if strength.ndim > 1 or not strength.numel() or strength.is_complex() or strength.dtype == torch.bool:
-            raise InputError(
-                f"a strength is a number or one for each row [B], got {strength.dtype} {list(strength.shape)}"
-            )
+            shape = list(strength.shape)
+            raise InputError(f"a strength is a number or one for each row [B], got {strength.dtype} {shape}")
         if not strength.isfinite().all():
             raise InputError(f"the strength along {self.direction.name!r} is infinite or NaN")
         if self.kind == "ablate" and strength.any():
@@ -73,15 +72,9 @@ class Repair(Protocol):
     """Brings edited activations back to where activations live."""
 
     def __call__(
-        self,
-        clean: Float[Tensor, "n d"],
-        edited: Float[Tensor, "n d"],
-        at: EditedPositions,
-        push: Float[Tensor, "n d"],
-        /,
+        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], at: EditedPositions, push: Tensor, /
     ) -> Float[Tensor, "n d"]:
         """The activations [N, d] to go on with, raw like `clean` and `edited`; `push` is ``edited - clean``."""
-        ...
 
 
 @contextmanager
@@ -101,11 +94,10 @@ def steering(
     without an edit, and edits of strength 0 without repair, leave the model's text as it is, bit for bit.
 
     Args:
-        model: a causal language model; each direction is checked against it before anything runs.
         edits: those of one hookpoint apply in the given order, those of several layers in the model's order.
         mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer. By
             default that of the layer's directions (`Direction.mean_norm`), the first that knows it.
-        positions: which positions; see `latentprior.lm.edits.Positions`.
+        positions: see `latentprior.lm.edits.Positions`.
         repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
             at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
         check_model: refuse directions of a model of another name. Layer and width are always checked.
@@ -114,10 +106,8 @@ def steering(
         counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
 
     Raises:
-        InputError: something that is no `Edit`; a direction of another model, layer or width; unknown positions; a mean
-            norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
-            the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
-            on leaving the context with nothing edited: what `latentprior.lm.edits.edit_positions` refuses.
+        InputError: at once for directions and mean norms that do not fit; in the forward pass for strengths or a mask
+            that do not fit the batch; on leaving the context if nothing was edited.
 
     Examples:
         >>> with lp.steering(model, lp.Edit(direction, 0.8), mean_norm=5.0) as counts:
@@ -165,8 +155,6 @@ def _unit(mean_norm: float | Mapping[int, float] | None, layer: int, edits: Sequ
 
 
 class _PreparedEdit:
-    """One edit, ready to run."""
-
     def __init__(self, edit: Edit, unit: float) -> None:
         self._apply = _APPLY[edit.kind]
         self._idle_at_zero = edit.kind in ("add", "rotate")
@@ -176,7 +164,7 @@ class _PreparedEdit:
         self._strength = torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
 
     def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
-        """[N, d] edited; rows with nothing to do come back bit for bit."""
+        """Rows with nothing to do come back bit for bit."""
         self._direction = self._direction.to(x)  # moves once: the layer stays where it is
         self._strength = self._strength.to(x)
         strength = for_batch(self._strength, at.batch, self._name)[at.row, None]
@@ -185,8 +173,6 @@ class _PreparedEdit:
 
 
 class _EditsThenRepair:
-    """What is done at one hookpoint: all edits in order, then repair."""
-
     def __init__(self, edits: Sequence[_PreparedEdit], repair: Repair | None) -> None:
         self._edits, self._repair = edits, repair
 
