@@ -35,11 +35,6 @@ def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     return dict(_entry(line, path, number) for number, line in enumerate(data.split(b"\n")[:-1], start=1))
 
 
-def value_of(entry: Mapping[str, Any]) -> Any:
-    """The JSON value that an entry holds, never None."""
-    return entry[VALUE]
-
-
 def _entry(line: bytes, path: Path, number: int) -> tuple[str, dict[str, Any]]:
     try:
         entry = json.loads(line)
@@ -95,7 +90,6 @@ class AnswerCache:
             raise InputError(f"cannot write the answers to {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let other processes have it."""
         self._opened.close()
 
     def __enter__(self) -> AnswerCache:

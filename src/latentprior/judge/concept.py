@@ -26,6 +26,7 @@ from latentprior.utils.errors import InputError, unknown
 FeatureKind = Literal["embedding", "layer", "both"]
 
 MAX_LENGTH = 128  # tokens of a text that are looked at
+BATCH = 64
 HELD_OUT = 0.2
 FEWEST = 5  # texts of each class that it takes to learn and to measure
 # Of standardised features; on 1,920 SST-2 texts, 5 times as much and a third as much are better for no kind of them.
@@ -53,14 +54,12 @@ class Embedder:
             self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
     @torch.no_grad()
-    def __call__(
-        self, texts: Sequence[str], *, batch: int = 64, max_length: int = MAX_LENGTH
-    ) -> Float[np.ndarray, "N d"]:
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "N d"]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # saves padding
         out = np.empty((len(texts), self._model.config.hidden_size), np.float32)
-        for begin in range(0, len(order), batch):
-            chosen = order[begin : begin + batch]
-            options = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+        options = {"padding": True, "truncation": True, "max_length": MAX_LENGTH, "return_tensors": "pt"}
+        for begin in range(0, len(order), BATCH):
+            chosen = order[begin : begin + BATCH]
             inputs = self._tokenizer([texts[i] for i in chosen], **options).to(self._model.device)
             hidden = self._model(**inputs).last_hidden_state
             mask = inputs["attention_mask"][:, :, None]
@@ -72,8 +71,7 @@ class Embedder:
 class LayerMean:
     """Mean over tokens of a block's output, the first position left out; use it outside of every steering context.
 
-    Args:
-        layer: index of the block; None is two thirds up, block 20 of SmolLM2's 30 (on SST-2 better than 24 and 28).
+    By default the block two thirds up, number 20 of SmolLM2's 30 (on SST-2 better than 24 and 28).
     """
 
     def __init__(self, model: Any, tokenizer: Any, layer: int | None = None, *, batch_tokens: int = 2048) -> None:
@@ -123,12 +121,8 @@ def features_for(model: Any, tokenizer: Any, kind: FeatureKind = "both") -> Feat
 class ConceptClassifier:
     """Probability that a text shows a concept: logistic regression on standardised features.
 
-    Of texts that differ in case and white space alone, the first counts. A fifth of the rest, stratified, is held out
-    for `heldout_accuracy`.
-
-    Args:
-        labels: 1 where the text shows the concept, else 0.
-        features: see `features_for`; sentence embeddings by default.
+    Labels are 1 where the text shows the concept, else 0; features are sentence embeddings by default. Of texts that
+    differ in case and white space alone, the first counts. A fifth of the rest is held out for `heldout_accuracy`.
     """
 
     def __init__(
@@ -151,7 +145,6 @@ class ConceptClassifier:
 
 
 def _distinct(texts: Sequence[str], labels: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Texts that differ in more than case and white space, and their labels."""
     if len(texts) != len(labels) or not set(labels) <= {0, 1}:
         raise InputError(f"a concept classifier needs a label, 0 or 1, for each of its {len(texts)} texts")
     first: dict[str, int] = {}

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ import numpy as np
 
 from latentprior.config import JudgeConfig
 from latentprior.judge.answers import Answer, Answers, Malformed, Message, Request
-from latentprior.judge.cache import AnswerCache, content_key, read_cache, value_of
+from latentprior.judge.cache import VALUE, AnswerCache, content_key, read_cache
 from latentprior.judge.post import Refused, Rejected, Unavailable, opener, post_json
 from latentprior.judge.ratings import RatingRequest
 from latentprior.utils.errors import InputError
@@ -60,7 +60,7 @@ def endpoint_key(variable: str) -> str:
     return key
 
 
-def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
+def endpoint_of(config: JudgeConfig, cache: Path) -> EndpointJudge | None:
     """The judge that `config` names, with its key from the environment; None if it names none."""
     if config.url is None or config.model is None:
         return None
@@ -69,57 +69,42 @@ def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
     return EndpointJudge(config.url, config.model, key, cache=cache, **options)
 
 
+@dataclass(eq=False)
 class EndpointJudge:
     """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a file.
 
     A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a response that is not JSON)
     is repeated after `backoff` seconds, twice that, and so on, and never before the server's Retry-After. A request
-    that fails for good gets no value and a reason; the next run asks for it again.
-
-    Args:
-        url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
-        key: bearer token, if the endpoint needs one.
-        cache: file of paid answers (`AnswerCache`), found by model, messages, options, kind and version of the wording.
-        concurrency: most calls at a time, each in a thread.
-        timeout: seconds for one call.
-        attempts: most failed calls for one request.
-        reasks: how often a malformed answer is asked for again.
-        longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
-        patience: after this many requests in a row that got no answer at all, the others are not asked.
-        options: further fields of the body in place of `OPTIONS`, as some models want other ones.
+    that fails for good gets no value and a reason; the next run asks for it again. Paid answers are found by model,
+    messages, options, kind and version of the wording.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str | None = None,
-        *,
-        cache: str | Path,
-        concurrency: int = 8,
-        timeout: float = 60.0,
-        attempts: int = 6,
-        reasks: int = 2,
-        backoff: float = 1.0,
-        longest_wait: float = 120.0,
-        patience: int = 20,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not timeout > 0:
-            raise InputError(f"timeout of a judge must be positive, got {timeout}")
-        if not model.strip():
-            raise InputError("name the judge's model")
-        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-            raise InputError("the judge's key must be printable ASCII without spaces around it")
-        self.url, self.model, self._key = _completions_url(url), model, key
-        self.cache = Path(cache)
-        self.concurrency, self.timeout = concurrency, timeout
-        self.attempts, self.reasks, self.patience = attempts, reasks, patience
-        self.backoff, self.longest_wait = backoff, longest_wait
-        self.options = dict(OPTIONS if options is None else options)
+    url: str  # base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1
+    model: str
+    key: str | None = field(default=None, repr=False)  # bearer token, if the endpoint needs one
+    _: KW_ONLY
+    cache: Path  # file of paid answers (`AnswerCache`)
+    concurrency: int = 8
+    timeout: float = 60.0
+    attempts: int = 6  # most failed calls for one request
+    reasks: int = 2  # how often a malformed answer is asked for again
+    backoff: float = 1.0
+    longest_wait: float = 120.0  # longer back-off is cut to it, a longer Retry-After fails the request
+    patience: int = 20  # after so many requests in a row that got no answer at all, the others are not asked
+    options: Mapping[str, Any] = field(default_factory=lambda: dict(OPTIONS))  # further fields of the body
+
+    def __post_init__(self) -> None:
         for name, least in LEAST.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} of a judge must be at least {least}, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise InputError(f"timeout of a judge must be positive, got {self.timeout}")
+        if not self.model.strip():
+            raise InputError("name the judge's model")
+        key = self.key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise InputError("the judge's key must be printable ASCII without spaces around it")
+        self.url, self.cache = _completions_url(self.url), Path(self.cache)
         self._client = opener()
 
     def estimate(
@@ -141,17 +126,13 @@ class EndpointJudge:
         return Ratings(self.ask(requests, report=report).results)
 
     def ask(self, requests: Sequence[Request[Value]], *, report: Report = silent) -> Answers[Value]:
-        """The answers to `requests`, in their order.
+        """The answers to `requests`, in their order; `InputError` if the endpoint refuses every one.
 
         If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
-
-        Raises:
-            InputError: the endpoint refuses every request (wrong URL, key or account), or the cache is damaged, in use
-                by another process or cannot be written.
         """
         keyed = self._keyed(requests)
         with AnswerCache(self.cache) as cache:
-            known = {key: Answer(value_of(cache.entries[key])) for key, _ in keyed if key in cache.entries}
+            known = {key: Answer(cache.entries[key][VALUE]) for key, _ in keyed if key in cache.entries}
             pending = {key: request for key, request in keyed if key not in known}
             results = known | self._ask_all(pending, cache, report)
         return Answers([results[key] for key, _ in keyed])
@@ -159,7 +140,7 @@ class EndpointJudge:
     def recall(self, requests: Sequence[Request[Value]]) -> list[Value | None]:
         """What the cache holds of the answers to `requests`, None where it has none; calls nothing."""
         known = read_cache(self.cache)
-        return [value_of(known[key]) if key in known else None for key, _ in self._keyed(requests)]
+        return [known[key][VALUE] if key in known else None for key, _ in self._keyed(requests)]
 
     def _keyed(self, requests: Sequence[Request[Value]]) -> list[tuple[str, Request[Value]]]:
         return [(content_key(self._body(r.messages()) | {"kind": r.kind, "version": r.version}), r) for r in requests]
@@ -223,8 +204,7 @@ class EndpointJudge:
         return Answer(None, reason, calls, tuple(failures))
 
     def _post(self, messages: list[Message]) -> tuple[str, Any]:
-        """The model's answer, and the tokens that the server counted."""
-        response = post_json(self._client, self.url, self._body(messages), key=self._key, timeout=self.timeout)
+        response = post_json(self._client, self.url, self._body(messages), key=self.key, timeout=self.timeout)
         try:
             answer = response["choices"][0]["message"]["content"]
         except (LookupError, TypeError) as error:

@@ -31,16 +31,14 @@ def conditional_nll(
 ) -> np.ndarray:
     """Mean negative log-likelihood of continuations given their prompts, in nats a token (paper, fluency).
 
-    The likelihood is that of the model as it is now: call this outside of every steering context.
+    The likelihood is that of the model as it is now: call this outside of every steering context. A continuation
+    without tokens has NaN.
 
     Args:
         inputs: "input_ids" of the prompts [B / copies, P] and, where they are padded on any side, "attention_mask".
         mask: True at tokens of the continuation, False after its end; None if all are as long as T.
         copies: continuations of each prompt, which come one after another; each prompt is run once.
         largest_logits: as many rows are taken at a time as have at most so many logits, but one at least.
-
-    Returns:
-        [B] float64; NaN for a continuation without tokens.
     """
     prompts = inputs["input_ids"]
     prompt_mask = inputs.get("attention_mask", torch.ones_like(prompts)).bool()
@@ -71,7 +69,6 @@ def _logit_columns(model: nn.Module, prompts: Tensor, ids: Tensor) -> int:
 
 
 def _nll(model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean loss [B] float64 of one chunk."""
     arguments = _arguments(model, torch.cat([prompts, ids], dim=1), torch.cat([prompt_mask, mask], dim=1).long())
     keep = {"logits_to_keep": ids.shape[1] + 1} if "logits_to_keep" in hooks.forward_parameters(model) else {}
     logits = model(**arguments, **keep, use_cache=False).logits[:, -ids.shape[1] - 1 : -1]

@@ -57,12 +57,7 @@ def opener() -> urllib.request.OpenerDirector:
 def post_json(
     client: urllib.request.OpenerDirector, url: str, body: Mapping[str, Any], *, key: str | None, timeout: float
 ) -> Any:
-    """The JSON that the server responds with.
-
-    Args:
-        key: sent as a bearer token; appears in no message.
-        timeout: seconds for the whole exchange, however slowly the response arrives.
-    """
+    """The JSON that the server responds with; `key` is a bearer token, `timeout` seconds for the whole exchange."""
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "latentprior"}
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"

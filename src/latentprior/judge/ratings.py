@@ -83,13 +83,7 @@ class RatingRequest:
 
 
 def parse_rating(answer: str, kind: Kind) -> int:
-    """The rating in a model's answer, 0 to `SCALES[kind]`.
-
-    A code fence, a think block, text around the JSON object and further keys are tolerated.
-
-    Raises:
-        Malformed: no rating, several that differ, or one that is out of range or no whole number.
-    """
+    """The rating, 0 to `SCALES[kind]`, in an answer with whatever else around its JSON object; else `Malformed`."""
     found = [value["rating"] for value in json_objects(answer) if "rating" in value]
     if not found:
         raise Malformed('no JSON object with a "rating"')

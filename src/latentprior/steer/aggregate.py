@@ -22,11 +22,9 @@ SIGNS = np.array([1.0, -1.0])
 
 
 class Key(NamedTuple):
-    """A condition; `prior` is "" where the rows name none."""
-
     direction: str
     method: str
-    prior: str
+    prior: str  # "" where the rows name none
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +32,7 @@ class Aggregate:
     """One condition, P prompts by S strengths, with the signs of a strength taken together."""
 
     strengths: np.ndarray  # [S] absolute, increasing
-    gain: (
-        np.ndarray
-    )  # [P, S] mean over the signs that were run; NaN without a text or rating, the unsteered one included
+    gain: np.ndarray  # [P, S] mean over the signs that were run; NaN where a text or rating, or the unsteered, lacks
     increase: np.ndarray  # [P, S] of the NLL, nats a token; NaN where `gain` is
     unsteered: Mapping[str, np.ndarray]  # [P] each column of numbers, of the unsteered texts
     columns: Mapping[str, np.ndarray]  # [P, S, 2] each column of numbers, for positive and negative strengths

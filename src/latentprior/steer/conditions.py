@@ -32,15 +32,12 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Condition:
-    """One task, one method, one prior."""
-
     task: SteeringTask
     method: str
     prior: str  # empty if the method has none
 
     @property
     def direction(self) -> str:
-        """The name of the task's direction, as in the rows."""
         return self.task.direction.name
 
     @property
@@ -69,7 +66,6 @@ def losses_of(priors: Mapping[str, GLP]) -> dict[str, dict[str, Any]]:
 
 
 def write_rows(table: pa.Table, path: Path) -> None:
-    """Write rows as a Parquet file, whole or not at all."""
     with replaced(path) as partial:
         pq.write_table(table, partial, compression="zstd")
 
@@ -130,10 +126,8 @@ def refuse_unchanged(
     if steered and all(row["text"] == plain[row["prompt"]] for row in steered):
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         did = f"; {counts}" if counts is not None else ""
-        raise InputError(
-            f"method {method!r} along {direction!r} changed none of {len(steered)} texts at any "
-            f"strength: nothing to report ({installed}{did})"
-        )
+        what = f"method {method!r} along {direction!r} changed none of {len(steered)} texts at any strength"
+        raise InputError(f"{what}: nothing to report ({installed}{did})")
 
 
 def _digests(directions: Iterable[Direction]) -> dict[str, str]:

@@ -41,11 +41,9 @@ class Direction:
     hookpoint: Hookpoint
     name: str  # shown to people, such as "sentiment (SST-2)"
     kind: str  # how it was made, one of `KINDS`
-    norm: float = 1.0
-    """Its norm before it was scaled to 1, in raw activation units; 1 where it had none."""
+    norm: float = 1.0  # before it was scaled to 1, in raw activation units; 1 where it had none
     provenance: dict[str, Any] = field(default_factory=dict)  # data, counts, seed, options; JSON-ready
-    mean_norm: float | None = None
-    """Mean norm of the activations that it was made from, the unit of strength; None where it is not known."""
+    mean_norm: float | None = None  # of the activations that it was made from, the unit of strength
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -129,17 +127,12 @@ class Direction:
 
 def _check_shape(vector: Tensor, hookpoint: Hookpoint) -> None:
     if vector.shape != (hookpoint.width,):
-        raise InputError(
-            f"a direction at layer {hookpoint.layer} of {hookpoint.model or 'this model'} has shape "
-            f"[{hookpoint.width}], got {list(vector.shape)}"
-        )
+        place = f"layer {hookpoint.layer} of {hookpoint.model or 'this model'}"
+        raise InputError(f"a direction at {place} has shape [{hookpoint.width}], got {list(vector.shape)}")
 
 
 def write_direction(direction: Direction, path: str | Path) -> Path:
-    """Write `direction` as one safetensors file, whole or not at all; missing folders are made.
-
-    Its tensor is "direction" [d]; everything else is JSON in the metadata.
-    """
+    """Write `direction` as one safetensors file, whole or not at all; all but the vector is JSON in the metadata."""
     path = Path(path)
     values: dict[str, Any] = {"format": FORMAT, "name": direction.name, "kind": direction.kind, "norm": direction.norm}
     values |= {"hookpoint": direction.hookpoint.to_dict(), "provenance": direction.provenance}

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -32,9 +31,11 @@ from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
 from latentprior.utils.results import Result
 
+SHOWN = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")  # on the page
+
 
 def steer(config: SteerConfig, *, phase: Phase = unseen) -> Result:
-    """Load the language model and run the experiment (`experiment`)."""
+    """Load the language model and run the experiment."""
     return experiment(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
@@ -42,12 +43,7 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     """Run the experiment and write ``results.parquet`` and ``steer.json`` into ``config.output``.
 
     Everything that is there already is kept: the same call continues an interrupted one, and opens a finished one.
-
-    Args:
-        llm: gives the language model of ``config.llm`` and its tokenizer; called when the rest is found to be in order.
-
-    Returns:
-        what is in ``steer.json``.
+    `llm` gives the language model and its tokenizer; it is called when the rest is found to be in order.
     """
     check_folder(config.output)
     priors, hookpoint = load_priors(config)
@@ -74,7 +70,8 @@ def _run(
     with torch.random.fork_rng(devices=[]):
         tasks = steering_tasks(config, model, tokenizer, hookpoint)
     for direction in (task.direction for task in tasks):
-        write_direction(direction, folder / "directions" / f"{_slug(direction.name)}.safetensors")
+        slug = "".join(c if c.isalnum() else "-" for c in direction.name)
+        write_direction(direction, folder / "directions" / f"{slug}.safetensors")
     runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
     table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
     table, ratings = rate_texts(config, endpoint, table, tasks, phase)
@@ -90,7 +87,7 @@ def _run(
         "judges": {task.direction.name: task.judged_by for task in tasks},
         "directions": _described(tasks),
         "ratings": ratings,
-        "texts": _examples(table, config.examples),
+        "texts": table.filter(pc.field("prompt") < config.examples).select(SHOWN).to_pylist(),
     }
     result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
     replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
@@ -117,12 +114,3 @@ def _described(tasks: Sequence[SteeringTask]) -> list[dict[str, Any]]:
         found = {name: getattr(task.direction, name) for name in ("name", "kind", "norm", "provenance")}
         described.append(found | {"concept": task.concept})
     return described
-
-
-def _examples(table: pa.Table, prompts: int) -> list[dict[str, Any]]:
-    shown = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")
-    return table.filter(pc.field("prompt") < prompts).select(shown).to_pylist()
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

@@ -43,12 +43,12 @@ class LatentDescription:
 
     @property
     def tokens(self) -> list[str]:
-        """The distinct tokens of the examples, commonest first."""
+        """Of the examples, commonest first."""
         return [token for token, _ in Counter(example.token for example in self.examples).most_common()]
 
     @property
     def name(self) -> str:
-        """Shown to people, such as "latent 12: ' film', ' movie'"."""
+        """Such as "latent 12: ' film', ' movie'"."""
         shown = ", ".join(map(repr, self.tokens[:3])) or "never active"
         return f"latent {self.latent}: {shown}"
 
@@ -83,8 +83,7 @@ def describe_latents(
         activations: a store, of which random whole documents are taken, or rows in memory; recorded where the SAE
             belongs. A context is what was recorded of it: a row's neighbours in its document.
         latents: which ones, or how many at random (ascending) of those that are active on at least 5 rows.
-        examples: most examples of each.
-        context: tokens to each side.
+        context: tokens to each side of an example.
         rows: about how many of a store to look at.
     """
     generator = generator_of(seed)

@@ -48,7 +48,6 @@ def read_foreign(
     Args:
         hookpoint: where it belongs, as the files say at most of which family of models they are.
         blocks: how many the model has, ``len(hooks.find_blocks(model))``; needed where a tensor has a row for each.
-        name: the file's name by default.
         tensor: which tensor of a safetensors file that holds several.
     """
     path = Path(path)
@@ -135,10 +134,8 @@ def _from_pickle(path: Path, hookpoint: Hookpoint, blocks: int | None) -> tuple[
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and hostile pickles raise errors of nearly every type
-        raise InputError(
-            f"{path} is damaged or holds more than tensors, and is not opened; where it is trusted, save "
-            "`{layer: vector}` with torch.save, or one tensor"
-        ) from error
+        instead = "where it is trusted, save `{layer: vector}` with torch.save, or one tensor"
+        raise InputError(f"{path} is damaged or holds more than tensors, and is not opened; {instead}") from error
     if isinstance(loaded, _SteeringVector):
         state = loaded.state if isinstance(loaded.state, dict) else {}
         if (kind := state.get("layer_type", "decoder_block")) != "decoder_block":
@@ -164,17 +161,16 @@ def _of_layer(found: Tensor, hookpoint: Hookpoint, blocks: int | None, path: Pat
         raise InputError(f"{path} holds a tensor {list(found.shape)}, neither [d] nor [layers, d]")
     rows = len(found)
     if blocks is None:
+        which = f"outputs of {rows} blocks or hidden states of {rows - 1}"
         raise InputError(
-            f"{path} holds {rows} rows, outputs of {rows} blocks or hidden states of {rows - 1}: say which with "
-            "blocks=, the number of blocks of the model"
+            f"{path} holds {rows} rows, {which}: say which with blocks=, the number of blocks of the model"
         )
     check_in_range(hookpoint.layer, blocks, f"blocks={blocks}")
     if rows == blocks:
         return found[_block(hookpoint)], {}
     if rows != blocks + 1:
-        raise InputError(
-            f"{path} holds {rows} rows, the model has {blocks} blocks: neither {blocks} nor {blocks + 1} rows"
-        )
+        wanted = f"neither a row for each ({blocks}) nor one for the embeddings, too ({blocks + 1})"
+        raise InputError(f"{path} holds {rows} rows, and the model has {blocks} blocks: {wanted}")
     # The last row is not the last block's output: transformers puts the final norm before it.
     row = hookpoint.layer + (hookpoint.side == "output")
     return found[row], {"format": "persona_vectors", "after_final_norm": row == blocks}

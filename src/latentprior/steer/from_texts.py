@@ -1,7 +1,7 @@
 """Directions from texts and from chat responses: activations at one hookpoint, one row each, then an estimator.
 
 A row is the mean over a span of tokens. The first position is never in it, nor are attention sinks: tokens whose norm
-is over 10 times the median norm of their own text, so that a row is the same whatever texts come with it.
+is over 10 times the median norm of their own text (not of the batch: a row depends on no other text).
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ def text_activations(
     hookpoint.check(model)
     rows = encode(list(texts), tokenizer, max_length)
     if short := [i for i, row in enumerate(rows) if len(row) < 2]:
-        raise InputError(
-            f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read: "
-            f"leave them out (the first is number {short[0]})"
-        )
+        few = f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read"
+        raise InputError(f"{few}: leave them out (the first is number {short[0]})")
     spans = [(len(row) - 1 if read == "last" else 1, len(row)) for row in rows]
     return _span_means(model, tokenizer, rows, spans, hookpoint, batch_tokens)
 
@@ -87,12 +85,7 @@ def response_activations(
     max_length: int = 2048,
     batch_tokens: int = 4096,
 ) -> SpanMeans:
-    """Mean activation over the text of each conversation's last response; what the chat template adds is context only.
-
-    Args:
-        conversations: messages {"role", "content"}, the last of them an assistant's.
-        max_length: conversations are cut to this many tokens.
-    """
+    """Mean activation over the text of each conversation's last response; what the chat template adds is context."""
     if not conversations:
         raise InputError("response activations need at least one conversation")
     hookpoint.check(model)
@@ -119,9 +112,7 @@ def persona_conversations(
 ) -> list[Conversation]:
     """The model's answers to `questions` under a system prompt (or none), as conversations of two or three messages.
 
-    Args:
-        temperature: 0 decodes greedily; else tokens are drawn from the whole distribution at this temperature.
-        batch: questions that are answered together. Draws depend on it, greedy answers do not.
+    They are greedy at temperature 0, else drawn from the whole distribution; draws depend on `batch`.
     """
     if isinstance(questions, str) or not len(questions):
         raise InputError("questions must be a list of at least one string")
@@ -151,10 +142,7 @@ def persona_conversations(
 def persona_answers(
     model: Any, tokenizer: Any, trait: Trait, *, seed: int = 0, **options: Any
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Answers to every question of a trait under every system prompt that asks for it, and for its opposite.
-
-    Each system prompt draws from a seed of its own; `options` are those of `persona_conversations`.
-    """
+    """`persona_conversations` under every system prompt of a trait, and of its opposite; each has a seed of its own."""
     if not trait.positive or not trait.negative or not trait.questions:
         raise InputError(f"the trait {trait.name!r} needs positive and negative system prompts, and questions")
     sides: tuple[list[Conversation], list[Conversation]] = [], []
@@ -199,11 +187,9 @@ def persona_direction(
         sides.append(response_activations(model, tokenizer, given, hookpoint, batch_tokens=batch_tokens))
         empty += len(side) - len(given)
     positive, negative = (side.x for side in sides)
-    vector, counts = (
-        estimate.mean_difference(positive, negative),
-        {"positive": len(positive), "negative": len(negative)},
-    )
-    made: dict[str, Any] = {"trait": trait.name, **counts, "empty": empty, "read": "response", "seed": seed, **options}
+    vector = estimate.mean_difference(positive, negative)
+    counts = {"positive": len(positive), "negative": len(negative), "empty": empty}
+    made: dict[str, Any] = {"trait": trait.name, **counts, "read": "response", "seed": seed, **options}
     return Direction.of(vector, hookpoint, name or trait.name, "persona", mean_norm=mean_norm_of(*sides), **made)
 
 
@@ -262,11 +248,9 @@ def paired_direction(
     max_length: int = 128,
     batch_tokens: int = 4096,
 ) -> Direction:
-    """The direction from `negatives` to `positives`, texts of which the i-th of both belong together.
+    """The direction from `negatives` to `positives`, whose i-th texts belong together (`paired_pca` by default).
 
-    Args:
-        kind: "pca", the first principal component of the pairs' differences, or "difference_of_means".
-        read, max_length, batch_tokens: see `text_activations`.
+    For read, max_length and batch_tokens see `text_activations`.
     """
     if kind not in get_args(PairedKind):
         raise unknown("kind of direction from pairs", kind, get_args(PairedKind))
@@ -300,7 +284,6 @@ def _span_means(
 
 
 def _batches(rows: list[list[int]], filler: int, batch_tokens: int) -> Iterator[TokenBatch]:
-    """Rows from the longest to the shortest, as many at a time as `batch_tokens` holds."""
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, got {batch_tokens}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

@@ -1,7 +1,6 @@
 """Concept-fluency frontiers: what each method of steering gains in concept for what it costs in fluency.
 
-Gain and NLL increase are those of `latentprior.steer.aggregate`, against the unsteered text of the same prompt. All
-bootstraps resample prompts, the same ones for every method and strength.
+Gain and NLL increase are those of `aggregate`. All bootstraps resample prompts, the same for every method and strength.
 """
 
 from __future__ import annotations
@@ -142,10 +141,6 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
     the baseline's largest mean increase if that is less, so that the baseline is never judged where it was not run. A
     method that ends before that keeps its best gain up to there: it is not punished for being fluent, though larger
     strengths might have given it more.
-
-    Args:
-        table: see `aggregate`.
-        resamples, seed: of the bootstrap over prompts.
     """
     if resamples < 1:
         raise InputError(f"resamples must be positive, got {resamples}")

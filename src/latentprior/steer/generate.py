@@ -72,10 +72,7 @@ class EditMonitor:
         return self._sums[1] / self._sums[2]
 
     def off_manifold(self, glp: GLP, layer: int | None, seed: int) -> Float[Tensor, "3 rows"]:
-        """`GLP.score` of the kept unedited, edited and repaired activations, with the same noise for all three.
-
-        NaN for rows that had none, such as an attention sink.
-        """
+        """`GLP.score` of the kept unedited, edited and repaired activations, with the same noise; NaN without one."""
         scores = torch.full((3, self._sums.shape[1]), float("nan"))
         if self._kept is not None:
             at, kept = self._kept

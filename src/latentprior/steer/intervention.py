@@ -51,10 +51,8 @@ class Edit(ShortRepr):
 
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Direction):
-            raise InputError(
-                f"an edit goes along a Direction, got {type(self.direction).__name__}: make one with "
-                'Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
-            )
+            how = 'make one with Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
+            raise InputError(f"an edit goes along a Direction, got {type(self.direction).__name__}: {how}")
         if self.kind not in EDIT_KINDS:
             raise unknown("kind of edit", self.kind, EDIT_KINDS)
         strength = torch.as_tensor(self.strength)
@@ -103,11 +101,8 @@ def steering(
         check_model: refuse directions of a model of another name. Layer and width are always checked.
 
     Yields:
-        counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
-
-    Raises:
-        InputError: at once for directions and mean norms that do not fit; in the forward pass for strengths or a mask
-            that do not fit the batch; on leaving the context if nothing was edited.
+        counts of what was done so far: positions ``seen``, ``edited`` (on leaving, none is an error) and
+        ``passed_over``, by reason.
 
     Examples:
         >>> with lp.steering(model, lp.Edit(direction, 0.8), mean_norm=5.0) as counts:
@@ -125,7 +120,7 @@ def steering(
     units = {layer: _unit(mean_norm, layer, here) for (_, layer), here in by_place.items()}
     by_side: dict[Side, dict[int, EditFunction]] = {}
     for (side, layer), here in by_place.items():
-        by_side.setdefault(side, {})[layer] = _EditsThenRepair([_PreparedEdit(e, units[layer]) for e in here], repair)
+        by_side.setdefault(side, {})[layer] = _edits_then_repair([_prepared(e, units[layer]) for e in here], repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
         return sinks_in(hidden, units[layer])
@@ -154,39 +149,34 @@ def _unit(mean_norm: float | Mapping[int, float] | None, layer: int, edits: Sequ
     return float(mean_norm)
 
 
-class _PreparedEdit:
-    def __init__(self, edit: Edit, unit: float) -> None:
-        self._apply = _APPLY[edit.kind]
-        self._idle_at_zero = edit.kind in ("add", "rotate")
-        self._name = f"the strength along {edit.direction.name!r}"
-        self._unit = unit
-        self._direction = edit.direction.vector
-        self._strength = torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
+def _prepared(edit: Edit, unit: float) -> EditFunction:
+    vector, strengths = edit.direction.vector, torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
 
-    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
-        """Rows with nothing to do come back bit for bit."""
-        self._direction = self._direction.to(x)  # moves once: the layer stays where it is
-        self._strength = self._strength.to(x)
-        strength = for_batch(self._strength, at.batch, self._name)[at.row, None]
-        edited = self._apply(x, self._direction, strength, self._unit)
-        return torch.where(strength == 0, x, edited) if self._idle_at_zero else edited
+    def apply(x: Tensor, at: EditedPositions) -> Tensor:
+        nonlocal vector, strengths
+        vector, strengths = vector.to(x), strengths.to(x)  # they move once: the layer stays where it is
+        strength = for_batch(strengths, at.batch, f"the strength along {edit.direction.name!r}")[at.row, None]
+        edited = _APPLY[edit.kind](x, vector, strength, unit)
+        # Rows with nothing to do come back bit for bit.
+        return torch.where(strength == 0, x, edited) if edit.kind in ("add", "rotate") else edited
+
+    return apply
 
 
-class _EditsThenRepair:
-    def __init__(self, edits: Sequence[_PreparedEdit], repair: Repair | None) -> None:
-        self._edits, self._repair = edits, repair
-
-    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
+def _edits_then_repair(edits: Sequence[EditFunction], repair: Repair | None) -> EditFunction:
+    def apply(x: Tensor, at: EditedPositions) -> Tensor:
         clean = x if x.dtype == torch.float64 else x.float()
         edited = clean
-        for edit in self._edits:
+        for edit in edits:
             edited = edit(edited, at)
-        if self._repair is None:
+        if repair is None:
             return edited.to(x.dtype)
-        result = self._repair(clean, edited, at, edited - clean)
+        result = repair(clean, edited, at, edited - clean)
         if result.shape != edited.shape:
             raise InputError(f"a repair must return activations {list(edited.shape)}, got {list(result.shape)}")
         return result.to(x)
+
+    return apply
 
 
 def _component(x: Tensor, w: Tensor) -> Tensor:

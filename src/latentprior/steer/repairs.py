@@ -25,9 +25,8 @@ T_STEP = 0.05  # adaptive noise levels are multiples of this, so that rows of li
 class PriorRepair:
     """Repairs edited activations of a running model (`latentprior.steer.intervention`'s `repair`).
 
-    Args:
-        seed: of the noise, which depends on it, the prompt and the position alone: rows of one prompt share it, so that
-            differences between their strengths are not noise.
+    Noise depends on the seed, the prompt and the position alone: rows of one prompt share it, so that differences
+    between their strengths are not noise.
     """
 
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:

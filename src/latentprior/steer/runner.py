@@ -45,10 +45,7 @@ SCHEMA = pa.schema(
 
 
 def run_conditions(runner: Runner, tasks: Sequence[SteeringTask], folder: Path, *, report: Report = silent) -> pa.Table:
-    """Run the conditions that are not in `folder` yet; returns the rows of all.
-
-    A method whose texts all equal the unsteered ones at every strength is an error, never a result.
-    """
+    """Run the conditions that are not in `folder` yet; returns the rows of all."""
     keep_settings(runner.config, tasks, folder)
     wanted = conditions(runner.config, tasks)
     tables, unsteered = [], {}
@@ -96,7 +93,6 @@ class Runner:
     def _generate(
         self, condition: Condition, prompts: Prompts, strengths: list[float]
     ) -> tuple[Tensor, EditMonitor, EditCounts]:
-        """Token ids [prompts x strengths, new tokens] of the steered continuations."""
         repair = self._repair(condition)
         rows = len(prompts) * len(strengths)
         monitor = EditMonitor(repair, rows, self.mean_norm, keep=self.config.new_tokens // 2)
@@ -143,7 +139,6 @@ class Runner:
         )
 
     def _direction(self, condition: Condition) -> Direction:
-        """For the controls a random one."""
         direction = condition.task.direction
         if not condition.method.startswith("random"):
             return direction

@@ -21,12 +21,7 @@ from latentprior.sae.saelens import sae_at
 from latentprior.steer.direction import Direction, is_direction, read_direction
 from latentprior.steer.features import describe_latents, sae_direction
 from latentprior.steer.foreign import read_foreign
-from latentprior.steer.from_texts import (
-    labelled_direction,
-    paired_direction,
-    persona_answers,
-    persona_direction,
-)
+from latentprior.steer.from_texts import labelled_direction, paired_direction, persona_answers, persona_direction
 from latentprior.steer.traits import SENTIMENT, TRAITS, Trait
 from latentprior.utils.errors import InputError, unknown
 
@@ -50,7 +45,7 @@ class SteeringTask:
 
 def steering_tasks(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     """The tasks of an experiment (paper, on-manifold steering: sentiment, SAE features, personas)."""
-    make = {"sentiment": _sentiment, "sae": _features, "persona": _personas, "files": _files}[config.experiment]
+    make = {"sentiment": _labelled, "files": _labelled, "sae": _features, "persona": _personas}[config.experiment]
     return make(config, model, tokenizer, hookpoint)
 
 
@@ -72,17 +67,17 @@ def _task(direction: Direction, prompts: Prompts, judge: ConceptClassifier, conc
     return SteeringTask(direction, prompts, judge, judged_by, concept)
 
 
-# -- sentiment and directions from files: judged by a labelled task ----------------------------------------------------
-
 DIRECTIONS = ("difference_of_means", "probe", "pca")
 FRAMES = ("{} I loved every minute of it. It was wonderful.", "{} I hated every minute of it. It was terrible.")
 
 
-def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
-    texts, labels, judge, prompts = _labelled(config, model, tokenizer)
+def _labelled(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
+    """Directions of sentiment, or from files, judged by a labelled task."""
+    texts, labels = binary_task(config.task)
+    texts, labels = texts[: config.labelled], labels[: config.labelled]
     half, common = len(texts) // 2, (model, tokenizer)
 
-    def direction(kind: str) -> Direction:
+    def sentiment(kind: str) -> Direction:
         named: dict[str, Any] = {"name": f"sentiment, {kind.replace('_', ' ')}"}
         if kind == "pca":
             pairs = [[frame.format(text) for text in texts[: half // 2]] for frame in FRAMES]
@@ -93,13 +88,12 @@ def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookp
         named["kind"] = kind
         return labelled_direction(*common, texts[:half], labels[:half], hookpoint, **named)
 
-    made = [direction(kind) for kind in config.directions or DIRECTIONS]
-    return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in made]
-
-
-def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
-    directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
-    _, _, judge, prompts = _labelled(config, model, tokenizer)
+    if config.experiment == "files":
+        directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
+    else:
+        directions = [sentiment(kind) for kind in config.directions or DIRECTIONS]
+    judge = ConceptClassifier(texts, labels, features_for(*common, config.reading))
+    prompts = tokenized(tokenizer, neutral_beginnings(config, tokenizer, judge))
     return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in directions]
 
 
@@ -115,15 +109,6 @@ def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) 
     if len(set(names)) < len(names):
         raise InputError(f"two directions have the same name: {', '.join(names)}")
     return directions
-
-
-def _labelled(
-    config: SteerConfig, model: Any, tokenizer: Any
-) -> tuple[list[str], list[int], ConceptClassifier, Prompts]:
-    texts, labels = binary_task(config.task)
-    texts, labels = texts[: config.labelled], labels[: config.labelled]
-    judge = ConceptClassifier(texts, labels, features_for(model, tokenizer, config.reading))
-    return texts, labels, judge, tokenized(tokenizer, neutral_beginnings(config, tokenizer, judge))
 
 
 def binary_task(name: str) -> tuple[list[str], list[int]]:
@@ -159,9 +144,6 @@ def _cut(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[str]:
             yield beginning
 
 
-# -- personas ----------------------------------------------------------------------------------------------------------
-
-
 def _personas(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     """A trait's judge learns from the answers that its direction is made of."""
     features = features_for(model, tokenizer, config.reading)
@@ -182,9 +164,6 @@ def _traits(config: SteerConfig) -> list[Trait]:
         if name not in TRAITS:
             raise unknown("trait", name, TRAITS)
     return [TRAITS[name] for name in config.directions or TRAITS]
-
-
-# -- features of a sparse autoencoder ----------------------------------------------------------------------------------
 
 
 def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
