@@ -26,17 +26,13 @@ class Request(Protocol[Parsed]):
     answer_tokens: ClassVar[int]  # an estimate; models that reason first bill more
 
     @property
-    def kind(self) -> str:
-        """What is asked, in a word."""
+    def kind(self) -> str: ...  # what is asked, in a word
 
-    def messages(self) -> list[Message]:
-        """The conversation that asks, in the form of the chat completions protocol."""
+    def messages(self) -> list[Message]: ...  # the conversation that asks, in the form of the chat completions protocol
 
-    def parse(self, answer: str) -> Parsed:
-        """The JSON value in a model's answer, never None; raises `Malformed` if there is no valid one."""
+    def parse(self, answer: str) -> Parsed: ...  # a JSON value, never None; raises `Malformed` if there is no valid one
 
-    def again(self, answer: str) -> list[Message]:
-        """What continues the conversation after a malformed answer."""
+    def again(self, answer: str) -> list[Message]: ...  # what continues the conversation after a malformed answer
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ class Answers(Generic[Value]):
 
     @property
     def failed(self) -> int:
-        """Requests without a value."""
         return sum(result.value is None for result in self.results)
 
     @property

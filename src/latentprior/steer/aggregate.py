@@ -32,7 +32,7 @@ class Aggregate:
     """One condition, P prompts by S strengths, with the signs of a strength taken together."""
 
     strengths: np.ndarray  # [S] absolute, increasing
-    gain: np.ndarray  # [P, S] mean over the signs that were run; NaN where a text or rating, or the unsteered, lacks
+    gain: np.ndarray  # [P, S] mean over the signs that were run; NaN if a text or its unsteered one is unrated
     increase: np.ndarray  # [P, S] of the NLL, nats a token; NaN where `gain` is
     unsteered: Mapping[str, np.ndarray]  # [P] each column of numbers, of the unsteered texts
     columns: Mapping[str, np.ndarray]  # [P, S, 2] each column of numbers, for positive and negative strengths

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 
 from latentprior.config import SteerConfig, to_dict
-from latentprior.judge.endpoint import EndpointJudge, endpoint_of
+from latentprior.judge.endpoint import endpoint_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
@@ -31,6 +31,7 @@ from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
 from latentprior.utils.results import Result
 
+ROWS = "summary.directions.methods.points"  # what a result is as a table
 SHOWN = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")  # on the page
 
 
@@ -50,48 +51,36 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     endpoint = endpoint_of(config.judge, Path(config.output) / "ratings.jsonl")
     directions = check_named(config, hookpoint)
     with locked(config.output) as folder:
-        result = finished(config, priors, directions, folder)
-        result = result or _run(config, folder, llm, priors, hookpoint, endpoint, phase)
-    return Result(result, table="summary.directions.methods.points")
-
-
-def _run(
-    config: SteerConfig,
-    folder: Path,
-    llm: Callable[[], tuple[Any, Any]],
-    priors: dict[str, GLP],
-    hookpoint: Hookpoint,
-    endpoint: EndpointJudge | None,
-    phase: Phase,
-) -> dict[str, Any]:
-    began, first = time.perf_counter(), priors[config.priors[0]]
-    model, tokenizer = llm()
-    hookpoint.check(model)
-    with torch.random.fork_rng(devices=[]):
-        tasks = steering_tasks(config, model, tokenizer, hookpoint)
-    for direction in (task.direction for task in tasks):
-        slug = "".join(c if c.isalnum() else "-" for c in direction.name)
-        write_direction(direction, folder / "directions" / f"{slug}.safetensors")
-    runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
-    table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
-    table, ratings = rate_texts(config, endpoint, table, tasks, phase)
-    write_rows(table, folder / "results.parquet")
-    result = {
-        "kind": "frontier",
-        "experiment": config.experiment,
-        "hookpoint": hookpoint.to_dict(),
-        "mean_norm": runner.mean_norm,
-        "summary": summarise(table, seed=config.seed),
-        "repairs": _repairs(config, first),
-        "priors": losses_of(priors),
-        "judges": {task.direction.name: task.judged_by for task in tasks},
-        "directions": _described(tasks),
-        "ratings": ratings,
-        "texts": table.filter(pc.field("prompt") < config.examples).select(SHOWN).to_pylist(),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
-    return result
+        if result := finished(config, priors, directions, folder):
+            return Result(result, table=ROWS)
+        began, first = time.perf_counter(), priors[config.priors[0]]
+        model, tokenizer = llm()
+        hookpoint.check(model)
+        with torch.random.fork_rng(devices=[]):
+            tasks = steering_tasks(config, model, tokenizer, hookpoint)
+        for direction in (task.direction for task in tasks):
+            slug = "".join(c if c.isalnum() else "-" for c in direction.name)
+            write_direction(direction, folder / "directions" / f"{slug}.safetensors")
+        runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
+        table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
+        table, ratings = rate_texts(config, endpoint, table, tasks, phase)
+        write_rows(table, folder / "results.parquet")
+        result = {
+            "kind": "frontier",
+            "experiment": config.experiment,
+            "hookpoint": hookpoint.to_dict(),
+            "mean_norm": runner.mean_norm,
+            "summary": summarise(table, seed=config.seed),
+            "repairs": _repairs(config, first),
+            "priors": losses_of(priors),
+            "judges": {task.direction.name: task.judged_by for task in tasks},
+            "directions": _described(tasks),
+            "ratings": ratings,
+            "texts": table.filter(pc.field("prompt") < config.examples).select(SHOWN).to_pylist(),
+        }
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_text(folder / "steer.json", json.dumps(result, indent=1) + "\n")
+    return Result(result, table=ROWS)
 
 
 def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
@@ -109,8 +98,8 @@ def _repairs(config: SteerConfig, glp: GLP) -> dict[str, Any]:
 
 
 def _described(tasks: Sequence[SteeringTask]) -> list[dict[str, Any]]:
-    described = []
-    for task in tasks:
-        found = {name: getattr(task.direction, name) for name in ("name", "kind", "norm", "provenance")}
-        described.append(found | {"concept": task.concept})
-    return described
+    return [
+        {"name": d.name, "kind": d.kind, "norm": d.norm, "concept": task.concept, "provenance": d.provenance}
+        for task in tasks
+        for d in [task.direction]
+    ]

@@ -32,8 +32,6 @@ PairedKind = Literal["pca", "difference_of_means"]
 
 
 class SpanMeans(NamedTuple):
-    """What was read of some texts."""
-
     x: Float[Tensor, "n d"]  # mean activation over a span of each text, float32
     norms: float  # sum of the norms at all positions but first ones and attention sinks, in a span or not
     positions: int

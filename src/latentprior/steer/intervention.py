@@ -73,6 +73,7 @@ class Repair(Protocol):
         self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], at: EditedPositions, push: Tensor, /
     ) -> Float[Tensor, "n d"]:
         """The activations [N, d] to go on with, raw like `clean` and `edited`; `push` is ``edited - clean``."""
+        ...
 
 
 @contextmanager

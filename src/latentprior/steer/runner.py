@@ -28,18 +28,16 @@ from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.tasks import SteeringTask
 from latentprior.utils.progress import Report, silent
 
-_NUMBERS = ("concept", "nll", "distinct_2", "distinct_3")
-_MEASURES = ("retention", "off_clean", "off_before", "off_after", "moved")
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("direction", "method", "prior")),
         ("strength", pa.float64()),
         ("prompt", pa.int64()),
         *((name, pa.string()) for name in ("prompt_text", "text")),
-        *((name, pa.float64()) for name in _NUMBERS),
+        *((name, pa.float64()) for name in ("concept", "nll", "distinct_2", "distinct_3")),
         ("longest_repeat", pa.int64()),
         ("tokens", pa.int64()),
-        *((name, pa.float64()) for name in _MEASURES),
+        *((name, pa.float64()) for name in ("retention", "off_clean", "off_before", "off_after", "moved")),
     ]
 )
 
@@ -93,7 +91,8 @@ class Runner:
     def _generate(
         self, condition: Condition, prompts: Prompts, strengths: list[float]
     ) -> tuple[Tensor, EditMonitor, EditCounts]:
-        repair = self._repair(condition)
+        config = self.config.repair_of(condition.method)
+        repair = None if config is None else PriorRepair(self.priors[condition.prior], config, seed=self.config.seed)
         rows = len(prompts) * len(strengths)
         monitor = EditMonitor(repair, rows, self.mean_norm, keep=self.config.new_tokens // 2)
         edit = Edit(self._direction(condition), torch.tensor(strengths, dtype=torch.float64).repeat(len(prompts)))
@@ -144,7 +143,3 @@ class Runner:
             return direction
         vector = random_direction(direction.hookpoint.width, self.config.seed)
         return Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
-
-    def _repair(self, condition: Condition) -> PriorRepair | None:
-        repair = self.config.repair_of(condition.method)
-        return None if repair is None else PriorRepair(self.priors[condition.prior], repair, seed=self.config.seed)

@@ -81,7 +81,7 @@ def _labelled(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpo
         named: dict[str, Any] = {"name": f"sentiment, {kind.replace('_', ' ')}"}
         if kind == "pca":
             pairs = [[frame.format(text) for text in texts[: half // 2]] for frame in FRAMES]
-            return paired_direction(*common, *pairs, hookpoint, **named)
+            return paired_direction(*common, pairs[0], pairs[1], hookpoint, **named)
         named["seed"] = config.seed
         if kind == "persona":
             return persona_direction(*common, SENTIMENT, hookpoint, max_new_tokens=ANSWER_TOKENS, **named)
