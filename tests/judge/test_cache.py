@@ -71,7 +71,8 @@ def test_a_damaged_line_within_is_named(path, line):
         with pytest.raises(InputError, match="line 2 .*damaged"):
             reader(path)
     path.write_bytes(path.read_bytes().replace(b"\n" + line + b"\n", b"\n"))
-    AnswerCache(path).close()  # the failed opening let go of it
+    with AnswerCache(path):  # the failed opening let go of it
+        pass
 
 
 def test_a_second_process_waits_its_turn(path):

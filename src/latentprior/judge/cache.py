@@ -89,11 +89,8 @@ class AnswerCache:
         except OSError as error:
             raise InputError(f"cannot write the answers to {self.path}: {error.strerror}") from error
 
-    def close(self) -> None:
-        self._opened.close()
-
     def __enter__(self) -> AnswerCache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._opened.close()

@@ -54,8 +54,7 @@ class Ratings(Answers[int]):
 
 def endpoint_key(variable: str) -> str:
     """The key in an environment variable, which must be set; nothing else here reads the environment."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
+    if not (key := os.environ.get(variable, "").strip()):
         raise InputError(f"the judge's key is read from the environment variable {variable!r}, which is not set")
     return key
 

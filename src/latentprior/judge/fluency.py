@@ -52,7 +52,8 @@ def conditional_nll(
     order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
     prompts, prompt_mask = prompts.gather(1, order), prompt_mask.gather(1, order)
     vocabulary = getattr(hooks.text_config(model), "vocab_size", LARGEST_VOCABULARY)
-    columns = ids.shape[1] if copies > 1 else _logit_columns(model, prompts, ids)
+    unread = 1 if "logits_to_keep" in hooks.forward_parameters(model) else prompts.shape[1]
+    columns = ids.shape[1] + (unread if copies == 1 else 0)
     rows = max(1, largest_logits // (columns * vocabulary) // copies)
     chunks = zip(
         *(x.split(rows) for x in (prompts, prompt_mask)), *(x.split(rows * copies) for x in (ids, mask)), strict=True
@@ -61,11 +62,6 @@ def conditional_nll(
     device = next(model.parameters()).device
     parts = [nll(model, *(x.to(device) for x in chunk)) for chunk in chunks if len(chunk[0])]
     return torch.cat(parts).numpy() if parts else np.empty(0)
-
-
-def _logit_columns(model: nn.Module, prompts: Tensor, ids: Tensor) -> int:
-    keeps = "logits_to_keep" in hooks.forward_parameters(model)
-    return ids.shape[1] + 1 if keeps else prompts.shape[1] + ids.shape[1]
 
 
 def _nll(model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -169,11 +169,8 @@ def persona_direction(
 
     The protocol of persona vectors (Chen et al., 2025): the model answers every question under every system prompt,
     and a response's activation is the mean over its tokens. Their filter, which keeps only answers that a judge finds
-    to follow the system prompt, is not applied. Empty answers are left out and counted in the provenance.
-
-    Args:
-        answers: what `persona_answers` gave with the same options, where it is there already.
-        max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
+    to follow the system prompt, is not applied. Empty answers are left out and counted in the provenance. `answers`
+    are what `persona_answers` gave with the same options, where they are there already.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
@@ -211,7 +208,6 @@ def labelled_direction(
     Args:
         kind: "difference_of_means"; "probe", the normal of a logistic probe; and two controls: "shuffled", the
             difference of means after the labels were permuted, and "random", for which no text is read.
-        seed: of the controls.
         l2: penalty of the probe, see `estimate.probe_normal`.
         read, max_length, batch_tokens: see `text_activations`.
     """

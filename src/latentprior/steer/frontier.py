@@ -165,7 +165,8 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
     curves = {key: curve(part, counts) for key, part in aggregates.items()}
     frontiers = {key: frontier(points) for key, points in curves.items()}
     baselines = {key.prior: key for key in aggregates if key.method == baseline}
-    width = min(_range(curves[key]) for key in baselines.values())
+    largest = (float(np.nanmax(curves[key].increase[0])) for key in baselines.values())
+    width = min([LARGEST_RANGE, *(increase for increase in largest if increase > 0)])
     described = []
     for key in sorted(aggregates, key=lambda key: key.method != baseline):
         against = baselines.get(key.prior, baselines.get(""))
@@ -192,12 +193,6 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
         "unsteered": {name: {"value": _finite(mean.value), "interval": mean.interval} for name, mean in means.items()},
         "methods": described,
     }
-
-
-def _range(points: Curve) -> float:
-    """NLL increase up to which frontiers are compared with this baseline's."""
-    largest = float(np.nanmax(points.increase[0]))
-    return min(LARGEST_RANGE, largest) if largest > 0 else LARGEST_RANGE
 
 
 def _differences(mine: Frontier, baseline: Frontier, width: float) -> dict[str, Any]:

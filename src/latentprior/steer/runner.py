@@ -95,7 +95,11 @@ class Runner:
         repair = None if config is None else PriorRepair(self.priors[condition.prior], config, seed=self.config.seed)
         rows = len(prompts) * len(strengths)
         monitor = EditMonitor(repair, rows, self.mean_norm, keep=self.config.new_tokens // 2)
-        edit = Edit(self._direction(condition), torch.tensor(strengths, dtype=torch.float64).repeat(len(prompts)))
+        direction = condition.task.direction
+        if condition.method.startswith("random"):
+            vector = random_direction(direction.hookpoint.width, self.config.seed)
+            direction = Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
+        edit = Edit(direction, torch.tensor(strengths, dtype=torch.float64).repeat(len(prompts)))
         options: dict[str, Any] = {"positions": self.config.positions, "repair": monitor, "check_model": False}
         context = steering(self.model, edit, mean_norm=self.mean_norm, **options)
         size = {"copies": len(strengths), "new_tokens": self.config.new_tokens}
@@ -136,10 +140,3 @@ class Runner:
             },
             schema=SCHEMA,
         )
-
-    def _direction(self, condition: Condition) -> Direction:
-        direction = condition.task.direction
-        if not condition.method.startswith("random"):
-            return direction
-        vector = random_direction(direction.hookpoint.width, self.config.seed)
-        return Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
