@@ -24,10 +24,10 @@ def content_key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_cache(path: Path) -> dict[str, dict[str, Any]]:
+def read_cache(path: str | Path) -> dict[str, dict[str, Any]]:
     """The entries of a cache by their key; what a kill left of a last line is ignored."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -35,7 +35,7 @@ def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     return dict(_entry(line, path, number) for number, line in enumerate(data.split(b"\n")[:-1], start=1))
 
 
-def _entry(line: bytes, path: Path, number: int) -> tuple[str, dict[str, Any]]:
+def _entry(line: bytes, path: str | Path, number: int) -> tuple[str, dict[str, Any]]:
     try:
         entry = json.loads(line)
         if isinstance(entry, dict) and isinstance(entry.get("key"), str) and entry.get(VALUE) is not None:

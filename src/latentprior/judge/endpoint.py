@@ -59,7 +59,7 @@ def endpoint_key(variable: str) -> str:
     return key
 
 
-def endpoint_of(config: JudgeConfig, cache: Path) -> EndpointJudge | None:
+def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
     """The judge that `config` names, with its key from the environment; None if it names none."""
     if config.url is None or config.model is None:
         return None
@@ -82,7 +82,7 @@ class EndpointJudge:
     model: str
     key: str | None = field(default=None, repr=False)  # bearer token, if the endpoint needs one
     _: KW_ONLY
-    cache: Path  # file of paid answers (`AnswerCache`)
+    cache: str | Path  # file of paid answers (`AnswerCache`)
     concurrency: int = 8
     timeout: float = 60.0
     attempts: int = 6  # most failed calls for one request
