@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from filelock import FileLock
 
-from latentprior.judge.cache import AnswerCache, content_key, read_cache, value_of
+from latentprior.judge.cache import VALUE, AnswerCache, content_key, read_cache
 from latentprior.utils.errors import InputError
 
 
@@ -39,7 +39,7 @@ def test_any_value_but_null_is_kept(path):
     with AnswerCache(path) as cache:
         for i, value in enumerate(values):
             cache.add(f"k{i}", value)
-    assert [value_of(entry) for entry in read_cache(path).values()] == values
+    assert [entry[VALUE] for entry in read_cache(path).values()] == values
     path.write_bytes(path.read_bytes() + b'{"key": "k", "rating": null}\n')
     with pytest.raises(InputError, match="line 6 .*damaged"):
         read_cache(path)
@@ -48,7 +48,7 @@ def test_any_value_but_null_is_kept(path):
 def test_a_cache_of_the_first_version_is_read(path):
     path.parent.mkdir()
     path.write_text('{"key": "k", "rating": 2, "model": "m", "kind": "concept", "answer": "2", "usage": null}\n')
-    assert value_of(read_cache(path)["k"]) == 2
+    assert read_cache(path)["k"][VALUE] == 2
 
 
 def test_cut_off_anywhere_it_keeps_the_whole_lines_and_goes_on(path):
@@ -71,7 +71,8 @@ def test_a_damaged_line_within_is_named(path, line):
         with pytest.raises(InputError, match="line 2 .*damaged"):
             reader(path)
     path.write_bytes(path.read_bytes().replace(b"\n" + line + b"\n", b"\n"))
-    AnswerCache(path).close()  # the failed opening let go of it
+    with AnswerCache(path):  # the failed opening let go of it
+        pass
 
 
 def test_a_second_process_waits_its_turn(path):

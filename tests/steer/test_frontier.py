@@ -18,12 +18,10 @@ from latentprior.steer.aggregate import Key, aggregate
 from latentprior.steer.frontier import (
     Curve,
     Frontier,
-    area_difference,
     curve,
+    difference,
     estimate,
     frontier,
-    gain_at_matched_fluency,
-    nll_at_matched_concept,
     summarise,
 )
 from latentprior.utils.errors import InputError
@@ -262,8 +260,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
             g, x = (np.hstack([0 * ones, part]) for part in (gain, increase))
             draws.append(Curve(counts @ g / 40, counts @ x / 40, counts @ x / 40))
         point = estimate(draws[0].gain[:, 2])
-        difference = area_difference(frontier(draws[1]), frontier(draws[0]), 1.0)
-        hits.append([e.low <= t <= e.high for e, t in zip((point, difference), truth, strict=True)])
+        areas = difference(frontier(draws[1]).area(1.0), frontier(draws[0]).area(1.0))
+        hits.append([e.low <= t <= e.high for e, t in zip((point, areas), truth, strict=True)])
     coverage = np.mean(hits, axis=0)
     assert (coverage > 0.885).all(), coverage  # 95% of 200: at least 178 with probability 99.9%
     assert coverage.min() < 1, coverage
@@ -326,10 +324,10 @@ def test_resamples_do_not_touch_each_other(samples):
 def test_gain_at_matched_fluency_and_its_converse_agree():
     one, two = frontier_of([(1.0, 0.4)]), frontier_of([(1.0, 0.2)])
     one, two = (Frontier(np.repeat(f.increase, 3, 0), np.repeat(f.gain, 3, 0)) for f in (one, two))
-    assert gain_at_matched_fluency(one, two, 0.5) == pytest.approx((0.1, 0.1, 0.1))
-    assert nll_at_matched_concept(one, two, 0.1) == pytest.approx((-0.25, -0.25, -0.25))
-    assert nll_at_matched_concept(two, one, 0.3).value == math.inf
-    assert math.isnan(nll_at_matched_concept(two, one, 0.9).value)
+    assert difference(one.gain_at(0.5), two.gain_at(0.5)) == pytest.approx((0.1, 0.1, 0.1))
+    assert difference(one.increase_at(0.1), two.increase_at(0.1)) == pytest.approx((-0.25, -0.25, -0.25))
+    assert difference(two.increase_at(0.3), one.increase_at(0.3)).value == math.inf
+    assert math.isnan(difference(two.increase_at(0.9), one.increase_at(0.9)).value)
 
 
 def test_curve_counts_prompts_as_the_resample_does():

@@ -1,9 +1,8 @@
 """Judging generated text.
 
-Texts enter; numbers and what is known about their quality leave. `concept` and `fluency` need no service: a classifier
-on sentence embeddings and the model's own activations, and likelihood and repetition. `endpoint` asks a language model
-behind HTTP (`post`) for answers of any kind (`answers`), such as ratings (`ratings`), and keeps what was paid for
-(`cache`).
+Texts enter, numbers leave. `concept` and `fluency` need no service: a classifier on embeddings and activations, and
+likelihood and repetition. `endpoint` asks a language model behind HTTP (`post`) for answers of any kind (`answers`),
+such as ratings (`ratings`), and keeps what was paid for (`cache`).
 """
 
 from latentprior.judge.answers import Answer, Answers, Request

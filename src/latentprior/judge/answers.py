@@ -22,41 +22,27 @@ class Malformed(ValueError):
 class Request(Protocol[Parsed]):
     """A question to a judge, and how its answer is read."""
 
-    version: ClassVar[int]
-    """Raised whenever the wording changes: answers to another wording are not comparable."""
-    answer_tokens: ClassVar[int]
-    """What an answer is taken to cost beforehand; models that reason first bill more."""
+    version: ClassVar[int]  # raised whenever the wording changes: answers to another wording are not comparable
+    answer_tokens: ClassVar[int]  # an estimate; models that reason first bill more
 
     @property
-    def kind(self) -> str:
-        """What is asked, in a word."""
-        ...
+    def kind(self) -> str: ...  # what is asked, in a word
 
-    def messages(self) -> list[Message]:
-        """The conversation that asks, in the form of the chat completions protocol."""
-        ...
+    def messages(self) -> list[Message]: ...  # the conversation that asks, in the form of the chat completions protocol
 
-    def parse(self, answer: str) -> Parsed:
-        """The JSON value in a model's answer, never None; raises `Malformed` if there is no valid one."""
-        ...
+    def parse(self, answer: str) -> Parsed: ...  # a JSON value, never None; raises `Malformed` if there is no valid one
 
-    def again(self, answer: str) -> list[Message]:
-        """What continues the conversation after a malformed answer."""
-        ...
+    def again(self, answer: str) -> list[Message]: ...  # what continues the conversation after a malformed answer
 
 
 @dataclass(frozen=True)
 class Answer(Generic[Value]):
     """What came of one request."""
 
-    value: Value | None
-    """None if it failed: never a made-up one."""
-    reason: str = ""
-    """Why it failed; empty if it did not."""
-    calls: int = 0
-    """Calls that were made for it; 0 if it was in the cache."""
-    failures: tuple[str, ...] = ()
-    """Of its calls, one for each: an HTTP status, "time-out", "connection", "not JSON" or "malformed"."""
+    value: Value | None  # None if it failed: never a made-up one
+    reason: str = ""  # why it failed
+    calls: int = 0  # 0 if it was in the cache
+    failures: tuple[str, ...] = ()  # of its calls: an HTTP status, "time-out", "connection", "not JSON", "malformed"
 
 
 @dataclass(frozen=True)
@@ -67,12 +53,10 @@ class Answers(Generic[Value]):
 
     @property
     def failed(self) -> int:
-        """Requests without a value."""
         return sum(result.value is None for result in self.results)
 
     @property
     def calls(self) -> int:
-        """Calls that were made."""
         return sum(result.calls for result in self._distinct())
 
     @property

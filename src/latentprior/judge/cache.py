@@ -24,13 +24,10 @@ def content_key(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_cache(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a cache by their key; none if there is no file.
-
-    What follows the last line end is what a kill left of a line, and is ignored.
-    """
+def read_cache(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The entries of a cache by their key; what a kill left of a last line is ignored."""
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -38,12 +35,7 @@ def read_cache(path: Path) -> dict[str, dict[str, Any]]:
     return dict(_entry(line, path, number) for number, line in enumerate(data.split(b"\n")[:-1], start=1))
 
 
-def value_of(entry: Mapping[str, Any]) -> Any:
-    """The JSON value that an entry holds, never None."""
-    return entry[VALUE]
-
-
-def _entry(line: bytes, path: Path, number: int) -> tuple[str, dict[str, Any]]:
+def _entry(line: bytes, path: str | Path, number: int) -> tuple[str, dict[str, Any]]:
     try:
         entry = json.loads(line)
         if isinstance(entry, dict) and isinstance(entry.get("key"), str) and entry.get(VALUE) is not None:
@@ -59,13 +51,7 @@ class AnswerCache:
     """The answers in the file `path`, open for adding by one process at a time; several threads may add.
 
     An answer is on disk, flushed, when `add` returns: a kill or a power cut loses none, and leaves at most part of a
-    line, which is cut off when the file is next opened.
-
-    Attributes:
-        entries: all entries by key.
-
-    Raises:
-        InputError: another process has it open, it cannot be written, or it is damaged (see `read_cache`).
+    line, which is cut off when the file is next opened. `entries` holds all of them by key.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,16 +66,7 @@ class AnswerCache:
             self._opened = opened.pop_all()
 
     def add(self, key: str, value: Any, **values: Any) -> None:
-        """Add an entry and flush it to disk.
-
-        Args:
-            key: from `content_key`.
-            value: any JSON value but null.
-            values: JSON values to keep beside it.
-
-        Raises:
-            InputError: the disk is full or cannot be written; what was written of the line is taken back.
-        """
+        """Add a JSON value that is not null under its `content_key`, with `values` beside it; all of it or nothing."""
         entry = {"key": key, VALUE: value, **values}
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with self._adding, self._writing():
@@ -112,12 +89,8 @@ class AnswerCache:
         except OSError as error:
             raise InputError(f"cannot write the answers to {self.path}: {error.strerror}") from error
 
-    def close(self) -> None:
-        """Let other processes have it."""
-        self._opened.close()
-
     def __enter__(self) -> AnswerCache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self._opened.close()

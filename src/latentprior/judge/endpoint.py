@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ import numpy as np
 
 from latentprior.config import JudgeConfig
 from latentprior.judge.answers import Answer, Answers, Malformed, Message, Request
-from latentprior.judge.cache import AnswerCache, content_key, read_cache, value_of
+from latentprior.judge.cache import VALUE, AnswerCache, content_key, read_cache
 from latentprior.judge.post import Refused, Rejected, Unavailable, opener, post_json
 from latentprior.judge.ratings import RatingRequest
 from latentprior.utils.errors import InputError
@@ -23,6 +23,7 @@ from latentprior.utils.progress import Report, silent
 
 CHARACTERS_PER_TOKEN = 4
 OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 256}
+LEAST = {"concurrency": 1, "attempts": 1, "patience": 1, "reasks": 0, "backoff": 0, "longest_wait": 0}
 NOT_ASKED, MALFORMED = "not asked", "malformed"
 Value = TypeVar("Value")
 
@@ -31,15 +32,11 @@ Value = TypeVar("Value")
 class Cost:
     """What asking will take, estimated beforehand."""
 
-    calls: int
-    """Requests to the endpoint, if none fails."""
-    known: int
-    """Answers that need no call: in the cache already, or asked for twice."""
-    prompt_tokens: int
-    """Characters of the prompts / 4."""
+    calls: int  # if none fails
+    known: int  # answers that need no call: in the cache already, or asked for twice
+    prompt_tokens: int  # characters of the prompts / 4
     answer_tokens: int
-    money: float | None
-    """In the currency of the prices; None if no price is known."""
+    money: float | None  # in the currency of the prices; None if no price is known
 
     def figures(self) -> dict[str, Any]:
         """What progress shows of it: tokens, and money where prices are known."""
@@ -57,8 +54,7 @@ class Ratings(Answers[int]):
 
 def endpoint_key(variable: str) -> str:
     """The key in an environment variable, which must be set; nothing else here reads the environment."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
+    if not (key := os.environ.get(variable, "").strip()):
         raise InputError(f"the judge's key is read from the environment variable {variable!r}, which is not set")
     return key
 
@@ -67,87 +63,51 @@ def endpoint_of(config: JudgeConfig, cache: str | Path) -> EndpointJudge | None:
     """The judge that `config` names, with its key from the environment; None if it names none."""
     if config.url is None or config.model is None:
         return None
-    return EndpointJudge(
-        config.url,
-        config.model,
-        endpoint_key(config.key_variable) if config.key_variable else None,
-        cache=cache,
-        concurrency=config.workers,
-        timeout=config.timeout,
-        attempts=config.attempts,
-    )
+    key = endpoint_key(config.key_variable) if config.key_variable else None
+    options: dict[str, Any] = {"concurrency": config.workers, "timeout": config.timeout, "attempts": config.attempts}
+    return EndpointJudge(config.url, config.model, key, cache=cache, **options)
 
 
+@dataclass(eq=False)
 class EndpointJudge:
     """Asks an endpoint, for ratings or anything else; every answer is paid for once and kept in a file.
 
-    Calls run in threads. A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a
-    response that is not JSON) is repeated after `backoff` s, twice that, and so on, and never before the server's
-    Retry-After; an answer without a valid value is asked for again. A request that fails for good gets no value and a
-    reason; the next run asks for it again.
-
-    Args:
-        url: base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1.
-        model: name of the model there.
-        key: bearer token; None for endpoints that need none.
-        cache: file of paid answers, made if missing (`AnswerCache`). An answer is found by model, messages, options,
-            kind and version of the wording, whatever the endpoint.
-        concurrency: most calls at a time.
-        timeout: seconds for one call.
-        attempts: most failed calls for one request.
-        reasks: how often a malformed answer is asked for again.
-        backoff: seconds before the second try.
-        longest_wait: seconds; longer back-off is cut to it, a longer Retry-After fails the request.
-        patience: after this many requests in a row that got no answer at all, the others are not asked.
-        options: further fields of the body in place of `OPTIONS`, as some models want other ones.
+    A call that fails for now (no connection, time-out, status 408, 409, 425, 429 or 5xx, a response that is not JSON)
+    is repeated after `backoff` seconds, twice that, and so on, and never before the server's Retry-After. A request
+    that fails for good gets no value and a reason; the next run asks for it again. Paid answers are found by model,
+    messages, options, kind and version of the wording.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str | None = None,
-        *,
-        cache: str | Path,
-        concurrency: int = 8,
-        timeout: float = 60.0,
-        attempts: int = 6,
-        reasks: int = 2,
-        backoff: float = 1.0,
-        longest_wait: float = 120.0,
-        patience: int = 20,
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("attempts", attempts, 1),
-            ("patience", patience, 1),
-            ("reasks", reasks, 0),
-            ("backoff", backoff, 0),
-            ("longest_wait", longest_wait, 0),
-        ):
-            if not value >= least:
-                raise InputError(f"{name} of a judge must be at least {least}, got {value}")
-        if not timeout > 0:
-            raise InputError(f"timeout of a judge must be positive, got {timeout}")
-        if not model.strip():
+    url: str  # base URL, such as "https://api.example.com/v1"; a bare host stands for its /v1
+    model: str
+    key: str | None = field(default=None, repr=False)  # bearer token, if the endpoint needs one
+    _: KW_ONLY
+    cache: str | Path  # file of paid answers (`AnswerCache`)
+    concurrency: int = 8
+    timeout: float = 60.0
+    attempts: int = 6  # most failed calls for one request
+    reasks: int = 2  # how often a malformed answer is asked for again
+    backoff: float = 1.0
+    longest_wait: float = 120.0  # longer back-off is cut to it, a longer Retry-After fails the request
+    patience: int = 20  # after so many requests in a row that got no answer at all, the others are not asked
+    options: Mapping[str, Any] = field(default_factory=lambda: dict(OPTIONS))  # further fields of the body
+
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name} of a judge must be at least {least}, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise InputError(f"timeout of a judge must be positive, got {self.timeout}")
+        if not self.model.strip():
             raise InputError("name the judge's model")
+        key = self.key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
             raise InputError("the judge's key must be printable ASCII without spaces around it")
-        self.url, self.model, self._key = _completions_url(url), model, key
-        self.cache = Path(cache)
-        self.concurrency, self.timeout = concurrency, timeout
-        self.attempts, self.reasks, self.patience = attempts, reasks, patience
-        self.backoff, self.longest_wait = backoff, longest_wait
-        self.options = dict(OPTIONS if options is None else options)
+        self.url, self.cache = _completions_url(self.url), Path(self.cache)
         self._client = opener()
 
     def estimate(
-        self,
-        requests: Sequence[Request[Any]],
-        *,
-        prompt_price: float | None = None,
-        answer_price: float | None = None,
+        self, requests: Sequence[Request[Any]], *, prompt_price: float | None = None, answer_price: float | None = None
     ) -> Cost:
         """What asking `requests` will take, given what the cache holds; calls nothing. Prices: of a million tokens."""
         known = read_cache(self.cache)
@@ -165,20 +125,13 @@ class EndpointJudge:
         return Ratings(self.ask(requests, report=report).results)
 
     def ask(self, requests: Sequence[Request[Value]], *, report: Report = silent) -> Answers[Value]:
-        """The answers to `requests`, in their order.
+        """The answers to `requests`, in their order; `InputError` if the endpoint refuses every one.
 
         If it is interrupted, the calls that are under way are waited for, as they are paid for; the next run goes on.
-
-        Args:
-            report: gets answers done that were not in the cache, of how many, and how many failed.
-
-        Raises:
-            InputError: the endpoint refuses every request (wrong URL, key or account), or the cache is damaged, in use
-                by another process or cannot be written.
         """
         keyed = self._keyed(requests)
         with AnswerCache(self.cache) as cache:
-            known = {key: Answer(value_of(cache.entries[key])) for key, _ in keyed if key in cache.entries}
+            known = {key: Answer(cache.entries[key][VALUE]) for key, _ in keyed if key in cache.entries}
             pending = {key: request for key, request in keyed if key not in known}
             results = known | self._ask_all(pending, cache, report)
         return Answers([results[key] for key, _ in keyed])
@@ -186,7 +139,7 @@ class EndpointJudge:
     def recall(self, requests: Sequence[Request[Value]]) -> list[Value | None]:
         """What the cache holds of the answers to `requests`, None where it has none; calls nothing."""
         known = read_cache(self.cache)
-        return [value_of(known[key]) if key in known else None for key, _ in self._keyed(requests)]
+        return [known[key][VALUE] if key in known else None for key, _ in self._keyed(requests)]
 
     def _keyed(self, requests: Sequence[Request[Value]]) -> list[tuple[str, Request[Value]]]:
         return [(content_key(self._body(r.messages()) | {"kind": r.kind, "version": r.version}), r) for r in requests]
@@ -199,8 +152,7 @@ class EndpointJudge:
     ) -> dict[str, Answer[Value]]:
         results: dict[str, Answer[Value]] = {}
         failed = unanswered = 0
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.concurrency)
+        stop, pool = threading.Event(), ThreadPoolExecutor(self.concurrency)
         try:
             futures = {pool.submit(self._ask_one, key, item, cache, stop): key for key, item in pending.items()}
             for future in as_completed(futures):
@@ -251,8 +203,7 @@ class EndpointJudge:
         return Answer(None, reason, calls, tuple(failures))
 
     def _post(self, messages: list[Message]) -> tuple[str, Any]:
-        """The model's answer, and the tokens that the server counted."""
-        response = post_json(self._client, self.url, self._body(messages), key=self._key, timeout=self.timeout)
+        response = post_json(self._client, self.url, self._body(messages), key=self.key, timeout=self.timeout)
         try:
             answer = response["choices"][0]["message"]["content"]
         except (LookupError, TypeError) as error:
@@ -267,8 +218,8 @@ class EndpointJudge:
 def _completions_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
-    except ValueError as error:
-        raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}") from error
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InputError(f"the judge's URL must be like https://host/v1, got {url!r}")
     path = parts.path.rstrip("/")

@@ -15,10 +15,8 @@ from latentprior.data.prompts import prefilled
 from latentprior.lm import hooks
 from latentprior.utils.errors import InputError
 
-LARGEST_LOGITS = 2**25
-"""Logits that are held at a time; 128 MiB in float32."""
-LARGEST_VOCABULARY = 2**18
-"""Of a model that does not tell its own."""
+LARGEST_LOGITS = 2**25  # held at a time; 128 MiB in float32
+LARGEST_VOCABULARY = 2**18  # of a model that does not tell its own
 
 
 @torch.no_grad()
@@ -33,19 +31,14 @@ def conditional_nll(
 ) -> np.ndarray:
     """Mean negative log-likelihood of continuations given their prompts, in nats a token (paper, fluency).
 
-    The likelihood is that of the model as it is now: call this outside of every steering context.
+    The likelihood is that of the model as it is now: call this outside of every steering context. A continuation
+    without tokens has NaN.
 
     Args:
-        inputs: "input_ids" and "attention_mask" [B, P] of the prompts, padded on either side; "attention_mask" may be
-            missing where nothing is padded.
-        ids: the continuations.
+        inputs: "input_ids" of the prompts [B / copies, P] and, where they are padded on any side, "attention_mask".
         mask: True at tokens of the continuation, False after its end; None if all are as long as T.
-        copies: continuations of each prompt, which come one after another; the prompts are then B / copies, and each
-            is run once.
-        largest_logits: rows are taken as many at a time as have at most so many logits, but one at least.
-
-    Returns:
-        [B] float64; NaN for a continuation without tokens.
+        copies: continuations of each prompt, which come one after another; each prompt is run once.
+        largest_logits: as many rows are taken at a time as have at most so many logits, but one at least.
     """
     prompts = inputs["input_ids"]
     prompt_mask = inputs.get("attention_mask", torch.ones_like(prompts)).bool()
@@ -55,36 +48,26 @@ def conditional_nll(
         raise InputError(f"prompts, continuations and mask must have the same rows, got {shapes}")
     if not prompt_mask.any(dim=1).all():
         raise InputError("every prompt needs a token, if only the beginning of sequence: the first token follows it")
+    # Prompts end, and continuations begin, at one column: only padding on the left keeps them together.
+    order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
+    prompts, prompt_mask = prompts.gather(1, order), prompt_mask.gather(1, order)
     vocabulary = getattr(hooks.text_config(model), "vocab_size", LARGEST_VOCABULARY)
-    columns = ids.shape[1] if copies > 1 else _logit_columns(model, prompts, ids)
+    unread = 1 if "logits_to_keep" in hooks.forward_parameters(model) else prompts.shape[1]
+    columns = ids.shape[1] + (unread if copies == 1 else 0)
     rows = max(1, largest_logits // (columns * vocabulary) // copies)
     chunks = zip(
         *(x.split(rows) for x in (prompts, prompt_mask)), *(x.split(rows * copies) for x in (ids, mask)), strict=True
     )
     nll = _nll if copies == 1 else partial(_nll_of_copies, copies=copies)
-    parts = [nll(model, *chunk) for chunk in chunks if len(chunk[0])]
+    device = next(model.parameters()).device
+    parts = [nll(model, *(x.to(device) for x in chunk)) for chunk in chunks if len(chunk[0])]
     return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
-def _logit_columns(model: nn.Module, prompts: Tensor, ids: Tensor) -> int:
-    keeps = "logits_to_keep" in hooks.forward_parameters(model)
-    return ids.shape[1] + 1 if keeps else prompts.shape[1] + ids.shape[1]
-
-
 def _nll(model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Mean loss [B] float64 of one chunk."""
-    device = next(model.parameters()).device
-    # Prompts end, and continuations begin, at one column: only padding on the left keeps them together.
-    order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
-    tokens = torch.cat([prompts.gather(1, order), ids], dim=1).to(device)
-    attention = torch.cat([prompt_mask.gather(1, order), mask], dim=1).to(device)
-    arguments = {"input_ids": tokens, "attention_mask": attention.long(), "use_cache": False}
-    parameters = hooks.forward_parameters(model)
-    if "position_ids" in parameters:  # else a model with absolute positions would count the padding
-        arguments["position_ids"] = (attention.long().cumsum(dim=1) - 1).clamp(min=0)
-    if "logits_to_keep" in parameters:
-        arguments["logits_to_keep"] = ids.shape[1] + 1
-    logits = model(**arguments).logits[:, -ids.shape[1] - 1 : -1]
+    arguments = _arguments(model, torch.cat([prompts, ids], dim=1), torch.cat([prompt_mask, mask], dim=1).long())
+    keep = {"logits_to_keep": ids.shape[1] + 1} if "logits_to_keep" in hooks.forward_parameters(model) else {}
+    logits = model(**arguments, **keep, use_cache=False).logits[:, -ids.shape[1] - 1 : -1]
     return _mean_loss(logits, ids, mask)
 
 
@@ -92,18 +75,18 @@ def _nll_of_copies(
     model: nn.Module, prompts: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor, copies: int
 ) -> Tensor:
     """`_nll` of several continuations of each prompt [P]: the prompts' keys and values are computed once."""
-    device = next(model.parameters()).device
-    order = prompt_mask.to(torch.uint8).argsort(dim=1, stable=True)
-    before, known = prompts.gather(1, order).to(device), prompt_mask.gather(1, order).to(device)
-    cache = prefilled(model, before, known, copies)
-    last, known = before[:, -1:].repeat_interleave(copies, 0), known.repeat_interleave(copies, 0)
-    scored = mask.to(device)
-    attention = torch.cat([known, scored[:, :-1]], dim=1).long()
-    arguments = {"input_ids": torch.cat([last, ids[:, :-1].to(device)], dim=1), "attention_mask": attention}
-    if "position_ids" in hooks.forward_parameters(model):
-        arguments["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    logits = model(**arguments, **{hooks.cache_argument(model): cache}, use_cache=True).logits
-    return _mean_loss(logits, ids, scored)
+    cache = {hooks.cache_argument(model): prefilled(model, prompts, prompt_mask, copies)}
+    last, known = prompts[:, -1:].repeat_interleave(copies, 0), prompt_mask.repeat_interleave(copies, 0)
+    attention = torch.cat([known, mask[:, :-1]], dim=1).long()
+    arguments = _arguments(model, torch.cat([last, ids[:, :-1]], dim=1), attention)
+    return _mean_loss(model(**arguments, **cache, use_cache=True).logits, ids, mask)
+
+
+def _arguments(model: nn.Module, tokens: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    arguments = {"input_ids": tokens, "attention_mask": attention}
+    if "position_ids" in hooks.forward_parameters(model):  # else a model with absolute positions counts the padding
+        arguments["position_ids"] = (attention.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return arguments
 
 
 def _mean_loss(logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 """One HTTP request with a JSON body, and the three ways in which it can fail.
 
-By the standard library's client, which sends what it is told to and nothing else. The openai client adds
-OPENAI_ORG_ID and OPENAI_PROJECT_ID from the environment to requests to any endpoint and follows redirects; told to do
-neither, it would still need what is here: one deadline and a largest size for a response, the three kinds of failure,
-and waiting left to the caller.
+By the standard library's client, which sends what it is told to and nothing else: the openai client adds values from
+the environment, follows redirects, and has neither one deadline nor a largest size for a response.
 """
 
 from __future__ import annotations
@@ -29,20 +27,13 @@ _FOR_ALL = frozenset({301, 302, 303, 307, 308, 401, 402, 404, 405})
 class PostError(Exception):
     """A request failed; the message is one line, `failure` an HTTP status, "time-out", "connection" or "not JSON"."""
 
-    def __init__(self, failure: str, message: str) -> None:
+    def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.failure = failure
+        self.failure, self.retry_after = failure, retry_after
 
 
 class Unavailable(PostError):
-    """It may work later: no connection, a time-out, too many requests, a fault of the server, a garbled response.
-
-    `retry_after` are the seconds that the server asks to wait, if it does.
-    """
-
-    def __init__(self, failure: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(failure, message)
-        self.retry_after = retry_after
+    """It may work later; `retry_after` are the seconds that the server asks to wait, if it does."""
 
 
 class Rejected(PostError):
@@ -66,13 +57,7 @@ def opener() -> urllib.request.OpenerDirector:
 def post_json(
     client: urllib.request.OpenerDirector, url: str, body: Mapping[str, Any], *, key: str | None, timeout: float
 ) -> Any:
-    """The JSON that the server responds with.
-
-    Args:
-        client: from `opener()`.
-        key: sent as a bearer token; appears in no message.
-        timeout: seconds for the whole exchange, however slowly the response arrives.
-    """
+    """The JSON that the server responds with; `key` is a bearer token, `timeout` seconds for the whole exchange."""
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "latentprior"}
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"

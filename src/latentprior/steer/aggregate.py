@@ -22,40 +22,30 @@ SIGNS = np.array([1.0, -1.0])
 
 
 class Key(NamedTuple):
-    """A condition; `prior` is "" where the rows name none."""
-
     direction: str
     method: str
-    prior: str
+    prior: str  # "" where the rows name none
 
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
     """One condition, P prompts by S strengths, with the signs of a strength taken together."""
 
-    strengths: np.ndarray
-    """[S] absolute, increasing."""
-    gain: np.ndarray
-    """[P, S] mean over the signs that were run; NaN where a text or rating is missing, the unsteered one included."""
-    increase: np.ndarray
-    """[P, S] of the NLL, nats a token; NaN where `gain` is."""
-    unsteered: Mapping[str, np.ndarray]
-    """[P] each column of numbers, of the unsteered texts."""
-    columns: Mapping[str, np.ndarray]
-    """[P, S, 2] each column of numbers, for positive and negative strengths; NaN where there is none."""
-    failed: int
-    """Texts without concept or NLL."""
-    missing: int
-    """Texts that other prompts have and some lack."""
+    strengths: np.ndarray  # [S] absolute, increasing
+    gain: np.ndarray  # [P, S] mean over the signs that were run; NaN if a text or its unsteered one is unrated
+    increase: np.ndarray  # [P, S] of the NLL, nats a token; NaN where `gain` is
+    unsteered: Mapping[str, np.ndarray]  # [P] each column of numbers, of the unsteered texts
+    columns: Mapping[str, np.ndarray]  # [P, S, 2] each column of numbers, for positive and negative strengths
+    failed: int  # texts without concept or NLL
+    missing: int  # texts that other prompts have and some lack
 
 
 def aggregate(rows: pa.Table) -> dict[Key, Aggregate]:
     """The aggregates of all conditions but the unsteered ones.
 
-    Args:
-        rows: one for each text, with the columns direction, method, strength (signed), prompt, concept (probability,
-            not flipped), nll (nats a token), and where they were measured those of `DESCRIBED`; those of method "none"
-            are the unsteered texts. With a column "prior", rows without a value there (null or "") hold for all priors.
+    The rows, one for each text, have columns direction, method ("none" is unsteered), strength (signed), prompt,
+    concept (probability, not flipped), nll (nats a token), and where they were measured those of `DESCRIBED`. With a
+    column "prior", rows without a value there (null or "") hold for all priors.
     """
     data = _columns(rows)
     keys = [Key(*key) for key in zip(data["direction"], data["method"], data["prior"], strict=True)]
@@ -74,7 +64,6 @@ def aggregate(rows: pa.Table) -> dict[Key, Aggregate]:
 
 
 def _columns(rows: pa.Table) -> dict[str, np.ndarray]:
-    """The columns that are used, checked."""
     numeric = ("strength", *MEASURED, *(name for name in DESCRIBED if name in rows.column_names))
     for name in ("direction", "method", "prompt", *numeric):
         if name not in rows.column_names:
@@ -93,7 +82,6 @@ def _columns(rows: pa.Table) -> dict[str, np.ndarray]:
 def _aggregate(
     data: Mapping[str, np.ndarray], key: Key, prompts: np.ndarray, chosen: np.ndarray, unsteered: np.ndarray | None
 ) -> Aggregate:
-    """Of the rows `chosen`, against the rows `unsteered`."""
     if unsteered is None:
         raise InputError(f"direction {key.direction!r} has no unsteered texts (method {UNSTEERED!r})")
     signed = data["strength"][chosen]

@@ -1,8 +1,7 @@
 """The conditions of a steering experiment, and the folder that keeps the rows of each.
 
 A condition is one task (a direction with its prompts), one method and, if that repairs, one prior; all prompts and
-strengths belong to it. Its rows are a Parquet file below ``cells``. A run that was interrupted, or one with more
-directions, methods or priors, makes only the files that are not there.
+strengths belong to it. Its rows are a Parquet file below ``cells``. A run makes only the files that are not there.
 """
 
 from __future__ import annotations
@@ -33,16 +32,12 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Condition:
-    """One task, one method, one prior."""
-
     task: SteeringTask
     method: str
-    prior: str
-    """Empty if the method has no prior."""
+    prior: str  # empty if the method has none
 
     @property
     def direction(self) -> str:
-        """The name of the task's direction, which the rows have."""
         return self.task.direction.name
 
     @property
@@ -51,7 +46,6 @@ class Condition:
 
 
 def file_of(direction: str, method: str, prior: str) -> str:
-    """The name of a condition's file."""
     return f"{method}-{_digest(json.dumps([direction, method, prior]).encode())}.parquet"
 
 
@@ -72,7 +66,6 @@ def losses_of(priors: Mapping[str, GLP]) -> dict[str, dict[str, Any]]:
 
 
 def write_rows(table: pa.Table, path: Path) -> None:
-    """Write rows as a Parquet file, whole or not at all."""
     with replaced(path) as partial:
         pq.write_table(table, partial, compression="zstd")
 
@@ -133,10 +126,8 @@ def refuse_unchanged(
     if steered and all(row["text"] == plain[row["prompt"]] for row in steered):
         installed = ", ".join(f"{name} {version}" for name, version in versions().items())
         did = f"; {counts}" if counts is not None else ""
-        raise InputError(
-            f"method {method!r} along {direction!r} changed none of {len(steered)} texts at any "
-            f"strength: nothing to report ({installed}{did})"
-        )
+        what = f"method {method!r} along {direction!r} changed none of {len(steered)} texts at any strength"
+        raise InputError(f"{what}: nothing to report ({installed}{did})")
 
 
 def _digests(directions: Iterable[Direction]) -> dict[str, str]:

@@ -37,20 +37,13 @@ class Direction:
         (1, 1.0)
     """
 
-    vector: Tensor
-    """[d] float32, of norm 1, on the CPU."""
+    vector: Tensor  # [d] float32, of norm 1, on the CPU
     hookpoint: Hookpoint
-    """The side of the block of the model whose activations it belongs to."""
-    name: str
-    """Shown to people, such as "sentiment (SST-2)"."""
-    kind: str
-    """How it was made, one of `KINDS`."""
-    norm: float = 1.0
-    """Its norm before it was scaled to 1, in raw activation units; 1 where it had none."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """How it was made, as JSON-ready values: data, counts, seed, options."""
-    mean_norm: float | None = None
-    """Mean norm of the activations that it was made from, the unit of strength; None where it is not known."""
+    name: str  # shown to people, such as "sentiment (SST-2)"
+    kind: str  # how it was made, one of `KINDS`
+    norm: float = 1.0  # before it was scaled to 1, in raw activation units; 1 where it had none
+    provenance: dict[str, Any] = field(default_factory=dict)  # data, counts, seed, options; JSON-ready
+    mean_norm: float | None = None  # of the activations that it was made from, the unit of strength
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -116,11 +109,7 @@ class Direction:
             layer: index of the block, whose `side` is read.
             kind: difference of the mean activations, or normal of a logistic probe.
             read: a text's last token, or the mean over its tokens.
-            name: shown to people.
             options: see `latentprior.steer.labelled_direction`.
-
-        Raises:
-            InputError: no texts on one side, texts without a token after the first position, a layer out of range.
         """
         from latentprior.steer.from_texts import labelled_direction  # which itself makes directions
 
@@ -128,9 +117,8 @@ class Direction:
             raise InputError("positive and negative texts must be lists of strings")
         labels = [1] * len(positive) + [0] * len(negative)
         hookpoint, texts = Hookpoint.of(model, layer, side=side), [*positive, *negative]
-        return labelled_direction(
-            model, tokenizer, texts, labels, hookpoint, kind=kind, read=read, name=name, **options
-        )
+        options |= {"kind": kind, "read": read, "name": name}
+        return labelled_direction(model, tokenizer, texts, labels, hookpoint, **options)
 
     def check(self, model: nn.Module, *, check_model: bool = True) -> None:
         """Refuse a model of another name (unless `check_model` is false), without the layer, or of another width."""
@@ -139,26 +127,15 @@ class Direction:
 
 def _check_shape(vector: Tensor, hookpoint: Hookpoint) -> None:
     if vector.shape != (hookpoint.width,):
-        raise InputError(
-            f"a direction at layer {hookpoint.layer} of {hookpoint.model or 'this model'} has shape "
-            f"[{hookpoint.width}], got {list(vector.shape)}"
-        )
+        place = f"layer {hookpoint.layer} of {hookpoint.model or 'this model'}"
+        raise InputError(f"a direction at {place} has shape [{hookpoint.width}], got {list(vector.shape)}")
 
 
 def write_direction(direction: Direction, path: str | Path) -> Path:
-    """Write `direction` as one safetensors file, whole or not at all; missing folders are made.
-
-    Its tensor is "direction" [d]; everything else is JSON in the metadata.
-    """
+    """Write `direction` as one safetensors file, whole or not at all; all but the vector is JSON in the metadata."""
     path = Path(path)
-    values: dict[str, Any] = {
-        "format": FORMAT,
-        "name": direction.name,
-        "kind": direction.kind,
-        "norm": direction.norm,
-        "hookpoint": direction.hookpoint.to_dict(),
-        "provenance": direction.provenance,
-    }
+    values: dict[str, Any] = {"format": FORMAT, "name": direction.name, "kind": direction.kind, "norm": direction.norm}
+    values |= {"hookpoint": direction.hookpoint.to_dict(), "provenance": direction.provenance}
     if direction.mean_norm is not None:
         values["mean_norm"] = direction.mean_norm
     content = save({_TENSOR: direction.vector.contiguous()}, metadata={_KEY: json.dumps(values)})
@@ -193,15 +170,9 @@ def read_direction(path: str | Path) -> Direction:
         values = json.loads(text)
         if values["format"] != FORMAT:
             raise InputError(f"it has direction format {values['format']}, this version reads {FORMAT}")
-        return Direction(
-            vector,
-            Hookpoint.from_dict(values["hookpoint"]),
-            str(values["name"]),
-            str(values["kind"]),
-            float(values["norm"]),
-            dict(values["provenance"]),
-            values.get("mean_norm"),
-        )
+        hookpoint, norm = Hookpoint.from_dict(values["hookpoint"]), float(values["norm"])
+        name, kind, provenance = str(values["name"]), str(values["kind"]), dict(values["provenance"])
+        return Direction(vector, hookpoint, name, kind, norm, provenance, values.get("mean_norm"))
     except KeyError as error:
         raise InputError(f"{path} lacks the key {error}") from error
     except (TypeError, ValueError, AttributeError) as error:

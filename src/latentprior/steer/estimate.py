@@ -59,16 +59,10 @@ def paired_pca(positive: Float[Tensor, "n d"], negative: Float[Tensor, "m d"]) -
 
 
 def probe_normal(x: Float[Tensor, "n d"], labels: Labels, *, l2: float = 1.0) -> Float[Tensor, " d"]:
-    """The normal of a logistic probe's decision boundary, pointing to label 1.
+    """The normal of a logistic probe's decision boundary in raw space, pointing to label 1.
 
-    The probe, scikit-learn's logistic regression, sees standardised activations ``(x - mean) / std``. Its weights w
-    belong to that space; the boundary's normal in raw space, which is returned, is ``w / std``. Dimensions that are
-    constant get 0.
-
-    Args:
-        labels: N labels, 0 or 1.
-        l2: weight of the penalty ``l2 / 2 |w|^2`` beside the sum of the rows' log losses; scikit-learn's ``C``
-            is ``1 / l2``.
+    The probe, scikit-learn's logistic regression with ``C = 1 / l2``, sees standardised activations
+    ``(x - mean) / std``; its weights w there are ``w / std`` in raw space. Dimensions that are constant get 0.
     """
     if not l2 > 0:
         raise InputError(f"l2 must be positive, got {l2}")
@@ -122,8 +116,7 @@ def _check_widths(positive: Tensor, negative: Tensor) -> None:
 def _exact(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Float64 rows on the CPU."""
     exact = x.detach().to("cpu", torch.float64)
-    bad = int((~exact.isfinite().all(dim=1)).sum())
-    if bad:
+    if bad := int((~exact.isfinite().all(dim=1)).sum()):
         raise InputError(f"{bad} of {len(x)} activations are infinite or NaN: leave them out")
     return exact
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from latentprior.config import SteerConfig, to_dict
-from latentprior.judge.endpoint import EndpointJudge, endpoint_of
+from latentprior.judge.endpoint import endpoint_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
@@ -32,10 +31,11 @@ from latentprior.utils.provenance import stamp
 from latentprior.utils.results import Result
 
 ROWS = "summary.directions.methods.points"  # what a result is as a table
+SHOWN = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")  # on the page
 
 
 def steer(config: SteerConfig, *, phase: Phase = unseen) -> Result:
-    """Load the language model and run the experiment (`experiment`)."""
+    """Load the language model and run the experiment."""
     return experiment(config, lambda: load_llm(config.llm, config.device), phase=phase)
 
 
@@ -43,66 +43,43 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
     """Run the experiment and write ``results.parquet`` and ``steer.json`` into ``config.output``.
 
     Everything that is there already is kept: the same call continues an interrupted one, and opens a finished one.
-
-    Args:
-        llm: gives the language model of ``config.llm`` and its tokenizer; called when the rest is found to be in order.
-
-    Returns:
-        what is in ``steer.json``: the frontiers with their intervals, what each repair costs, the judges, the
-        directions, and some texts.
-
-    Raises:
-        InputError: a prior that cannot be read or knows no mean norm, priors of different layers, a missing key of the
-            judge; directions that are not there or do not fit; a folder that another process writes, or that holds an
-            experiment with other settings.
+    `llm` gives the language model and its tokenizer; it is called when the rest is found to be in order.
     """
     check_folder(config.output)
     priors, hookpoint = load_priors(config)
     endpoint = endpoint_of(config.judge, Path(config.output) / "ratings.jsonl")
     directions = check_named(config, hookpoint)
     with locked(config.output) as folder:
-        result = finished(config, priors, directions, folder)
-        result = result or _run(config, folder, llm, priors, hookpoint, endpoint, phase)
-    return Result(result, table="summary.directions.methods.points")
-
-
-def _run(
-    config: SteerConfig,
-    folder: Path,
-    llm: Callable[[], tuple[Any, Any]],
-    priors: dict[str, GLP],
-    hookpoint: Hookpoint,
-    endpoint: EndpointJudge | None,
-    phase: Phase,
-) -> dict[str, Any]:
-    """The experiment in a folder that is this process's alone."""
-    began, first = time.perf_counter(), priors[config.priors[0]]
-    model, tokenizer = llm()
-    hookpoint.check(model)
-    with torch.random.fork_rng(devices=[]):
-        tasks = steering_tasks(config, model, tokenizer, hookpoint)
-    for direction in (task.direction for task in tasks):
-        write_direction(direction, folder / "directions" / f"{_slug(direction.name)}.safetensors")
-    runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
-    table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
-    table, ratings = rate_texts(config, endpoint, table, tasks, phase)
-    write_rows(table, folder / "results.parquet")
-    result = {
-        "kind": "frontier",
-        "experiment": config.experiment,
-        "hookpoint": hookpoint.to_dict(),
-        "mean_norm": runner.mean_norm,
-        "summary": summarise(table, seed=config.seed),
-        "repairs": _repairs(config, first),
-        "priors": losses_of(priors),
-        "judges": {task.direction.name: task.judged_by for task in tasks},
-        "directions": _described(tasks),
-        "ratings": ratings,
-        "texts": _examples(table, config.examples),
-    }
-    result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
-    replace_json(folder / "steer.json", result)
-    return result
+        if result := finished(config, priors, directions, folder):
+            return Result(result, table=ROWS)
+        began, first = time.perf_counter(), priors[config.priors[0]]
+        model, tokenizer = llm()
+        hookpoint.check(model)
+        with torch.random.fork_rng(devices=[]):
+            tasks = steering_tasks(config, model, tokenizer, hookpoint)
+        for direction in (task.direction for task in tasks):
+            slug = "".join(c if c.isalnum() else "-" for c in direction.name)
+            write_direction(direction, folder / "directions" / f"{slug}.safetensors")
+        runner = Runner(config, model, tokenizer, priors, first.normalizer.norm_unit(config.layer), config.layer)
+        table = run_conditions(runner, tasks, folder / "cells", report=phase("steer"))
+        table, ratings = rate_texts(config, endpoint, table, tasks, phase)
+        write_rows(table, folder / "results.parquet")
+        result = {
+            "kind": "frontier",
+            "experiment": config.experiment,
+            "hookpoint": hookpoint.to_dict(),
+            "mean_norm": runner.mean_norm,
+            "summary": summarise(table, seed=config.seed),
+            "repairs": _repairs(config, first),
+            "priors": losses_of(priors),
+            "judges": {task.direction.name: task.judged_by for task in tasks},
+            "directions": _described(tasks),
+            "ratings": ratings,
+            "texts": table.filter(pc.field("prompt") < config.examples).select(SHOWN).to_pylist(),
+        }
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        replace_json(folder / "steer.json", result)
+    return Result(result, table=ROWS)
 
 
 def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
@@ -115,7 +92,6 @@ def load_priors(config: SteerConfig) -> tuple[dict[str, GLP], Hookpoint]:
 
 
 def _repairs(config: SteerConfig, glp: GLP) -> dict[str, Any]:
-    """What each method's repair is, and its denoiser evaluations for each activation."""
     repairs = {method: repair for method in config.methods if (repair := config.repair_of(method)) is not None}
     return {method: to_dict(repair) | {"nfe": PriorRepair(glp, repair).nfe} for method, repair in repairs.items()}
 
@@ -126,13 +102,3 @@ def _described(tasks: Sequence[SteeringTask]) -> list[dict[str, Any]]:
         for task in tasks
         for d in [task.direction]
     ]
-
-
-def _examples(table: pa.Table, prompts: int) -> list[dict[str, Any]]:
-    """The rows of the first prompts, without the figures that the page does not show."""
-    shown = ("direction", "method", "prior", "strength", "prompt_text", "text", "concept", "nll")
-    return table.filter(pc.field("prompt") < prompts).select(shown).to_pylist()
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)

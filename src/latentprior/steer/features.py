@@ -38,24 +38,21 @@ class LatentDescription:
     """What a latent is active on, as far as its strongest activations tell."""
 
     latent: int
-    density: float
-    """Share of the rows on which it is active."""
-    examples: list[Example]
-    """Strongest first."""
+    density: float  # share of the rows on which it is active
+    examples: list[Example]  # strongest first
 
     @property
     def tokens(self) -> list[str]:
-        """The distinct tokens of the examples, commonest first."""
+        """Of the examples, commonest first."""
         return [token for token, _ in Counter(example.token for example in self.examples).most_common()]
 
     @property
     def name(self) -> str:
-        """Shown to people, such as "latent 12: ' film', ' movie'"."""
+        """Such as "latent 12: ' film', ' movie'"."""
         shown = ", ".join(map(repr, self.tokens[:3])) or "never active"
         return f"latent {self.latent}: {shown}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
         return asdict(self) | {"name": self.name, "tokens": self.tokens}
 
 
@@ -85,15 +82,9 @@ def describe_latents(
     Args:
         activations: a store, of which random whole documents are taken, or rows in memory; recorded where the SAE
             belongs. A context is what was recorded of it: a row's neighbours in its document.
-        tokenizer: of the language model.
-        latents: which ones, or how many at random of those that are active on at least 5 rows.
-        examples: most examples of each.
-        context: tokens to each side.
-        rows: about how many rows of a store to look at.
-        seed: of what is random.
-
-    Returns:
-        in the order of `latents`; random ones in ascending order.
+        latents: which ones, or how many at random (ascending) of those that are active on at least 5 rows.
+        context: tokens to each side of an example.
+        rows: about how many of a store to look at.
     """
     generator = generator_of(seed)
     batch = activations
@@ -142,9 +133,8 @@ def _example(batch: ActivationBatch, row: int, value: float, context: int, token
     """The row's token between its neighbours in the same document; `batch` is sorted by document and position."""
     first, last = max(row - context, 0), min(row + context + 1, len(batch))
     doc, position = int(batch.doc[row]), int(batch.position[row])
-    near = [
-        i for i in range(first, last) if int(batch.doc[i]) == doc and abs(int(batch.position[i]) - position) <= context
-    ]
+    same = (batch.doc[first:last] == doc) & ((batch.position[first:last] - position).abs() <= context)
+    near = (same.nonzero().squeeze(1) + first).tolist()
 
     def text(rows: Sequence[int]) -> str:
         """Decoded at once, so that characters of several tokens come out whole; a gap where rows are missing."""

@@ -1,4 +1,4 @@
-"""Reading directions that other tools wrote, and writing repeng's: no code in a file is ever run.
+"""Reading directions that other tools wrote: no code in a file is ever run.
 
 Every tool counts layers in its own way. Ours: layer L is the output of block L, ``hidden_states[L + 1]`` of
 transformers; the input of block L is the output of block L - 1.
@@ -46,19 +46,9 @@ def read_foreign(
     transformers, the embeddings first, and the output of block L is row L + 1.
 
     Args:
-        hookpoint: where it belongs: the files do not say of which model they are, or of a family only.
-        blocks: how many blocks the model has, ``len(hooks.find_blocks(model))``; needed for a tensor with a row for
-            each layer.
-        name: shown to people; the file's name by default.
+        hookpoint: where it belongs, as the files say at most of which family of models they are.
+        blocks: how many the model has, ``len(hooks.find_blocks(model))``; needed where a tensor has a row for each.
         tensor: which tensor of a safetensors file that holds several.
-
-    Returns:
-        a direction of kind "file"; the norm in the file is its `norm`.
-
-    Raises:
-        InputError: no such file, one that is damaged, unsafe or of another kind, no direction for this layer, or one
-            that is zero, not finite or of another width; a row for each layer without `blocks`, or for another number
-            of blocks.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -77,7 +67,6 @@ def read_foreign(
 
 
 def _block(hookpoint: Hookpoint) -> int:
-    """The block whose output is meant."""
     if hookpoint.side == "output":
         return hookpoint.layer
     if hookpoint.layer == 0:
@@ -145,10 +134,8 @@ def _from_pickle(path: Path, hookpoint: Hookpoint, blocks: int | None) -> tuple[
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and hostile pickles raise errors of nearly every type
-        raise InputError(
-            f"{path} is damaged or holds more than tensors, and is not opened; where it is trusted, save "
-            "`{layer: vector}` with torch.save, or one tensor"
-        ) from error
+        instead = "where it is trusted, save `{layer: vector}` with torch.save, or one tensor"
+        raise InputError(f"{path} is damaged or holds more than tensors, and is not opened; {instead}") from error
     if isinstance(loaded, _SteeringVector):
         state = loaded.state if isinstance(loaded.state, dict) else {}
         if (kind := state.get("layer_type", "decoder_block")) != "decoder_block":
@@ -167,7 +154,6 @@ def _from_pickle(path: Path, hookpoint: Hookpoint, blocks: int | None) -> tuple[
 
 
 def _of_layer(found: Tensor, hookpoint: Hookpoint, blocks: int | None, path: Path) -> tuple[Tensor, dict[str, Any]]:
-    """The vector of one layer, and what is known of it, from a tensor [d] or one with a row for each layer."""
     found = found.detach()
     if found.ndim == 1:
         return found, {}
@@ -175,18 +161,16 @@ def _of_layer(found: Tensor, hookpoint: Hookpoint, blocks: int | None, path: Pat
         raise InputError(f"{path} holds a tensor {list(found.shape)}, neither [d] nor [layers, d]")
     rows = len(found)
     if blocks is None:
+        which = f"outputs of {rows} blocks or hidden states of {rows - 1}"
         raise InputError(
-            f"{path} holds {rows} rows, outputs of {rows} blocks or hidden states of {rows - 1}: say which with "
-            "blocks=, the number of blocks of the model"
+            f"{path} holds {rows} rows, {which}: say which with blocks=, the number of blocks of the model"
         )
     check_in_range(hookpoint.layer, blocks, f"blocks={blocks}")
     if rows == blocks:
         return found[_block(hookpoint)], {}
     if rows != blocks + 1:
-        raise InputError(
-            f"{path} holds {rows} rows, and the model has {blocks} blocks: neither a row for each ({blocks}) nor one "
-            f"for the embeddings, too ({blocks + 1})"
-        )
+        wanted = f"neither a row for each ({blocks}) nor one for the embeddings, too ({blocks + 1})"
+        raise InputError(f"{path} holds {rows} rows, and the model has {blocks} blocks: {wanted}")
     # The last row is not the last block's output: transformers puts the final norm before it.
     row = hookpoint.layer + (hookpoint.side == "output")
     return found[row], {"format": "persona_vectors", "after_final_norm": row == blocks}

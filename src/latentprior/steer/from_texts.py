@@ -1,7 +1,7 @@
 """Directions from texts and from chat responses: activations at one hookpoint, one row each, then an estimator.
 
 A row is the mean over a span of tokens. The first position is never in it, nor are attention sinks: tokens whose norm
-is over 10 times the median norm of their own text, so that a row is the same whatever texts come with it.
+is over 10 times the median norm of their own text (not of the batch: a row depends on no other text).
 """
 
 from __future__ import annotations
@@ -32,12 +32,8 @@ PairedKind = Literal["pca", "difference_of_means"]
 
 
 class SpanMeans(NamedTuple):
-    """What was read of some texts."""
-
-    x: Float[Tensor, "n d"]
-    """Mean activation over a span of each text, float32."""
-    norms: float
-    """Sum of the norms at all positions but first ones and attention sinks, in a span or not."""
+    x: Float[Tensor, "n d"]  # mean activation over a span of each text, float32
+    norms: float  # sum of the norms at all positions but first ones and attention sinks, in a span or not
     positions: int
 
 
@@ -56,16 +52,12 @@ def text_activations(
     max_length: int = 128,
     batch_tokens: int = 4096,
 ) -> SpanMeans:
-    """Activations of `texts` at `hookpoint`, one row each and in their order.
+    """Activations of `texts` at `hookpoint`, one row each and in their order: none is dropped, as rows match labels.
 
     Args:
         read: "last", the last token; "mean", the mean over all tokens but the first and attention sinks.
         max_length: texts are cut to this many tokens, the beginning-of-sequence token included.
         batch_tokens: most tokens of one forward pass, padding included.
-
-    Raises:
-        InputError: no texts, or some without a token after the first position (none is dropped: rows keep matching
-            their labels); another model, layer or width; texts longer than the model's context; an unknown `read`.
     """
     if read not in get_args(Read):
         raise unknown("read", read, get_args(Read))
@@ -75,12 +67,9 @@ def text_activations(
         raise InputError(f"max_length must be at least 2, got {max_length}")
     hookpoint.check(model)
     rows = encode(list(texts), tokenizer, max_length)
-    short = [i for i, row in enumerate(rows) if len(row) < 2]
-    if short:
-        raise InputError(
-            f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read: "
-            f"leave them out (the first is number {short[0]})"
-        )
+    if short := [i for i, row in enumerate(rows) if len(row) < 2]:
+        few = f"{len(short)} of {len(rows)} texts have no token after the first position, which is never read"
+        raise InputError(f"{few}: leave them out (the first is number {short[0]})")
     spans = [(len(row) - 1 if read == "last" else 1, len(row)) for row in rows]
     return _span_means(model, tokenizer, rows, spans, hookpoint, batch_tokens)
 
@@ -94,19 +83,7 @@ def response_activations(
     max_length: int = 2048,
     batch_tokens: int = 4096,
 ) -> SpanMeans:
-    """Mean activation over the tokens of each conversation's last response.
-
-    The tokens are those of the response's text; what the chat template puts around it is context only.
-
-    Args:
-        conversations: messages {"role", "content"}, the last of them an assistant's.
-        max_length: conversations are cut to this many tokens.
-        batch_tokens: most tokens of one forward pass, padding included.
-
-    Raises:
-        InputError: no conversations; one without a response, whose response lies beyond `max_length`, or whose
-            response the chat template changes; no chat template; another model, layer or width.
-    """
+    """Mean activation over the text of each conversation's last response; what the chat template adds is context."""
     if not conversations:
         raise InputError("response activations need at least one conversation")
     hookpoint.check(model)
@@ -131,66 +108,47 @@ def persona_conversations(
     seed: int = 0,
     batch: int = 32,
 ) -> list[Conversation]:
-    """The model's answers to `questions` under a system prompt, as conversations of two or three messages.
+    """The model's answers to `questions` under a system prompt (or none), as conversations of two or three messages.
 
-    Args:
-        system_prompt: None leaves the system message out.
-        temperature: 0 decodes greedily; else tokens are drawn from the whole distribution at this temperature.
-        seed: of the draws; the global generator is left as it was.
-        batch: questions that are answered together, padded on the left. Draws depend on it, greedy answers do not.
+    They are greedy at temperature 0, else drawn from the whole distribution; draws depend on `batch`.
     """
     if isinstance(questions, str) or not len(questions):
         raise InputError("questions must be a list of at least one string")
     if max_new_tokens < 1 or batch < 1 or not 0 <= temperature < math.inf:
-        raise InputError(
-            f"max_new_tokens and batch must be at least 1 and temperature at least 0, "
-            f"got {max_new_tokens}, {batch} and {temperature}"
-        )
+        given = f"{max_new_tokens}, {batch} and {temperature}"
+        raise InputError(f"max_new_tokens and batch must be at least 1 and temperature at least 0, got {given}")
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     prompts: list[Conversation] = [[*system, {"role": "user", "content": question}] for question in questions]
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    options = drawing if temperature > 0 else {"do_sample": False}
-    devices = range(torch.cuda.device_count())
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": padding_id(tokenizer)}
+    options["do_sample"] = temperature > 0
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     answers: list[str] = []
-    with torch.random.fork_rng(devices=devices):  # `generate` draws from the global generator only
+    # `generate` draws from the global generator only.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for begin in range(0, len(rows), batch):
             ids, mask, _ = pad(rows[begin : begin + batch], padding_id(tokenizer), "left")
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.long().to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=padding_id(tokenizer),
-                **options,
-            )
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+            output = model.generate(**inputs, **options)
             answers += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [
-        [*prompt, {"role": "assistant", "content": answer.strip()}]
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    replies = [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    return [[*prompt, reply] for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 def persona_answers(
     model: Any, tokenizer: Any, trait: Trait, *, seed: int = 0, **options: Any
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Answers to every question of a trait under every system prompt that asks for it, and for its opposite.
-
-    Each system prompt draws from a seed of its own; `options` are those of `persona_conversations`.
-    """
+    """`persona_conversations` under every system prompt of a trait, and of its opposite; each has a seed of its own."""
     if not trait.positive or not trait.negative or not trait.questions:
         raise InputError(f"the trait {trait.name!r} needs positive and negative system prompts, and questions")
-
-    def answers(system_prompts: Sequence[str], side: int) -> list[Conversation]:
-        return [
-            conversation
-            for i, prompt in enumerate(system_prompts)
-            for conversation in persona_conversations(
-                model, tokenizer, trait.questions, prompt, seed=seed_of(keyed_generator(seed, side, i)), **options
-            )
-        ]
-
-    return answers(trait.positive, 0), answers(trait.negative, 1)
+    sides: tuple[list[Conversation], list[Conversation]] = [], []
+    for side, system_prompts in enumerate((trait.positive, trait.negative)):
+        for i, prompt in enumerate(system_prompts):
+            own = seed_of(keyed_generator(seed, side, i))
+            sides[side].extend(persona_conversations(model, tokenizer, trait.questions, prompt, seed=own, **options))
+    return sides
 
 
 def persona_direction(
@@ -211,38 +169,23 @@ def persona_direction(
 
     The protocol of persona vectors (Chen et al., 2025): the model answers every question under every system prompt,
     and a response's activation is the mean over its tokens. Their filter, which keeps only answers that a judge finds
-    to follow the system prompt, is not applied. Empty answers are left out and counted in the provenance.
-
-    Args:
-        answers: what `persona_answers` gave with the same options, where it is there already.
-        name: that of the trait by default.
-        max_new_tokens, temperature, seed, batch: of the answers, see `persona_conversations`.
-        batch_tokens: most tokens of one forward pass of `response_activations`.
+    to follow the system prompt, is not applied. Empty answers are left out and counted in the provenance. `answers`
+    are what `persona_answers` gave with the same options, where they are there already.
     """
     hookpoint.check(model)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch": batch}
-    sides: list[SpanMeans] = []
-    empty = 0
+    sides, empty = [], 0
     for side in answers or persona_answers(model, tokenizer, trait, seed=seed, **options):
         given = [conversation for conversation in side if conversation[-1]["content"]]
         if not given:
             raise InputError(f"the model gave only empty answers for the trait {trait.name!r}: raise max_new_tokens")
         sides.append(response_activations(model, tokenizer, given, hookpoint, batch_tokens=batch_tokens))
         empty += len(side) - len(given)
-    return Direction.of(
-        estimate.mean_difference(*(side.x for side in sides)),
-        hookpoint,
-        name or trait.name,
-        "persona",
-        mean_norm=mean_norm_of(*sides),
-        trait=trait.name,
-        positive=len(sides[0].x),
-        negative=len(sides[1].x),
-        empty=empty,
-        read="response",
-        seed=seed,
-        **options,
-    )
+    positive, negative = (side.x for side in sides)
+    vector = estimate.mean_difference(positive, negative)
+    counts = {"positive": len(positive), "negative": len(negative), "empty": empty}
+    made: dict[str, Any] = {"trait": trait.name, **counts, "read": "response", "seed": seed, **options}
+    return Direction.of(vector, hookpoint, name or trait.name, "persona", mean_norm=mean_norm_of(*sides), **made)
 
 
 def labelled_direction(
@@ -263,10 +206,8 @@ def labelled_direction(
     """The direction from texts of label 0 to those of label 1, or a control for it.
 
     Args:
-        labels: N labels, 0 or 1.
         kind: "difference_of_means"; "probe", the normal of a logistic probe; and two controls: "shuffled", the
             difference of means after the labels were permuted, and "random", for which no text is read.
-        seed: of the controls.
         l2: penalty of the probe, see `estimate.probe_normal`.
         read, max_length, batch_tokens: see `text_activations`.
     """
@@ -279,13 +220,12 @@ def labelled_direction(
     options: dict[str, Any] = {"read": read, "max_length": max_length}
     found = text_activations(model, tokenizer, texts, hookpoint, batch_tokens=batch_tokens, **options)
     made: dict[str, Any] = {"positive": int(positive.sum()), "negative": int((~positive).sum()), **options}
-    x = found.x
     if kind == "probe":
-        vector, made["l2"] = estimate.probe_normal(x, positive, l2=l2), l2
+        vector, made["l2"] = estimate.probe_normal(found.x, positive, l2=l2), l2
     elif kind == "shuffled":
-        vector, made["seed"] = estimate.shuffled_mean_difference(x, positive, seed), seed
+        vector, made["seed"] = estimate.shuffled_mean_difference(found.x, positive, seed), seed
     else:
-        vector = estimate.mean_difference(x[positive], x[~positive])
+        vector = estimate.mean_difference(found.x[positive], found.x[~positive])
     return Direction.of(vector, hookpoint, name, kind, mean_norm=mean_norm_of(found), **made)
 
 
@@ -302,11 +242,9 @@ def paired_direction(
     max_length: int = 128,
     batch_tokens: int = 4096,
 ) -> Direction:
-    """The direction from `negatives` to `positives`, texts of which the i-th of both belong together.
+    """The direction from `negatives` to `positives`, whose i-th texts belong together (`paired_pca` by default).
 
-    Args:
-        kind: "pca", the first principal component of the pairs' differences, or "difference_of_means".
-        read, max_length, batch_tokens: see `text_activations`.
+    For read, max_length and batch_tokens see `text_activations`.
     """
     if kind not in get_args(PairedKind):
         raise unknown("kind of direction from pairs", kind, get_args(PairedKind))
@@ -321,14 +259,9 @@ def paired_direction(
 
 
 def _span_means(
-    model: Any,
-    tokenizer: Any,
-    rows: list[list[int]],
-    spans: list[Span],
-    hookpoint: Hookpoint,
-    batch_tokens: int,
+    model: Any, tokenizer: Any, rows: list[list[int]], spans: list[Span], hookpoint: Hookpoint, batch_tokens: int
 ) -> SpanMeans:
-    """Mean activation over a span of each row of token ids; sinks count only where the span holds nothing else."""
+    """A row of token ids gives one row; sinks count only where its span holds nothing else."""
     means, total, positions = torch.empty(len(rows), hookpoint.width), 0.0, 0
     batches = _batches(rows, padding_id(tokenizer), batch_tokens)
     for batch in activations(model, batches, [hookpoint.layer], side=hookpoint.side):
@@ -345,7 +278,6 @@ def _span_means(
 
 
 def _batches(rows: list[list[int]], filler: int, batch_tokens: int) -> Iterator[TokenBatch]:
-    """Rows from the longest to the shortest, as many at a time as `batch_tokens` holds."""
     if batch_tokens < 1:
         raise InputError(f"batch_tokens must be at least 1, got {batch_tokens}")
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

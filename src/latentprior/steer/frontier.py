@@ -1,7 +1,6 @@
 """Concept-fluency frontiers: what each method of steering gains in concept for what it costs in fluency.
 
-Gain and NLL increase are those of `latentprior.steer.aggregate`, against the unsteered text of the same prompt. All
-bootstraps resample prompts, the same ones for every method and strength.
+Gain and NLL increase are those of `aggregate`. All bootstraps resample prompts, the same for every method and strength.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ class Curve:
 
     gain: np.ndarray
     increase: np.ndarray
-    nll: np.ndarray
-    """[N, 1 + S] the increase on top of the mean unsteered NLL."""
+    nll: np.ndarray  # the increase on top of the mean unsteered NLL
 
 
 class Estimate(NamedTuple):
@@ -50,8 +48,10 @@ class Estimate(NamedTuple):
         """JSON-ready; an infinite end is None."""
         return None if math.isnan(self.low) else [_finite(self.low), _finite(self.high)]
 
+    def named(self, name: str) -> dict[str, Any]:
+        return {name: _finite(self.value), f"{name}_interval": self.interval}
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
         return {"value": _finite(self.value), "interval": self.interval, "clear": self.clear}
 
 
@@ -65,8 +65,7 @@ class Frontier:
     points it flatters: a method without any effect has a small positive area.
     """
 
-    increase: np.ndarray
-    """[N, V] vertices, never falling; the last one is repeated."""
+    increase: np.ndarray  # [N, V] vertices, never falling; the last one is repeated
     gain: np.ndarray
 
     def gain_at(self, increase: float) -> np.ndarray:
@@ -87,7 +86,6 @@ class Frontier:
         start, length, rise = self._segments()
 
         def integral(x: float) -> np.ndarray:
-            """Of each segment's share, up to x."""
             return _ratio(np.square(np.clip(x - start, 0, length)), 2 * length) + np.maximum(x - start - length, 0)
 
         return self.gain[:, 0] + (rise * (integral(width) - integral(0.0))).sum(axis=1) / width
@@ -97,13 +95,10 @@ class Frontier:
 
 
 def curve(aggregated: Aggregate, counts: np.ndarray) -> Curve:
-    """Mean gain and NLL at each strength, in every resample.
+    """Mean gain and NLL at each strength, in every resample of `bootstrap_counts` [N, P].
 
     A prompt without a rating at some strength is left out of that strength alone; because both figures are differences
     to the same prompt's unsteered text, that does not shift them by how hard the prompt is.
-
-    Args:
-        counts: [N, P] how often each prompt counts in each resample (`bootstrap_counts`).
     """
     zero = np.zeros((len(counts), 1))
     gain, increase = (np.hstack([zero, _means(counts, part)]) for part in (aggregated.gain, aggregated.increase))
@@ -133,23 +128,10 @@ def estimate(draws: np.ndarray) -> Estimate:
     return Estimate(float(draws[0]), *percentile_interval(draws[1:]))
 
 
-def area_difference(method: Frontier, baseline: Frontier, width: float) -> Estimate:
-    """How much more mean gain `method` gives than `baseline`, over NLL increases from 0 to `width`."""
-    return estimate(method.area(width) - baseline.area(width))
-
-
-def gain_at_matched_fluency(method: Frontier, baseline: Frontier, increase: float) -> Estimate:
-    """How much more gain `method` gives at an NLL increase of at most `increase`."""
-    return estimate(method.gain_at(increase) - baseline.gain_at(increase))
-
-
-def nll_at_matched_concept(method: Frontier, baseline: Frontier, gain: float) -> Estimate:
-    """How much more NLL `method` needs for `gain`: below zero it is the more fluent one.
-
-    Infinite where one of the two never attains the gain, NaN where neither does.
-    """
+def difference(method: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """How much more `method` [N] is than `baseline`: infinite where one of the two is, NaN where both are."""
     with np.errstate(invalid="ignore"):
-        return estimate(method.increase_at(gain) - baseline.increase_at(gain))
+        return estimate(method - baseline)
 
 
 def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -159,27 +141,19 @@ def summarise(table: pa.Table, baseline: str = "plain", resamples: int = 2000, s
     the baseline's largest mean increase if that is less, so that the baseline is never judged where it was not run. A
     method that ends before that keeps its best gain up to there: it is not punished for being fluent, though larger
     strengths might have given it more.
-
-    Args:
-        table: the rows of `aggregate`.
-        baseline: the method that the others are compared with.
-        resamples, seed: of the bootstrap over prompts.
     """
     if resamples < 1:
         raise InputError(f"resamples must be positive, got {resamples}")
     if not (aggregates := aggregate(table)):
         raise InputError("the results hold no steered texts")
-    directions = [
-        _direction(
-            {key: part for key, part in aggregates.items() if key.direction == direction}, baseline, resamples, seed
-        )
-        for direction in dict.fromkeys(key.direction for key in aggregates)
-    ]
+    by_direction: dict[str, dict[Key, Aggregate]] = {}
+    for key, part in aggregates.items():
+        by_direction.setdefault(key.direction, {})[key] = part
+    directions = [_direction(parts, baseline, resamples, seed) for parts in by_direction.values()]
     return {"baseline": baseline, "resamples": resamples, "seed": seed, "directions": directions}
 
 
 def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: int, seed: int) -> dict[str, Any]:
-    """The summary of one direction, the baseline's methods first."""
     first = next(iter(aggregates))
     if baseline not in (methods := dict.fromkeys(key.method for key in aggregates)):
         raise unknown(f"baseline along {first.direction!r}", baseline, methods)
@@ -191,14 +165,14 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
     curves = {key: curve(part, counts) for key, part in aggregates.items()}
     frontiers = {key: frontier(points) for key, points in curves.items()}
     baselines = {key.prior: key for key in aggregates if key.method == baseline}
-    width = min(_range(curves[key]) for key in baselines.values())
+    largest = (float(np.nanmax(curves[key].increase[0])) for key in baselines.values())
+    width = min([LARGEST_RANGE, *(increase for increase in largest if increase > 0)])
     described = []
     for key in sorted(aggregates, key=lambda key: key.method != baseline):
         against = baselines.get(key.prior, baselines.get(""))
         if against is None:
             raise InputError(f"prior {key.prior!r} along {key.direction!r} has no rows of the baseline {baseline!r}")
         mine = frontiers[key]
-        area = estimate(mine.area(width))
         entry = {
             "method": key.method,
             "prior": key.prior or None,
@@ -206,8 +180,7 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
             "missing": aggregates[key].missing,
             "points": list(_points(aggregates[key], curves[key])),
             "frontier": _vertices(mine, curves[key]),
-            "area": area.value,
-            "area_interval": area.interval,
+            **estimate(mine.area(width)).named("area"),
         }
         if key.method != baseline:
             entry |= _differences(mine, frontiers[against], width)
@@ -222,24 +195,14 @@ def _direction(aggregates: Mapping[Key, Aggregate], baseline: str, resamples: in
     }
 
 
-def _range(points: Curve) -> float:
-    """NLL increase up to which frontiers are compared with this baseline's."""
-    largest = float(np.nanmax(points.increase[0]))
-    return min(LARGEST_RANGE, largest) if largest > 0 else LARGEST_RANGE
-
-
 def _differences(mine: Frontier, baseline: Frontier, width: float) -> dict[str, Any]:
-    """Everything that is compared with the baseline."""
-    increases = [share * width for share in MATCHED_NLL]
-    attained = float(baseline.gain_at(width)[0])
-    gains = [share * attained for share in MATCHED_GAIN] if attained > 0 else []
-    return {
-        "area_difference": area_difference(mine, baseline, width).to_dict(),
-        "gain_at_matched_fluency": [
-            {"increase": x, **gain_at_matched_fluency(mine, baseline, x).to_dict()} for x in increases
-        ],
-        "nll_at_matched_concept": [{"gain": y, **nll_at_matched_concept(mine, baseline, y).to_dict()} for y in gains],
-    }
+    at_increase, at_gain, attained = [], [], float(baseline.gain_at(width)[0])
+    for x in (share * width for share in MATCHED_NLL):
+        at_increase.append({"increase": x} | difference(mine.gain_at(x), baseline.gain_at(x)).to_dict())
+    for y in (share * attained for share in MATCHED_GAIN if attained > 0):
+        at_gain.append({"gain": y} | difference(mine.increase_at(y), baseline.increase_at(y)).to_dict())
+    area = difference(mine.area(width), baseline.area(width)).to_dict()
+    return {"area_difference": area, "gain_at_matched_fluency": at_increase, "nll_at_matched_concept": at_gain}
 
 
 def _points(aggregated: Aggregate, points: Curve) -> Iterator[dict[str, Any]]:
@@ -249,10 +212,8 @@ def _points(aggregated: Aggregate, points: Curve) -> Iterator[dict[str, Any]]:
         yield {
             "strength": strength,
             "prompts": int((~np.isnan(aggregated.gain[:, i])).sum()),
-            "gain": _finite(gain.value),
-            "gain_interval": gain.interval,
-            "nll": _finite(nll.value),
-            "nll_interval": nll.interval,
+            **gain.named("gain"),
+            **nll.named("nll"),
             "concept_positive": _mean(signs[:, 0]),
             "concept_negative": _mean(signs[:, 1]),
             **{name: _mean(values[:, i]) for name, values in aggregated.columns.items() if name in DESCRIBED},

@@ -30,10 +30,7 @@ def generate_continuations(
     """`copies` continuations of each prompt (rows prompt-major), greedy by default, inside `context`, and what it did.
 
     The end-of-text token is not generated, so that all continuations have one length and their likelihoods compare.
-
-    Args:
-        share: run each prompt once for all its copies; only if `context` changes nothing before its last token.
-        sampling: options of ``generate()``.
+    To `share`, each prompt is run once for all copies: only if `context` changes nothing before its last token.
     """
     ids = prompts.ids.repeat_interleave(copies, dim=0).to(model.device)
     mask = prompts.mask.long().repeat_interleave(copies, dim=0).to(model.device)
@@ -45,13 +42,9 @@ def generate_continuations(
 
 
 class EditMonitor:
-    """A `Repair` that measures, for each row of the batch, what another one leaves of the edit.
+    """A `Repair` that measures, for each row of the batch, what another one (or none) leaves of the edit.
 
-    Args:
-        repair: the other one; None leaves the edit as it is.
-        rows: rows of the batch.
-        mean_norm: unit of `moved`.
-        keep: of which call the activations are kept for `off_manifold`.
+    Of call number `keep` the activations are kept for `off_manifold`; `mean_norm` is the unit of `moved`.
     """
 
     def __init__(self, repair: Repair | None, rows: int, mean_norm: float, keep: int) -> None:
@@ -79,10 +72,7 @@ class EditMonitor:
         return self._sums[1] / self._sums[2]
 
     def off_manifold(self, glp: GLP, layer: int | None, seed: int) -> Float[Tensor, "3 rows"]:
-        """`GLP.score` of the kept unedited, edited and repaired activations, with the same noise for all three.
-
-        NaN for rows that had none, such as an attention sink.
-        """
+        """`GLP.score` of the kept unedited, edited and repaired activations, with the same noise; NaN without one."""
         scores = torch.full((3, self._sums.shape[1]), float("nan"))
         if self._kept is not None:
             at, kept = self._kept

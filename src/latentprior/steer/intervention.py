@@ -40,28 +40,25 @@ class Edit(ShortRepr):
     - "clamp": the component along w becomes ``r m``, the rest stays.
     - "ablate": the component along w becomes 0; the strength must be 0.
     - "rotate": a turns towards w by the angle ``atan(r)``, in the plane of both, and keeps its norm; a negative
-      strength turns it away. It stops at w or -w. An activation of norm m across w then points where adding ``r m w``
-      would point it. One that lies along w stays as it is, as no plane is given.
+      strength turns it away. It stops at w or -w. One that lies along w stays as it is, as no plane is given.
+
+    A strength is one number, or [B] with one for each row of the batch; beams and returned sequences take their row's.
     """
 
     direction: Direction
     strength: float | Tensor = 0.0
-    """One number, or [B] with one for each row of the batch. Beams and returned sequences take their row's."""
     kind: EditKind = "add"
 
     def __post_init__(self) -> None:
         if not isinstance(self.direction, Direction):
-            raise InputError(
-                f"an edit goes along a Direction, got {type(self.direction).__name__}: make one with "
-                'Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
-            )
+            how = 'make one with Direction.of(vector, Hookpoint.of(model, layer), "a name", "file")'
+            raise InputError(f"an edit goes along a Direction, got {type(self.direction).__name__}: {how}")
         if self.kind not in EDIT_KINDS:
             raise unknown("kind of edit", self.kind, EDIT_KINDS)
         strength = torch.as_tensor(self.strength)
         if strength.ndim > 1 or not strength.numel() or strength.is_complex() or strength.dtype == torch.bool:
-            raise InputError(
-                f"a strength is a number or one for each row [B], got {strength.dtype} {list(strength.shape)}"
-            )
+            shape = list(strength.shape)
+            raise InputError(f"a strength is a number or one for each row [B], got {strength.dtype} {shape}")
         if not strength.isfinite().all():
             raise InputError(f"the strength along {self.direction.name!r} is infinite or NaN")
         if self.kind == "ablate" and strength.any():
@@ -73,12 +70,7 @@ class Repair(Protocol):
     """Brings edited activations back to where activations live."""
 
     def __call__(
-        self,
-        clean: Float[Tensor, "n d"],
-        edited: Float[Tensor, "n d"],
-        at: EditedPositions,
-        push: Float[Tensor, "n d"],
-        /,
+        self, clean: Float[Tensor, "n d"], edited: Float[Tensor, "n d"], at: EditedPositions, push: Tensor, /
     ) -> Float[Tensor, "n d"]:
         """The activations [N, d] to go on with, raw like `clean` and `edited`; `push` is ``edited - clean``."""
         ...
@@ -101,23 +93,17 @@ def steering(
     without an edit, and edits of strength 0 without repair, leave the model's text as it is, bit for bit.
 
     Args:
-        model: a causal language model; each direction is checked against it before anything runs.
         edits: those of one hookpoint apply in the given order, those of several layers in the model's order.
         mean_norm: the mean norm of an activation, the unit of strength; one number, or one for each edited layer. By
             default that of the layer's directions (`Direction.mean_norm`), the first that knows it.
-        positions: which positions; see `latentprior.lm.edits.Positions`.
+        positions: see `latentprior.lm.edits.Positions`.
         repair: called once for each edited layer and forward pass, after all edits of the layer, with the activations
             at the edited positions; also with those of strength 0. One that is a context manager is open meanwhile.
         check_model: refuse directions of a model of another name. Layer and width are always checked.
 
     Yields:
-        counts of what was done so far: positions ``seen``, ``edited`` and ``passed_over``, by reason.
-
-    Raises:
-        InputError: something that is no `Edit`; a direction of another model, layer or width; unknown positions; a mean
-            norm that is missing or not positive. In the forward pass: strengths or a mask of positions that do not fit
-            the batch or the prompt, a repair that returns another shape. In the forward pass, from ``generate()`` and
-            on leaving the context with nothing edited: what `latentprior.lm.edits.edit_positions` refuses.
+        counts of what was done so far: positions ``seen``, ``edited`` (on leaving, none is an error) and
+        ``passed_over``, by reason.
 
     Examples:
         >>> with lp.steering(model, lp.Edit(direction, 0.8), mean_norm=5.0) as counts:
@@ -135,7 +121,7 @@ def steering(
     units = {layer: _unit(mean_norm, layer, here) for (_, layer), here in by_place.items()}
     by_side: dict[Side, dict[int, EditFunction]] = {}
     for (side, layer), here in by_place.items():
-        by_side.setdefault(side, {})[layer] = _EditsThenRepair([_PreparedEdit(e, units[layer]) for e in here], repair)
+        by_side.setdefault(side, {})[layer] = _edits_then_repair([_prepared(e, units[layer]) for e in here], repair)
 
     def sinks(hidden: Tensor, layer: int) -> Tensor:
         return sinks_in(hidden, units[layer])
@@ -164,43 +150,34 @@ def _unit(mean_norm: float | Mapping[int, float] | None, layer: int, edits: Sequ
     return float(mean_norm)
 
 
-class _PreparedEdit:
-    """One edit, ready to run."""
+def _prepared(edit: Edit, unit: float) -> EditFunction:
+    vector, strengths = edit.direction.vector, torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
 
-    def __init__(self, edit: Edit, unit: float) -> None:
-        self._apply = _APPLY[edit.kind]
-        self._idle_at_zero = edit.kind in ("add", "rotate")
-        self._name = f"the strength along {edit.direction.name!r}"
-        self._unit = unit
-        self._direction = edit.direction.vector
-        self._strength = torch.as_tensor(edit.strength, dtype=torch.float64).reshape(-1)
+    def apply(x: Tensor, at: EditedPositions) -> Tensor:
+        nonlocal vector, strengths
+        vector, strengths = vector.to(x), strengths.to(x)  # they move once: the layer stays where it is
+        strength = for_batch(strengths, at.batch, f"the strength along {edit.direction.name!r}")[at.row, None]
+        edited = _APPLY[edit.kind](x, vector, strength, unit)
+        # Rows with nothing to do come back bit for bit.
+        return torch.where(strength == 0, x, edited) if edit.kind in ("add", "rotate") else edited
 
-    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
-        """[N, d] edited; rows with nothing to do come back bit for bit."""
-        self._direction = self._direction.to(x)  # moves once: the layer stays where it is
-        self._strength = self._strength.to(x)
-        strength = for_batch(self._strength, at.batch, self._name)[at.row, None]
-        edited = self._apply(x, self._direction, strength, self._unit)
-        return torch.where(strength == 0, x, edited) if self._idle_at_zero else edited
+    return apply
 
 
-class _EditsThenRepair:
-    """What is done at one hookpoint: all edits in order, then repair."""
-
-    def __init__(self, edits: Sequence[_PreparedEdit], repair: Repair | None) -> None:
-        self._edits, self._repair = edits, repair
-
-    def __call__(self, x: Tensor, at: EditedPositions) -> Tensor:
+def _edits_then_repair(edits: Sequence[EditFunction], repair: Repair | None) -> EditFunction:
+    def apply(x: Tensor, at: EditedPositions) -> Tensor:
         clean = x if x.dtype == torch.float64 else x.float()
         edited = clean
-        for edit in self._edits:
+        for edit in edits:
             edited = edit(edited, at)
-        if self._repair is None:
+        if repair is None:
             return edited.to(x.dtype)
-        result = self._repair(clean, edited, at, edited - clean)
+        result = repair(clean, edited, at, edited - clean)
         if result.shape != edited.shape:
             raise InputError(f"a repair must return activations {list(edited.shape)}, got {list(result.shape)}")
         return result.to(x)
+
+    return apply
 
 
 def _component(x: Tensor, w: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def rate_texts(
     rows = zip(*(table[name].to_pylist() for name in ("direction", "prompt_text", "text")), strict=True)
     concepts = [RatingRequest(kind, text, prompt=prompt, description=described[name]) for name, prompt, text in rows]
     requests = concepts + [RatingRequest("fluency", request.continuation) for request in concepts]
-    prices = {"prompt_price": config.judge.input_price, "answer_price": config.judge.output_price}
-    cost = endpoint.estimate(requests, **prices)
+    judge = config.judge
+    cost = endpoint.estimate(requests, prompt_price=judge.input_price, answer_price=judge.output_price)
     report = phase("rate")
     if cost.calls:
         report(0, cost.calls, cost.figures())
@@ -41,17 +41,12 @@ def rate_texts(
     table = _with_column(table, "concept_offline", table["concept"].to_numpy())
     table = _with_column(table, "concept", concept / SCALES[kind])
     table = _with_column(table, "fluency", fluency / SCALES["fluency"])
-    return table, {
-        "model": endpoint.model,
-        "kind": kind,
-        "failed": ratings.failed,
-        "calls": ratings.calls,
-        "troubles": dict(ratings.failures),
-    }
+    how = {"model": endpoint.model, "kind": kind, "failed": ratings.failed, "calls": ratings.calls}
+    return table, how | {"troubles": dict(ratings.failures)}
 
 
 def _with_column(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
-    """`table` with a column of numbers, in place of one of the same name; NaN is null."""
+    """NaN is null."""
     column = pa.array(values, pa.float64(), from_pandas=True)
     if name in table.column_names:
         return table.set_column(table.column_names.index(name), name, column)

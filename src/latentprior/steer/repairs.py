@@ -1,10 +1,8 @@
 """Repairing what an edit does to a running model, so that the edit survives: the paper's way, and ways that keep more.
 
-*Projection* is what a prior does to any activation: noise it to `t_start` and integrate back (`GLP.project`). *Repair*
-is what is done, position by position, to an activation that was edited in a running model, by means of projections.
-The paper's repair is the projection of the edited activation. That loses part of the edit, and it moves the activation
-also where it was not edited, because the projection of an *unedited* activation is not the identity. Each option of
-`RepairConfig` meets one of the two.
+The paper's repair is the projection of the edited activation: noise it to `t_start` and integrate back. That loses part
+of the edit, and it moves the activation also where it was not edited, because the projection of an *unedited*
+activation is not the identity. Each option of `RepairConfig` meets one of the two.
 """
 
 from __future__ import annotations
@@ -27,11 +25,8 @@ T_STEP = 0.05  # adaptive noise levels are multiples of this, so that rows of li
 class PriorRepair:
     """Repairs edited activations of a running model (`latentprior.steer.intervention`'s `repair`).
 
-    Args:
-        glp: the prior.
-        config: what the repair holds on to.
-        seed: of the noise, which depends on it, the prompt and the position alone: rows of one prompt share it, so that
-            differences between their strengths are not noise.
+    Noise depends on the seed, the prompt and the position alone: rows of one prompt share it, so that differences
+    between their strengths are not noise.
     """
 
     def __init__(self, glp: GLP, config: RepairConfig, *, seed: int = 0) -> None:
@@ -39,7 +34,6 @@ class PriorRepair:
         self._repair = RunningRepair(glp, seed, samples=config.samples, shared=config.noise == "sequence")
 
     def __enter__(self) -> PriorRepair:
-        """`steering` opens it."""
         self._repair.__enter__()
         return self
 
@@ -77,17 +71,11 @@ class PriorRepair:
         return (size / (1 + size) / T_STEP).ceil().long().to(push.device)
 
     def _repaired(self, clean: Tensor, edited: Tensor, at: EditedPositions, push: Tensor, t_start: float) -> Tensor:
-        config = self.config
-        repaired = self._repair(
-            edited,
-            at,
-            reference=clean if config.paired else None,
-            t_start=t_start,
-            steps=config.steps,
-            solver=config.solver,
-            layer=self._layer(at),
-            hold=push.repeat(config.samples, 1) if config.hold else None,
-        )
+        config, layer = self.config, self._layer(at)
+        reference = clean if config.paired else None
+        hold = push.repeat(config.samples, 1) if config.hold else None
+        options = {"t_start": t_start, "steps": config.steps, "solver": config.solver, "layer": layer, "hold": hold}
+        repaired = self._repair(edited, at, reference=reference, **options)
         if config.readd:
             unit = torch.nn.functional.normalize(push, dim=-1)
             repaired = repaired + ((edited - repaired) * unit).sum(dim=-1, keepdim=True) * unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,43 +28,35 @@ from latentprior.steer.repairs import PriorRepair
 from latentprior.steer.tasks import SteeringTask
 from latentprior.utils.progress import Report, silent
 
-_NUMBERS = ("concept", "nll", "distinct_2", "distinct_3")
-_MEASURES = ("retention", "off_clean", "off_before", "off_after", "moved")
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("direction", "method", "prior")),
         ("strength", pa.float64()),
         ("prompt", pa.int64()),
         *((name, pa.string()) for name in ("prompt_text", "text")),
-        *((name, pa.float64()) for name in _NUMBERS),
+        *((name, pa.float64()) for name in ("concept", "nll", "distinct_2", "distinct_3")),
         ("longest_repeat", pa.int64()),
         ("tokens", pa.int64()),
-        *((name, pa.float64()) for name in _MEASURES),
+        *((name, pa.float64()) for name in ("retention", "off_clean", "off_before", "off_after", "moved")),
     ]
 )
 
 
 def run_conditions(runner: Runner, tasks: Sequence[SteeringTask], folder: Path, *, report: Report = silent) -> pa.Table:
-    """Run the conditions that are not in `folder` yet; returns the rows of all.
-
-    Raises:
-        InputError: the folder holds rows of other settings; or a method whose texts all equal the unsteered ones at
-            every strength, which is never a result.
-    """
+    """Run the conditions that are not in `folder` yet; returns the rows of all."""
     keep_settings(runner.config, tasks, folder)
     wanted = conditions(runner.config, tasks)
     tables, unsteered = [], {}
     for done, condition in enumerate(wanted):
-        path, counts = folder / condition.file, None
+        path, name, counts = folder / condition.file, condition.direction, None
         report(done, len(wanted), {"method": condition.method})
         if path.is_file():
             table = pq.read_table(path)
         else:
             table, counts = runner.run(condition)
         if condition.method == "none":
-            unsteered[condition.direction] = table
+            unsteered[name] = table
         else:
-            name = condition.direction
             refuse_unchanged(condition.method, name, table, unsteered[name], counts)
         if counts is not None:
             write_rows(table, path)
@@ -81,41 +73,39 @@ class Runner:
     model: Any
     tokenizer: Any
     priors: dict[str, GLP]
-    mean_norm: float
-    """Of the layer: the unit of strength."""
-    layer: int | None
-    """As the priors are called: None for priors of one layer."""
+    mean_norm: float  # of the layer: the unit of strength
+    layer: int | None  # as the priors are called: None for priors of one layer
 
     def run(self, condition: Condition) -> tuple[pa.Table, EditCounts]:
         """The rows of a condition, one for each prompt and strength, and what was edited for them."""
-        tables, counts = zip(*self._batches(condition), strict=True)
-        return pa.concat_tables(tables), EditCounts(counts)
-
-    def _batches(self, condition: Condition) -> Iterator[tuple[pa.Table, EditCounts]]:
-        """The rows of some prompts at a time."""
+        tables, counts = [], []
         strengths = [0.0] if condition.method == "none" else self.config.signed_strengths()
         step, prompts = max(1, self.config.batch_rows // len(strengths)), condition.task.prompts
         for start in range(0, len(prompts), step):
             part = prompts.select(slice(start, start + step))
-            ids, monitor, counts = self._generate(condition, part, strengths)
-            yield self._measure(condition, part, start, strengths, ids, monitor), counts
+            ids, monitor, edited = self._generate(condition, part, strengths)
+            tables.append(self._measure(condition, part, start, strengths, ids, monitor))
+            counts.append(edited)
+        return pa.concat_tables(tables), EditCounts(counts)
 
     def _generate(
         self, condition: Condition, prompts: Prompts, strengths: list[float]
     ) -> tuple[Tensor, EditMonitor, EditCounts]:
-        """Token ids [prompts x strengths, new tokens] of the steered continuations."""
-        repair = self._repair(condition)
+        config = self.config.repair_of(condition.method)
+        repair = None if config is None else PriorRepair(self.priors[condition.prior], config, seed=self.config.seed)
         rows = len(prompts) * len(strengths)
         monitor = EditMonitor(repair, rows, self.mean_norm, keep=self.config.new_tokens // 2)
-        edit = Edit(self._direction(condition), torch.tensor(strengths, dtype=torch.float64).repeat(len(prompts)))
-        positions = self.config.positions
-        context = steering(
-            self.model, edit, mean_norm=self.mean_norm, positions=positions, repair=monitor, check_model=False
-        )
+        direction = condition.task.direction
+        if condition.method.startswith("random"):
+            vector = random_direction(direction.hookpoint.width, self.config.seed)
+            direction = Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
+        edit = Edit(direction, torch.tensor(strengths, dtype=torch.float64).repeat(len(prompts)))
+        options: dict[str, Any] = {"positions": self.config.positions, "repair": monitor, "check_model": False}
+        context = steering(self.model, edit, mean_norm=self.mean_norm, **options)
+        size = {"copies": len(strengths), "new_tokens": self.config.new_tokens}
         with repair or nullcontext():
-            ids, counts = generate_continuations(
-                self.model, prompts, len(strengths), self.config.new_tokens, context, share=positions != "all"
-            )
+            share = self.config.positions != "all"
+            ids, counts = generate_continuations(self.model, prompts, context=context, share=share, **size)
         return ids, monitor, counts
 
     def _measure(
@@ -136,9 +126,7 @@ class Runner:
         steered = condition.method != "none"
         return pa.table(
             {
-                "direction": [condition.direction] * len(texts),
-                "method": [condition.method] * len(texts),
-                "prior": [condition.prior] * len(texts),
+                **{name: [getattr(condition, name)] * len(texts) for name in ("direction", "method", "prior")},
                 "strength": np.tile(strengths, len(prompts)),
                 "prompt": np.repeat(np.arange(first, first + len(prompts)), copies),
                 "prompt_text": [text for text in prompts.texts for _ in strengths],
@@ -147,22 +135,8 @@ class Runner:
                 "nll": conditional_nll(self.model, prompts.inputs(), ids, copies=copies),
                 **{name: [row[name] for row in repeats] for name in repeats[0]},
                 "retention": monitor.retention().double().numpy() if steered else [None] * len(texts),
-                "off_clean": off[0],
-                "off_before": off[1],
-                "off_after": off[2],
+                **dict(zip(("off_clean", "off_before", "off_after"), off, strict=True)),
                 "moved": monitor.moved().double().numpy(),
             },
             schema=SCHEMA,
         )
-
-    def _direction(self, condition: Condition) -> Direction:
-        """The condition's direction, or for the controls a random one."""
-        direction = condition.task.direction
-        if not condition.method.startswith("random"):
-            return direction
-        vector = random_direction(direction.hookpoint.width, self.config.seed)
-        return Direction.of(vector, direction.hookpoint, "random", "random", seed=self.config.seed)
-
-    def _repair(self, condition: Condition) -> PriorRepair | None:
-        repair = self.config.repair_of(condition.method)
-        return None if repair is None else PriorRepair(self.priors[condition.prior], repair, seed=self.config.seed)

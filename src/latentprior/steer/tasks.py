@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +21,12 @@ from latentprior.sae.saelens import sae_at
 from latentprior.steer.direction import Direction, is_direction, read_direction
 from latentprior.steer.features import describe_latents, sae_direction
 from latentprior.steer.foreign import read_foreign
-from latentprior.steer.from_texts import (
-    LabelledKind,
-    labelled_direction,
-    paired_direction,
-    persona_answers,
-    persona_direction,
-)
+from latentprior.steer.from_texts import labelled_direction, paired_direction, persona_answers, persona_direction
 from latentprior.steer.traits import SENTIMENT, TRAITS, Trait
 from latentprior.utils.errors import InputError, unknown
 
 Judge = Callable[[Sequence[str]], np.ndarray]  # texts -> probability of the concept [N]
 
-MAX_LENGTH = 128
 CANDIDATES = 10  # news beginnings looked at for each neutral one that is taken
 ANSWER_TOKENS = 48
 LATENT_EXAMPLES = 60  # texts that a latent is most active on, for its judge
@@ -46,24 +39,18 @@ class SteeringTask:
     direction: Direction
     prompts: Prompts
     judge: Judge
-    judged_by: dict[str, Any]
-    """The judge's name and held-out accuracy."""
-    concept: str
-    """What the direction is to bring about, in words."""
+    judged_by: dict[str, Any]  # the judge's name and held-out accuracy
+    concept: str  # what the direction is to bring about, in words
 
 
 def steering_tasks(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     """The tasks of an experiment (paper, on-manifold steering: sentiment, SAE features, personas)."""
-    make = {"sentiment": _sentiment, "sae": _features, "persona": _personas, "files": _files}[config.experiment]
+    make = {"sentiment": _labelled, "files": _labelled, "sae": _features, "persona": _personas}[config.experiment]
     return make(config, model, tokenizer, hookpoint)
 
 
 def check_named(config: SteerConfig, hookpoint: Hookpoint) -> list[Direction]:
-    """Find what is wrong with what `config` names (files, traits, task, latents, store) before a model is loaded.
-
-    Returns:
-        the directions, if they are from files.
-    """
+    """Check what `config` names before a model is loaded; returns the directions that are from files."""
     if config.experiment in ("sentiment", "files"):
         binary_task(config.task)
     if config.experiment == "persona":
@@ -80,46 +67,38 @@ def _task(direction: Direction, prompts: Prompts, judge: ConceptClassifier, conc
     return SteeringTask(direction, prompts, judge, judged_by, concept)
 
 
-# -- sentiment and directions from files: judged by a labelled task ----------------------------------------------------
-
 DIRECTIONS = ("difference_of_means", "probe", "pca")
 FRAMES = ("{} I loved every minute of it. It was wonderful.", "{} I hated every minute of it. It was terrible.")
 
 
-def _sentiment(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
-    texts, labels, judge, prompts = _labelled(config, model, tokenizer)
+def _labelled(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
+    """Directions of sentiment, or from files, judged by a labelled task."""
+    texts, labels = binary_task(config.task)
+    texts, labels = texts[: config.labelled], labels[: config.labelled]
     half, common = len(texts) // 2, (model, tokenizer)
 
-    def direction(kind: str) -> Direction:
-        name = f"sentiment, {kind.replace('_', ' ')}"
+    def sentiment(kind: str) -> Direction:
+        named: dict[str, Any] = {"name": f"sentiment, {kind.replace('_', ' ')}"}
         if kind == "pca":
             pairs = [[frame.format(text) for text in texts[: half // 2]] for frame in FRAMES]
-            return paired_direction(*common, pairs[0], pairs[1], hookpoint, name=name, max_length=MAX_LENGTH)
+            return paired_direction(*common, pairs[0], pairs[1], hookpoint, **named)
+        named["seed"] = config.seed
         if kind == "persona":
-            options: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "seed": config.seed}
-            return persona_direction(*common, SENTIMENT, hookpoint, name=name, **options)
-        chosen = cast(LabelledKind, kind)
-        return labelled_direction(
-            *common, texts[:half], labels[:half], hookpoint, kind=chosen, name=name, seed=config.seed
-        )
+            return persona_direction(*common, SENTIMENT, hookpoint, max_new_tokens=ANSWER_TOKENS, **named)
+        named["kind"] = kind
+        return labelled_direction(*common, texts[:half], labels[:half], hookpoint, **named)
 
-    made = [direction(kind) for kind in config.directions or DIRECTIONS]
-    return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in made]
-
-
-def _files(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
-    directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
-    _, _, judge, prompts = _labelled(config, model, tokenizer)
+    if config.experiment == "files":
+        directions = directions_in_files(config, hookpoint, len(find_blocks(model)))
+    else:
+        directions = [sentiment(kind) for kind in config.directions or DIRECTIONS]
+    judge = ConceptClassifier(texts, labels, features_for(*common, config.reading))
+    prompts = tokenized(tokenizer, neutral_beginnings(config, tokenizer, judge))
     return [_task(direction, prompts, judge, f"the concept of task {config.task}") for direction in directions]
 
 
 def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) -> list[Direction]:
-    """The directions of the experiment "files": files of this project, repeng, persona_vectors or steering-vectors.
-
-    Args:
-        hookpoint: of the priors, to which the directions must belong.
-        blocks: how many the model has.
-    """
+    """The directions of the experiment "files", which must belong to the priors' `hookpoint`."""
     directions = []
     for path in config.directions:
         found = read_direction(path) if is_direction(path) else read_foreign(path, hookpoint, blocks=blocks)
@@ -130,16 +109,6 @@ def directions_in_files(config: SteerConfig, hookpoint: Hookpoint, blocks: int) 
     if len(set(names)) < len(names):
         raise InputError(f"two directions have the same name: {', '.join(names)}")
     return directions
-
-
-def _labelled(
-    config: SteerConfig, model: Any, tokenizer: Any
-) -> tuple[list[str], list[int], ConceptClassifier, Prompts]:
-    """The texts and labels of the task, the judge that learned from them, and prompts that it finds neutral."""
-    texts, labels = binary_task(config.task)
-    texts, labels = texts[: config.labelled], labels[: config.labelled]
-    judge = ConceptClassifier(texts, labels, features_for(model, tokenizer, config.reading))
-    return texts, labels, judge, tokenized(tokenizer, neutral_beginnings(config, tokenizer, judge))
 
 
 def binary_task(name: str) -> tuple[list[str], list[int]]:
@@ -158,7 +127,6 @@ def neutral_beginnings(config: SteerConfig, tokenizer: Any, judge: Judge) -> lis
 
 
 def beginnings(config: SteerConfig, tokenizer: Any, times: int = 1) -> list[str]:
-    """`times` as many beginnings of held-out news as there are prompts to be, each of `prompt_tokens` tokens."""
     news = (d.text for d in text.documents(TextConfig(part="heldout")) if "news" in d.source)
     found = list(dict.fromkeys(islice(_cut(news, tokenizer, config.prompt_tokens), times * config.prompts)))
     if len(found) < config.prompts:
@@ -174,9 +142,6 @@ def _cut(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[str]:
         beginning = tokenizer.decode(ids)
         if len(ids) == length and encode([beginning], tokenizer)[0][special:] == ids:
             yield beginning
-
-
-# -- personas ----------------------------------------------------------------------------------------------------------
 
 
 def _personas(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
@@ -201,16 +166,11 @@ def _traits(config: SteerConfig) -> list[Trait]:
     return [TRAITS[name] for name in config.directions or TRAITS]
 
 
-# -- features of a sparse autoencoder ----------------------------------------------------------------------------------
-
-
 def _features(config: SteerConfig, model: Any, tokenizer: Any, hookpoint: Hookpoint) -> list[SteeringTask]:
     """Latents are judged by whether a text is like those that they are most active on, rather than other latents'."""
-    sae = sae_at(str(config.sae), hookpoint, model=config.llm.model)
-    latents = _latents(config) or config.features
-    described = describe_latents(
-        sae, ActivationStore(str(config.store)), tokenizer, latents=latents, examples=LATENT_EXAMPLES, seed=config.seed
-    )
+    sae, store = sae_at(str(config.sae), hookpoint, model=config.llm.model), ActivationStore(str(config.store))
+    wanted: dict[str, Any] = {"latents": _latents(config) or config.features, "examples": LATENT_EXAMPLES}
+    described = describe_latents(sae, store, tokenizer, **wanted, seed=config.seed)
     if len(described) < 2:
         raise InputError("a latent is judged against others: name at least two, or raise `features`")
     prompts = tokenized(tokenizer, beginnings(config, tokenizer))
