@@ -50,9 +50,6 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
 
     Both, int64 arrays of row numbers, are balanced, in random order and disjoint; the training rows number
     min(1024, N - 100), the test rows are all others but one.
-
-    Args:
-        labels: N labels, 0 or 1.
     """
     labels = np.asarray(labels)
     if not np.isin(labels, (0, 1)).all():

@@ -27,14 +27,12 @@ class Batch(NamedTuple):
 class BatchPartition:
     """How the rows of every batch come from document shards, and which process serves which shards.
 
-    A document shard is an independent part of the text with random numbers of its own. What it contributes to a batch
-    depends on the shard alone, so batches are the same whatever the number of processes.
+    What a shard contributes to a batch depends on the shard alone, so batches are the same for any number of processes.
     """
 
     batch: int
     """Rows of a batch, over all processes."""
     shards: int = 1
-    """Shares of every batch."""
     world: World = World()
 
     def __post_init__(self) -> None:
@@ -49,10 +47,6 @@ class BatchPartition:
     def quota(self, shard: int) -> int:
         """Rows of a shard in every batch."""
         return self.batch // self.shards + (shard < self.batch % self.shards)
-
-    def start(self, shard: int) -> int:
-        """The shard's first row in a batch."""
-        return shard * (self.batch // self.shards) + min(shard, self.batch % self.shards)
 
     @property
     def owned(self) -> range:
@@ -71,9 +65,8 @@ class BatchPartition:
 
     def positions(self) -> Tensor:
         """Where this process's rows lie in a batch, [rows], shard after shard."""
-        return torch.cat(
-            [torch.arange(self.start(shard), self.start(shard) + self.quota(shard)) for shard in self.owned]
-        )
+        parts = torch.arange(self.batch).split([self.quota(shard) for shard in range(self.shards)])
+        return torch.cat([parts[shard] for shard in self.owned])
 
 
 def shards_for(batch: int, size: int, each: int = 24) -> int:

@@ -30,7 +30,6 @@ class Prompts(ShortRepr):
         return len(self.texts)
 
     def inputs(self) -> dict[str, Tensor]:
-        """The model's arguments."""
         return {"input_ids": self.ids, "attention_mask": self.mask.long()}
 
     def select(self, rows: slice) -> Prompts:

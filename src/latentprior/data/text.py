@@ -28,8 +28,7 @@ class Document:
     """One text."""
 
     index: int
-    """Its number in the source, or in the mixture of sources, empty documents and every part counted: the same
-    whatever is selected."""
+    """Its number in the source or mixture, empty documents and every part counted: the same whatever is selected."""
     text: str
     source: str = ""
     """File (relative to the folder), data set or task that it comes from."""
@@ -49,10 +48,8 @@ def documents(config: TextConfig) -> Iterator[Document]:
     in neither "train" nor "heldout", only in "all".
 
     Several sources are interleaved: the next document comes from the source with the lowest (taken + 1) / weight, the
-    first of equals, so that none is ever a whole document behind its share, until the first ends.
-
-    Raises:
-        InputError: a source that cannot be read, lacks the column, is named twice, or holds no document of this split.
+    first of equals, so that none is ever a whole document behind its share, until the first ends. A source that holds
+    no document of this part is an `InputError`.
     """
     return Reader(config)
 
@@ -116,7 +113,6 @@ class Reader(Iterator[Document]):
 
 
 def _is_wanted(record: _Record, config: TextConfig) -> bool:
-    """Whether it is a document, and one of the chosen part."""
     text = record.text
     if not isinstance(text, str | None):
         raise InputError(f"{record.source}: the column holds {type(text).__name__}, not text")
@@ -135,7 +131,7 @@ def is_heldout(text: str, share: float) -> bool:
 
 
 class _Files:
-    """Files, one after another, each opened at a number of records to skip. The position is a file and that number."""
+    """Files, one after another, each opened at a number of records to skip."""
 
     def __init__(self, dataset: str, files: Mapping[str, Callable[[int], Iterator[_Record]]]) -> None:
         self._dataset, self._names, self._open = dataset, [*files, None], list(files.values())
@@ -213,16 +209,10 @@ def _failed(action: str, error: Exception) -> InputError:
     return InputError(f"cannot {action}: {reason}")
 
 
-# --- The embedded corpus
-
-
 def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
     for batch in parquet_batches(pq.ParquetFile(path), None, skip):
         for text, source, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield _Record(text, source, trainable=split == corpus.TRAIN_ELIGIBLE)
-
-
-# --- Files
 
 
 def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Record]:
@@ -232,9 +222,6 @@ def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Re
             yield _Record(text, name)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _failed(f"read {str(path)!r}", error) from error
-
-
-# --- Hugging Face datasets
 
 
 def _open_stream(options: TextSource) -> tuple[Any, str]:

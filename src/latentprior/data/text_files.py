@@ -29,7 +29,6 @@ def kind(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> pa.NativeFile:
-    """The file's bytes, decompressed by its ending."""
     return pa.input_stream(str(path), compression="detect")
 
 
@@ -84,11 +83,7 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
     return (line.removesuffix("\n") for line in lines if not line.isspace())
 
 
-# --- Tables: jsonl, csv, parquet
-
-
 def _after(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
-    """`batches` without their first `skip` rows."""
     for batch in batches:
         if skip < len(batch):
             yield batch.slice(skip)
@@ -122,9 +117,8 @@ def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
                 raise InputError(f"{where} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where} is not a JSON object")
-            column = choose_column(
-                column, row, (key for key, value in row.items() if isinstance(value, str | None)), where
-            )
+            texts = (key for key, value in row.items() if isinstance(value, str | None))
+            column = choose_column(column, row, texts, where)
             text = row[column]
             if read > skip:  # JSON can spell half a surrogate pair, which no tokenizer takes
                 yield text.encode(errors="replace").decode() if isinstance(text, str) else text
@@ -147,9 +141,6 @@ def read_table(path: str | Path, types: Mapping[str, pa.DataType] | None = None,
     Args:
         types: of columns whose type is not to be guessed.
         nulls: whether a text in CSV or TSV such as "" or "NA" is a missing one.
-
-    Raises:
-        InputError: no such file, or none that can be read as its ending says.
     """
     path = Path(path)
     try:
@@ -192,9 +183,6 @@ READERS: dict[str, Callable[[Path, Any, int], Iterator[Any]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-# --- Columns
 
 
 def choose_column(column: str | None, columns: Iterable[str], texts: Iterable[str], where: str) -> str:

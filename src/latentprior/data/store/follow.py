@@ -34,22 +34,14 @@ def wait_for_rows(
     poll: float = POLL,
     stop: Callable[[], bool] = lambda: False,
 ) -> ActivationStore:
-    """Open a store once enough is recorded to take statistics from.
+    """Open a store, its moments read, once enough is recorded to take statistics from.
 
     Args:
         folder: the store, which need not be there yet.
         rows: how many are enough, of all layers together. Fewer are if the store is complete, or if its recorder waits
             for a trainer: more would never come.
         wait_seconds: give up if nothing new comes for this long.
-        poll: seconds before the second look at the store.
-        stop: asked at every look, at least once a second.
-
-    Returns:
-        The store as it is then, its moments read.
-
-    Raises:
-        InputError: nothing new came, or the store cannot be read.
-        Stopped: `stop` said so.
+        stop: asked at every look, at least once a second; if it says so, `Stopped` is raised.
     """
     folder, recorded = Path(folder), -1
     while True:
@@ -94,17 +86,10 @@ class Follower(Iterator[Batch]):
 
         Args:
             folder: the store, with a manifest (`wait_for_rows`).
-            batch_size: rows in a batch, B.
             seed: of the order within each shard.
             state: what `state` of another follower of this store gave.
             wait_seconds: give up if nothing new comes for this long.
-            poll: seconds before the second look for more; the pause doubles up to a second.
             stop: asked at every look; if it says so, the next batch raises `Stopped`, and `state` is that before it.
-            on_wait: see above.
-
-        Raises:
-            InputError: no store, a batch that is larger than a shard, a state that is not of this store, or whose shard
-                was removed.
         """
         self.folder, self.on_wait, self._stop = Path(folder), on_wait, stop
         self._batch_size, self._seed, self._wait_seconds, self._poll = batch_size, seed, wait_seconds, poll
@@ -125,11 +110,7 @@ class Follower(Iterator[Batch]):
         return {"shard": self._shard, "row": self._row}
 
     def release(self, state: Mapping[str, int]) -> None:
-        """Let the recorder remove all that a follower which begins at `state` does not need.
-
-        Raises:
-            InputError: the store's folder cannot be written.
-        """
+        """Let the recorder remove all that a follower which begins at `state` does not need."""
         if not self._manifest["complete"]:  # else nobody waits
             backpressure.write_consumed(self.folder, state["shard"])
 
@@ -216,7 +197,6 @@ class _Opened:
         return len(self._shard)
 
     def rows(self, begin: int, end: int) -> Batch:
-        """The rows from `begin` to `end` of the random order, fewer at its end."""
         chosen = self._order[begin:end]
         return self._shard.rows(chosen), None if self._layer is None else self._layer[chosen]
 

@@ -37,13 +37,8 @@ class MixingBuffer:
     Args:
         live: the document shards; its `statistics` has been called, or its medians set.
         buffered_batches: how many the buffer holds.
-        device: where the buffer lies.
-        seed: of the order in which rows are drawn.
         steps: batches that will be drawn in all; the last filling is no larger than they need.
         keep: store that also gets all rows, in the order of the shards.
-
-    Attributes:
-        seconds: spent on the buffer: copying into it, drawing from it.
     """
 
     def __init__(
@@ -57,7 +52,7 @@ class MixingBuffer:
         keep: StoreWriter | None = None,
     ) -> None:
         self.live, self.buffered_batches, self.seed, self.steps, self.keep = live, buffered_batches, seed, steps, keep
-        self.seconds = 0.0
+        self.seconds = 0.0  # copying into the buffer, drawing from it
         self._partition = live.partition
         rows = buffered_batches * self._partition.rows
         dtype = next(live.model.parameters()).dtype
@@ -133,11 +128,7 @@ class MixingBuffer:
 
 
 def buffered_batches(size: str, partition: BatchPartition, hookpoints: Sequence[Hookpoint], itemsize: int) -> int:
-    """How many batches a buffer of a size like "64k" (activations) or "2GB" holds.
-
-    Raises:
-        InputError: it does not hold one.
-    """
+    """How many batches a buffer of a size like "64k" (activations) or "2GB" holds; none is an `InputError`."""
     amount, in_bytes = size_of("buffer", size)
     rows = amount // (hookpoints[0].width * itemsize) if in_bytes else amount
     if rows < partition.batch:
