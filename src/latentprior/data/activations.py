@@ -42,7 +42,6 @@ class ActivationBatch(ShortRepr):
         return len(self.x)
 
     def select(self, index: Tensor | slice) -> ActivationBatch:
-        """The rows of a boolean mask [N], an index [M] or a slice."""
         x = self.x[index.to(self.x.device) if isinstance(index, Tensor) else index]
         return ActivationBatch(x, *(getattr(self, f.name)[index] for f in fields(self)[1:]))
 

@@ -33,10 +33,7 @@ class _PerLayer:
         return self.mean.shape[1]
 
     def update(self, x: Tensor, layer: Tensor | None = None) -> None:
-        """Add rows x [N, d], any floating dtype and device, with their layers [N]; None if there is one layer only.
-
-        Everything is checked before the first row is added.
-        """
+        """Add rows x [N, d], any floating dtype and device, with their layers [N]; None if there is one layer only."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise InputError(f"moments expect rows of width {self.width}, got shape {list(x.shape)}")
         if layer is None and len(self.layers) > 1:
@@ -139,7 +136,7 @@ class Moments(_PerLayer):
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """The moments that `state_dict` was called on; an `InputError` names a tensor that is missing or wrong."""
+        """The moments that `state_dict` was called on."""
         for name in ("layers", *_TENSORS):
             if name not in tensors:
                 raise InputError(f"moments lack the tensor {name!r}")

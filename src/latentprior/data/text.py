@@ -57,13 +57,11 @@ def documents(config: TextConfig) -> Iterator[Document]:
 class Reader(Iterator[Document]):
     """The iterator that `documents` gives, and its way to continue elsewhere.
 
-    ``Reader(config, state=reader.state())`` gives what `reader` would have given. Nothing that was read is parsed
-    again, save a file's first record: files, row groups and the shards of Hugging Face datasets that are done are not
-    opened, and of the current one what is done is only skipped.
+    ``Reader(config, state=reader.state())`` gives what `reader` would have given. Files, row groups and the shards of
+    Hugging Face datasets that are done are not opened, and of the current one what is done is only skipped.
     """
 
     def __init__(self, config: TextConfig, *, state: Mapping[str, Any] | None = None) -> None:
-        """Open the sources, at the position that `state()` of a reader with the same `config` gave."""
         chosen = config.mix or [
             TextSource(config.dataset, config.subset, config.split, config.column, documents=config.documents)
         ]
@@ -184,9 +182,8 @@ def _open_source(options: TextSource) -> _Files | _Hub:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in READERS)
         if not files:
-            raise InputError(
-                f"the folder {options.dataset!r} holds no file that ends in {', '.join(READERS)} (or .zst)"
-            )
+            endings = f"{', '.join(READERS)} (or .zst)"
+            raise InputError(f"the folder {options.dataset!r} holds no file that ends in {endings}")
         names = [file.relative_to(path).as_posix() for file in files]
     elif path.exists():
         if kind(path) not in READERS:
@@ -225,7 +222,6 @@ def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Re
 
 
 def _open_stream(options: TextSource) -> tuple[Any, str]:
-    """An `IterableDataset` and the column to read."""
     import datasets  # slow to import
 
     name = options.dataset
@@ -247,7 +243,6 @@ def _open_stream(options: TextSource) -> tuple[Any, str]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """`datasets` without its progress bars."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

@@ -43,7 +43,6 @@ class TokenBatch(ShortRepr):
 
     @classmethod
     def whole(cls, ids: Tensor, mask: Tensor, doc: Tensor, position: Tensor, index: int) -> TokenBatch:
-        """A batch of documents of which nothing is missing."""
         zeros = torch.zeros_like(doc)
         return cls(ids, mask, doc, position, index, offset=zeros, length=mask.sum(dim=1), cut=zeros)
 
@@ -54,8 +53,6 @@ class TokenBatch(ShortRepr):
 
 
 class _Row(NamedTuple):
-    """A document or a chunk of it; see `TokenBatch`."""
-
     doc: int
     ids: list[int]
     offset: int
@@ -169,7 +166,6 @@ def encode(
 
 
 def _shortened(row: list[int], max_length: int, keep: Keep, start: list[int]) -> list[int]:
-    """The first or last `max_length` tokens, `start` included."""
     if keep == "first" or len(row) <= max_length:
         return row[:max_length]
     return start + row[len(row) - max_length + len(start) :]

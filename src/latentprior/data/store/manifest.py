@@ -47,9 +47,8 @@ def settings(hookpoints: Sequence[Hookpoint], dtype: str, shard_rows: int, sourc
     widths = {hookpoint.width for hookpoint in hookpoints}
     layers = [hookpoint.layer for hookpoint in hookpoints]
     if len(widths) != 1 or len(set(layers)) < len(layers):
-        raise InputError(
-            f"a store needs hookpoints of one width and distinct layers, got {sorted(widths)} and {layers}"
-        )
+        got = f"{sorted(widths)} and {layers}"
+        raise InputError(f"a store needs hookpoints of one width and distinct layers, got {got}")
     values = {
         "hookpoints": [hookpoint.to_dict() for hookpoint in hookpoints],
         "dtype": dtype,
@@ -94,10 +93,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise damaged(path, error) from error
     _require(path, "the manifest", manifest, {"format_version": int})
     if manifest["format_version"] > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format {manifest['format_version']}, this version reads up to {FORMAT_VERSION}: "
-            "update latentprior"
-        )
+        found = manifest["format_version"]
+        raise InputError(f"{path} has format {found}, this version reads up to {FORMAT_VERSION}: update latentprior")
     for key in ("evicted", "first_shard"):  # older stores lack them
         manifest.setdefault(key, 0)
     _require(path, "the manifest", manifest, _MANIFEST_FIELDS)

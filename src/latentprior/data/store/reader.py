@@ -49,7 +49,6 @@ class Shard:
         return self._rows
 
     def _open_activations(self, path: Path) -> np.ndarray:
-        """The bytes of each row, [rows, bytes], mapped into memory and not read yet."""
         with _reading(path), safe_open(path, "pt") as file:
             activations = file.get_tensor("activations")
         expected = (self._rows, self._width)
@@ -127,11 +126,6 @@ class ActivationStore:
         return f"ActivationStore({str(self.folder)!r}: {place}, {self.manifest['dtype']} [{len(self)}, {self.width}])"
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        """One activation [d], or those of a slice, of row numbers or of a mask [n, d], in the stored precision.
-
-        Raises:
-            IndexError: a row outside the store, or a mask of another length.
-        """
         if isinstance(index, slice):
             return self.rows(torch.arange(*index.indices(len(self))) if len(self) else torch.arange(0))
         rows = torch.as_tensor(index)
@@ -150,11 +144,8 @@ class ActivationStore:
         return ActivationDataset(self, layers)
 
     def moments(self) -> Moments:
-        """Moments of all rows for each layer, also of those that a disk budget has removed since.
-
-        They are read once: a recorder that goes on replaces the file.
-        """
-        if self._statistics is None:
+        """Moments of all rows for each layer, also of those that a disk budget has removed since."""
+        if self._statistics is None:  # read once: a recorder that goes on replaces the file
             path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
             with _reading(path):
                 moments = Moments.from_state_dict(load_file(path))
@@ -210,16 +201,13 @@ class ActivationStore:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Shuffled batches without end, one permutation of all rows for each epoch.
 
-        The stream is a function of `seed` alone: `start=k` continues exactly where an iterator stopped after `k`
-        batches, and nothing that is skipped is read. A permutation takes 8 bytes for each row of the store.
+        Yields x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer. The stream is a
+        function of `seed` alone: `start=k` continues exactly where an iterator stopped after `k` batches, and nothing
+        that is skipped is read. A permutation takes 8 bytes for each row of the store.
 
         Args:
             drop_last: leave out the short batch at the end of an epoch.
             own: places [b] within each batch; only these rows are read, as by one of several processes.
-            layers: take only rows of these; of all by default.
-
-        Yields:
-            x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer.
         """
         if batch_size < 1 or start < 0:
             raise InputError(f"batches need batch_size >= 1 and start >= 0, got {batch_size} and {start}")
@@ -283,7 +271,6 @@ class ActivationDataset(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of one batch; `DataLoader` calls it."""
         rows = self._rows[list(indices)]
         x = self.store.rows(rows)
         return list(x) if len(self.layers) == 1 else list(zip(x, self.store.metadata(rows)[0].tolist(), strict=True))

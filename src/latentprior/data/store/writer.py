@@ -36,13 +36,12 @@ class StoreWriter:
     """Writes a store, or continues one.
 
     As a context manager it closes the store when the block ends well; an exception leaves it incomplete, to be resumed
-    from `next_batch` on: rows not yet in a shard are lost then. Nothing can be written on a full disk or beyond the
-    budget, which is an `InputError`; the shards before are good.
+    from `next_batch` on: rows not yet in a shard are lost then. A full disk or budget is an `InputError`; the shards
+    before are good.
 
     Attributes:
         moments: of all rows appended; its `median_norm` may be set, and is stored.
-        sink_thresholds: norm over which rows of a layer were left out. Set it before the first `append`; after a
-            resume it is what the store says, so that both parts leave out the same rows.
+        sink_thresholds: norm over which rows of a layer were left out; set before the first `append`, kept by a resume.
         next_batch: index of the first token batch that has not been appended.
     """
 
@@ -65,10 +64,8 @@ class StoreWriter:
             hookpoints: one for each layer, all of one width.
             dtype: float16 is refused: activations overflow it.
             shard_rows: a shard is cut once it holds at least this many rows.
-            source: what the rows come from, as JSON values: the resolved config, without what may differ between
-                the first run and a resumed one.
-            resume: continue the store in `folder`, if there is one; a damaged one, or one that was recorded with other
-                settings, is refused and not touched.
+            source: what the rows come from, as JSON values, without what may differ in a resumed run.
+            resume: continue the store in `folder`, if there is one, was recorded with the same settings and is whole.
             budget: most bytes of all shards together, None for no limit. Where a new shard would exceed it, the oldest
                 ones are removed first.
             wait_seconds: remove only shards that a trainer has released (`latentprior.follow`), and wait this long for
@@ -116,7 +113,7 @@ class StoreWriter:
 
     @property
     def rows(self) -> int:
-        """Rows appended, those of earlier runs and those removed since included."""
+        """Rows appended, also by earlier runs, and also those removed since."""
         return self._manifest["evicted"] + self._manifest["rows"] + self._pending_rows
 
     @property
@@ -124,12 +121,9 @@ class StoreWriter:
         return self._manifest["first_shard"] + len(self._manifest["shards"])
 
     def append(self, batch: ActivationBatch, *, next_batch: int, left_out: Mapping[str, int]) -> None:
-        """Add the rows of a token batch; a shard is cut when enough are there.
+        """Add the rows, all finite, of the token batch before `next_batch`; a shard is cut when enough are there.
 
-        Args:
-            batch: its rows, all finite; may be empty.
-            next_batch: index of the token batch that comes next.
-            left_out: counts of what is not in it, by the names of `manifest.LEFT_OUT`.
+        `left_out` counts what is not among them, by the names of `manifest.LEFT_OUT`.
         """
         if self._closed:
             raise InputError(f"{self.folder} is closed: nothing can be appended")

@@ -2,11 +2,9 @@
 
 It holds the rows of a number of batches: of each document shard of this process as many times its quota, in the
 shard's order. They are drawn in random order, each once, and when the last batch is drawn the buffer is filled again.
-Nothing is done row by row: a filling is a copy for each token batch, a batch is one gather.
 
-So the rows of batch k follow from the text, the options and the seed alone, and a position takes no activations to
-save: it is the shards' cursors when the buffer was filled. To continue, the buffer is filled again from there, which
-costs at most one buffer of forward passes, and the batches drawn already are skipped.
+So the rows of batch k follow from the text, the options and the seed alone, and a position is the shards' cursors when
+the buffer was filled. To continue, it is filled again from there, and the batches drawn already are skipped.
 """
 
 from __future__ import annotations
@@ -62,10 +60,7 @@ class MixingBuffer:
         self._filled_at: dict[int, Cursor] = {}
 
     def batches(self, step: int = 0, position: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """Batches from number `step` on; `position` is what `position` gave when that many had been drawn.
-
-        Ends where the text does: the last batches have fewer rows, then there are none.
-        """
+        """Batches from number `step`, with the `position` after as many, to the text's end: the last have fewer rows."""
         self._shards = self.live.open(position)
         filling, drawn = divmod(step, self.buffered_batches)
         while order := self._fill(filling):
@@ -83,7 +78,7 @@ class MixingBuffer:
         return self.live.position(self._filled_at)
 
     def _fill(self, filling: int) -> list[Tensor]:
-        """Fill the buffer; returns the rows of each batch [rows], -1 where a shard's text has ended."""
+        """The rows [rows] of each batch, -1 where a shard's text has ended."""
         self._filled_at = self.live.cursors()
         batches = self.buffered_batches
         if self.steps is not None:

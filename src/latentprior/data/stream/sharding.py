@@ -1,9 +1,8 @@
 """Document shards: independent streams of documents whose activations come in a fixed order, from any position on.
 
 Of every `shards` documents in a row each shard gets one, in a random order: text with a period, such as questions with
-their answers, would else give some shards the short documents and others the long ones. A shard tokenises its documents
-a window at a time and runs the language model on them, so its rows depend on nothing but the text and the options,
-whoever else computes what.
+their answers, would else give some shards the short documents and others the long ones. A shard's rows depend on
+nothing but the text and the options.
 """
 
 from __future__ import annotations
