@@ -77,7 +77,7 @@ def record_activations(
     chat: bool = False,
     generator: Seed = None,
 ) -> ActivationBatch:
-    """Activations of `texts` in memory; for more than memory holds, record into a store.
+    """Activations of `texts` in memory.
 
     The first position of a text and padding are never recorded. Rows that are not finite are left out with a warning.
     Having nothing to record and texts longer than the model's context are errors.

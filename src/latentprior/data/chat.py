@@ -42,9 +42,8 @@ def response_span(
     if not response or start < 0:
         raise InputError(f"{name} has {'a response that the chat template changes' if response else 'no response'}")
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [
-        i for i, (begin, end) in enumerate(encoded["offset_mapping"]) if begin < start + len(response) and end > start
-    ]
+    stop = start + len(response)
+    inside = [i for i, (begin, end) in enumerate(encoded["offset_mapping"]) if begin < stop and end > start]
     bos = missing_beginning(tokenizer, encoded["input_ids"])
     return bos + encoded["input_ids"], (len(bos) + inside[0], len(bos) + inside[-1] + 1)
 

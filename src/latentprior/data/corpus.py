@@ -58,9 +58,8 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
     n_test = len(labels) - n_train - 1
     classes = [np.flatnonzero(labels == label) for label in (1, 0)]
     halves = [((n + 1) // 2, n // 2) for n in (n_train, n_test)]
-    if n_train < 1 or any(
-        len(rows) < sum(sizes) for rows, sizes in zip(classes, zip(*halves, strict=True), strict=True)
-    ):
+    wanted = [sum(sizes) for sizes in zip(*halves, strict=True)]
+    if n_train < 1 or any(len(rows) < count for rows, count in zip(classes, wanted, strict=True)):
         counts = f"{len(classes[0])} ones and {len(classes[1])} zeros"
         raise InputError(f"probing_split needs more than 100 rows in two equal classes, got {counts}")
 
@@ -73,11 +72,10 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
 
 
 def corpus_file() -> Path:
-    """The parquet file of the corpus (columns text, source, split), built in seconds on first use.
+    """The parquet file of the corpus, one row for each distinct text of all tasks, built in seconds on first use.
 
-    One row for each distinct text of all tasks. `source` is the first task that has it; `split` is "probing-test" if
-    it is in the test rows of any binary task, else "train-eligible". The order is that of a hash of the text, so any
-    prefix is a fair sample of the whole.
+    Columns: text; source, the first task that has it; split, "probing-test" if it is in the test rows of any binary
+    task, else "train-eligible". The order is that of a hash of the text, so any prefix is a fair sample of the whole.
     """
     return build_once(NAME, "sae_probes", _RECIPE, _build) / "documents.parquet"
 
@@ -93,11 +91,6 @@ def _build(folder: Path) -> None:
         if task in binary:
             probed.update(texts[row] for row in probing_split(labels)[1])
     ordered = sorted(source, key=lambda text: blake2b(text.encode(), digest_size=16, person=b"order").digest())
-    table = pa.table(
-        {
-            "text": ordered,
-            "source": [source[text] for text in ordered],
-            "split": [PROBING_TEST if text in probed else TRAIN_ELIGIBLE for text in ordered],
-        }
-    )
+    split = [PROBING_TEST if text in probed else TRAIN_ELIGIBLE for text in ordered]
+    table = pa.table({"text": ordered, "source": [source[text] for text in ordered], "split": split})
     pq.write_table(table, folder / "documents.parquet", row_group_size=8192, compression="zstd")

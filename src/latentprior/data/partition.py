@@ -39,10 +39,8 @@ class BatchPartition:
         if self.batch % self.world.size:
             raise InputError(f"a batch of {self.batch} cannot be divided evenly over {self.world.size} processes")
         if not self.world.size <= self.shards <= self.batch:
-            raise InputError(
-                f"document_shards must lie between the number of processes, {self.world.size}, and the batch size, "
-                f"{self.batch}; got {self.shards}"
-            )
+            limits = f"the number of processes, {self.world.size}, and the batch size, {self.batch}"
+            raise InputError(f"document_shards must lie between {limits}; got {self.shards}")
 
     def quota(self, shard: int) -> int:
         """Rows of a shard in every batch."""

@@ -57,14 +57,11 @@ def text_settings(config: TextConfig) -> dict[str, Any]:
     """`config` as JSON values without what makes no difference: runs from before text files were cut can continue."""
     values = to_dict(config)
     for source in (values, *values["mix"]):
-        # Whole files are what documents were then.
-        if source["documents"] == "file" or not _has_text_files(Path(source["dataset"])):
+        path = Path(source["dataset"])
+        has_text_files = any(kind(file) == ENDING for file in (path.rglob("*") if path.is_dir() else [path]))
+        if source["documents"] == "file" or not has_text_files:  # whole files are what documents were then
             del source["documents"]
     return values
-
-
-def _has_text_files(source: Path) -> bool:
-    return any(kind(path) == ENDING for path in (source.rglob("*") if source.is_dir() else [source]))
 
 
 def _has_paragraphs(path: Path) -> bool:

@@ -18,7 +18,7 @@ from latentprior.utils.reprs import ShortRepr
 
 Keep = Literal["first", "last"]
 WINDOW_CHARACTERS = 2**24
-"""Of a window whose documents are not cut: more would not fit into memory if they are books."""
+"""Of a window whose documents are not cut: books would not fit into memory."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,9 +86,8 @@ def tokenize(
         chat: wrap every document as a user message in the tokenizer's chat template.
         keep: which tokens of a longer document to keep; BOS always.
         first_index: number of the first batch, where `documents` begin at a later window of a longer stream.
-        chunk: rather than to cut them, give longer documents in chunks of `max_length`, each with BOS first (without a
-            BOS token: the last token of the chunk before), so that every token but the first is once at a position
-            after the first one of a row. A window then ends early at `WINDOW_CHARACTERS`.
+        chunk: give longer documents in chunks of `max_length`, each with BOS first (without a BOS token: the last token
+            of the chunk before), so that every token but the first is once at a position after the first of a row.
     """
     if padding_side not in ("right", "left"):
         raise unknown("padding_side", padding_side, ("right", "left"))
@@ -133,7 +132,7 @@ def tokenize(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token to pad with; masks tell it from text, so any will do where there is none for it."""
+    # Masks tell padding from text, so any token will do.
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
 
 
@@ -197,7 +196,6 @@ def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[l
 def pad(
     rows: list[list[int]], pad: int, side: str
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Int64[Tensor, "B T"]]:
-    """Padded ids, mask and positions of `rows`."""
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     width = int(lengths.max())
     start = width - lengths if side == "left" else torch.zeros_like(lengths)

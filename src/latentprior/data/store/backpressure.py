@@ -15,7 +15,6 @@ CONSUMED = "consumed.json"
 """Written by the trainer: shards before a number are no longer needed."""
 WAITING = "waiting"
 """There while the recorder has no room for its next shard."""
-
 LONGEST_PAUSE = 1.0  # seconds
 
 

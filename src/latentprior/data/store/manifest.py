@@ -138,14 +138,6 @@ def most_bytes(fixed: Mapping[str, Any], rows: int) -> int:
     return rows * (fixed["width"] * DTYPES[fixed["dtype"]].itemsize + 2 * columns) + 8192
 
 
-def shard_bytes(shard: Mapping[str, Any]) -> int:
-    return shard["activations"]["bytes"] + shard["metadata"]["bytes"]
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
-
-
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file whole or not at all; gives its entry for a manifest: file, bytes, sha256."""
     digest, size = hashlib.sha256(), 0

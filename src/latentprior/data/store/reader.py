@@ -43,7 +43,11 @@ class Shard:
         self._rows, self._width, self._dtype = entry["rows"], width, dtype
         self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
         self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
-        self._check_metadata()
+        with _reading(self._metadata):
+            footer = pq.read_metadata(self._metadata)
+            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
+        if rows != self._rows or not columns >= files.COLUMNS.keys():
+            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
 
     def __len__(self) -> int:
         return self._rows
@@ -56,13 +60,6 @@ class Shard:
             found = f"{activations.dtype} {list(activations.shape)}"
             raise files.damaged(path, f"it holds {found}, not {self._dtype} {list(expected)}")
         return activations.view(torch.uint8).numpy()
-
-    def _check_metadata(self) -> None:
-        with _reading(self._metadata):
-            footer = pq.read_metadata(self._metadata)
-            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
-        if rows != self._rows or not columns >= files.COLUMNS.keys():
-            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
 
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Copy the bytes of rows, [n] int64 and within the shard, to `out` [n, bytes]."""

@@ -8,6 +8,7 @@ the same bytes as one that was never interrupted.
 from __future__ import annotations
 
 import itertools
+import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -186,7 +187,7 @@ class StoreWriter:
 
     def _replace_manifest(self, **changes: Any) -> None:
         manifest = self._manifest | changes
-        files.write_manifest(self.folder, manifest)
+        files.write_file(self.folder / files.MANIFEST, [json.dumps(manifest, indent=1).encode()])
         self._manifest = manifest
 
     def _write_shard(self) -> dict[str, Any]:
@@ -213,7 +214,7 @@ class StoreWriter:
         """Remove as many of the oldest shards as it takes for `size` more bytes to fit the budget."""
         if self._budget is None:
             return
-        sizes = [files.shard_bytes(shard) for shard in self._manifest["shards"]]
+        sizes = [shard["activations"]["bytes"] + shard["metadata"]["bytes"] for shard in self._manifest["shards"]]
         freed = [0, *itertools.accumulate(sizes)]
         count = bisect_left(freed, freed[-1] + size - self._budget)
         # A trainer can need the last shard until it has the next one: waiting for it to go could be for ever.

@@ -60,7 +60,7 @@ class MixingBuffer:
         self._filled_at: dict[int, Cursor] = {}
 
     def batches(self, step: int = 0, position: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """Batches from number `step`, with the `position` after as many, to the text's end: the last have fewer rows."""
+        """Batches from number `step` on, where `position` was saved, to the text's end, the last with fewer rows."""
         self._shards = self.live.open(position)
         filling, drawn = divmod(step, self.buffered_batches)
         while order := self._fill(filling):

@@ -111,7 +111,11 @@ class LiveActivations:
         The median norm is that of the first shard's first rows, `CALIBRATION_ROWS` of each layer. What is read here is
         trained on later. A layer without a row is an `InputError`.
         """
-        self.medians = self.partition.world.first(self._median_norms() if self.partition.world.main else None)
+        medians = None
+        if self.partition.world.main:
+            pieces = list(self.open()[0].read(CALIBRATION_ROWS * len(self.layers)))
+            medians = median_norms(pieces, self.layers)
+        self.medians = self.partition.world.first(medians)
         moments = Moments(self.layers, self.width)
         rounds, more = divmod(-(-self.config.statistics // self.batch_tokens), self.partition.shards)
         for number, shard in self.open().items():
@@ -122,9 +126,6 @@ class LiveActivations:
             merged.merge(Moments.from_state_dict(part))
         merged.median_norm = torch.tensor([self.medians[layer] for layer in self.layers], dtype=torch.float64)
         return merged
-
-    def _median_norms(self) -> dict[int, float]:
-        return median_norms(list(self.open()[0].read(CALIBRATION_ROWS * len(self.layers))), self.layers)
 
     def rows_of(self, text: TextConfig, count: int) -> Batch | None:
         """The first `count` rows of other documents than those of the shards, on the CPU; None if there are none."""

@@ -96,7 +96,7 @@ class DocumentShard:
     Args:
         take: gives the next documents, from those of the cursor's window on.
         tokenize: documents and the number of their first token batch -> their token batches.
-        record: token batch -> its rows, without those to be left out, and how many of these there were.
+        record: token batch -> its rows, and how many were left out.
     """
 
     def __init__(
@@ -140,9 +140,5 @@ class DocumentShard:
             batches = self._tokenize(window, self.cursor.batches)
             for batch in batches[self.cursor.skip :]:
                 yield self._record(batch)
-            self.cursor = replace(
-                self.cursor,
-                documents=self.cursor.documents + len(window),
-                batches=self.cursor.batches + len(batches),
-                skip=0,
-            )
+            documents, count = self.cursor.documents + len(window), self.cursor.batches + len(batches)
+            self.cursor = replace(self.cursor, documents=documents, batches=count, skip=0)
