@@ -32,10 +32,7 @@ def binary_tasks() -> list[str]:
 
 
 def labelled(task: str) -> tuple[list[str], list[int]]:
-    """N texts and N labels of one of `tasks()`, in the order of its file.
-
-    A label is the rank of the row's target among the task's distinct targets, sorted.
-    """
+    """Texts of one of `tasks()` and their labels: the rank of the target among the task's distinct targets, sorted."""
     if task not in (names := tasks()):
         raise unknown("task", task, names)
     file = sae_probes_data() / "cleaned_data" / f"{task}.csv.zst"

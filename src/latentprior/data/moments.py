@@ -100,11 +100,9 @@ class Moments(_PerLayer):
         self.norm_sum[slots] += norm_sum
 
     def merge(self, other: Moments) -> Moments:
-        """Add everything `other` has seen to these moments, in place; returns self.
-
-        A median cannot be merged: where both are set, `median_norm` becomes their mean weighted by `count`.
-        """
+        """Add everything `other` has seen to these moments, in place; returns self."""
         self._check_same(other)
+        # Medians cannot be merged: where both are set, this is their mean weighted by `count`.
         share = other.count / (self.count + other.count).clamp(min=1)
         both = torch.lerp(self.median_norm, other.median_norm, share)
         either = torch.where(self.median_norm.isnan(), other.median_norm, self.median_norm)
@@ -122,7 +120,7 @@ class Moments(_PerLayer):
         return chosen
 
     def variance(self) -> Tensor:
-        """Population variance of each dimension, [L, d]; nan for a layer without rows."""
+        """Population variance [L, d]; nan for a layer without rows."""
         return self.m2 / self.count[:, None]
 
     def mean_norm(self) -> Tensor:

@@ -75,9 +75,6 @@ class Follower(Iterator[Batch]):
         """Begin at `state`, or at the oldest shard; until the next `release` the recorder keeps everything from there.
 
         Args:
-            folder: the store, with a manifest (`wait_for_rows`).
-            seed: of the order within each shard.
-            state: what `state` of another follower of this store gave.
             wait_seconds: give up if nothing new comes for this long.
             stop: asked at every look; if it says so, the next batch raises `Stopped`, and `state` is that before it.
         """

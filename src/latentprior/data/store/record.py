@@ -32,7 +32,7 @@ Numbered = tuple[int, ActivationBatch, dict[str, int]]  # next batch, its finite
 def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     """Record activations as `config` says and open the finished store.
 
-    A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
+    A killed recording continues with ``resume=True``, to the same bytes as an uninterrupted one. Left out and
     counted: rows that are not finite; unless kept, attention sinks, whose norm is over 10 times the median of the first
     `CALIBRATION_ROWS` rows; where long documents are cut, what lies beyond `config.max_length`. Of a store with a disk
     budget, the oldest shards go first, or, with ``wait=True``, once the trainer that follows it has released them. The

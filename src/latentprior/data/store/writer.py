@@ -1,8 +1,7 @@
 """Writing activations to disk, so that no kill or full disk can damage the store, within a budget.
 
-Every file is written under a temporary name, fsynced and renamed; a shard counts once the manifest, replaced last,
-lists it. A shard holds whole token batches only, so an interrupted recording resumes from `next_batch` and ends in
-the same bytes as one that was never interrupted.
+A shard counts once the manifest, replaced last, lists it. It holds whole token batches only, so a killed recording
+resumes from `next_batch` and ends in the same bytes as one that was never interrupted.
 """
 
 from __future__ import annotations
