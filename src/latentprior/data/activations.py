@@ -31,26 +31,22 @@ class ActivationBatch(ShortRepr):
     """Activations with where each one comes from, one row each; `x` may be on another device than the rest."""
 
     x: Float[Tensor, "n d"]
-    """The activations, in the model's precision."""
     layer: Int[Tensor, " n"]
-    """Index of the block."""
     doc: Int[Tensor, " n"]
     """Index of the document in its source."""
     position: Int[Tensor, " n"]
     """Index of the token in its document; 0, the first, is never recorded."""
     token: Int[Tensor, " n"]
-    """Token id."""
 
     def __len__(self) -> int:
         return len(self.x)
 
     def select(self, index: Tensor | slice) -> ActivationBatch:
-        """The rows of a boolean mask [N], an index [M] or a slice."""
         x = self.x[index.to(self.x.device) if isinstance(index, Tensor) else index]
         return ActivationBatch(x, *(getattr(self, f.name)[index] for f in fields(self)[1:]))
 
     def at_layer(self, layer: int) -> ActivationBatch:
-        """The rows of one layer; none is an `InputError`."""
+        """The rows of one layer; without any this is an `InputError`."""
         hooks.check_recorded([layer], self.layer.unique().tolist())
         return self.select(self.layer == layer)
 
@@ -60,7 +56,6 @@ class ActivationBatch(ShortRepr):
 
     @classmethod
     def cat(cls, batches: Sequence[ActivationBatch]) -> ActivationBatch:
-        """All rows of `batches`, in order."""
         if not batches:
             raise InputError("no activations to join")
         return cls(*(torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(cls)))
@@ -82,25 +77,23 @@ def record_activations(
     chat: bool = False,
     generator: Seed = None,
 ) -> ActivationBatch:
-    """Activations of `texts` in memory; for more than memory holds, record into a store.
+    """Activations of `texts` in memory.
 
     The first position of a text and padding are never recorded. Rows that are not finite are left out with a warning.
+    Having nothing to record and texts longer than the model's context are errors.
 
     Args:
         layers: indices of blocks; layer 15 is `hidden_states[16]` of transformers (its input: `hidden_states[15]`).
-        max_length: texts are cut to this many tokens, the beginning-of-sequence token included.
+        max_length: texts are cut to this many tokens, BOS included.
         positions: all positions, each text's last one, or `positions_per_document` drawn without replacement (all if
             there are fewer).
         sinks: "drop" leaves out rows whose norm is over 10 times the median norm of their layer.
         batch_tokens: most tokens of one forward pass, padding included.
         chat: wrap every text as a user message in the tokenizer's chat template.
-        generator: source of "random" positions, or a seed; None draws others at every call.
+        generator: source of "random" positions; None draws others at every call.
 
     Returns:
         rows sorted by layer (in the order of `layers`), text (`doc` indexes `texts`) and position.
-
-    Raises:
-        InputError: nothing to record, a layer out of range, texts longer than the model's context, an unknown option.
     """
     if isinstance(texts, str):
         raise InputError("texts must be a list of strings, got one string")
@@ -127,10 +120,7 @@ def record_activations(
         warnings.warn(f"{left_out} activations were not finite and are left out", stacklevel=2)
     if not len(batch):
         raise InputError("nothing to record: every activation is infinite or NaN")
-    if sinks == "drop":
-        medians = {layer: float(batch.at_layer(layer).norms().median()) for layer in batch.layer.unique().tolist()}
-        batch, _ = split_sinks(batch, medians)
-    return batch
+    return split_sinks(batch, median_norms([batch], batch.layer.unique().tolist()))[0] if sinks == "drop" else batch
 
 
 def activations(
@@ -148,7 +138,7 @@ def activations(
 
     Rows are ordered by layer (in the order of `layers`), row of the token batch and position. Which positions "random"
     draws depends on `seed` and the document's index and length alone, not on how documents were batched or cut into
-    chunks. `x` is put on `device`. Errors are those of `record_activations`, raised at the first batch.
+    chunks. `x` is put on `device`. Errors are raised at the first batch.
     """
     if positions not in get_args(Positions):
         raise unknown("positions", positions, get_args(Positions))
@@ -198,14 +188,12 @@ def _recorded(batch: TokenBatch, positions: Positions, count: int, seed: int) ->
 
 
 def _rows(state: Tensor, row: Tensor, column: Tensor, batch: TokenBatch) -> Tensor:
-    """Activations [N, d] of the given places."""
     if state.shape[:2] != batch.ids.shape:
         raise InputError(f"the model turned {list(batch.ids.shape)} tokens into {list(state.shape[:2])} activations")
     return state[row.to(state.device), column.to(state.device)]
 
 
 def _sorted(batch: ActivationBatch, layers: list[int]) -> ActivationBatch:
-    """Rows by layer (in the order of `layers`), document and position."""
     rank = torch.empty(max(layers) + 1, dtype=torch.long)
     rank[layers] = torch.arange(len(layers))
     key = (rank[batch.layer] * (batch.doc.max() + 1) + batch.doc) * (batch.position.max() + 1) + batch.position
@@ -217,6 +205,16 @@ def finite_rows(batch: ActivationBatch) -> tuple[ActivationBatch, int]:
     finite = batch.x.isfinite().all(dim=-1).cpu()
     left_out = len(batch) - int(finite.sum())
     return (batch.select(finite) if left_out else batch), left_out
+
+
+def median_norms(pieces: Sequence[ActivationBatch], layers: Sequence[int]) -> dict[int, float]:
+    """Median norm of the rows of each layer; a layer without any is an `InputError`."""
+    for layer in layers:
+        if not any((rows.layer == layer).any() for rows in pieces):
+            where = f"of layer {layer} after its first position"
+            raise InputError(f"nothing to record: no document has a finite activation {where}")
+    rows = ActivationBatch.cat(pieces)
+    return {layer: float(rows.at_layer(layer).norms().median()) for layer in layers}
 
 
 def split_sinks(batch: ActivationBatch, median_norm: Mapping[int, float]) -> tuple[ActivationBatch, ActivationBatch]:

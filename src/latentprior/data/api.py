@@ -36,17 +36,12 @@ def record(
     cannot be continued. Empty texts are skipped, their numbers are not.
 
     Args:
-        model: a causal language model, as `load_llm` or transformers give it.
-        tokenizer: its tokenizer.
         texts: documents; long ones come in chunks of ``max_length`` tokens.
         layers: blocks to record, counted from 0: their outputs [rows, d], unless ``side`` says otherwise.
         output: folder of the store.
         report: gets the number of rows recorded so far.
         **options: other fields of `latentprior.config.RecordConfig`, such as ``max_length=128``,
             ``max_activations=100_000``, ``side="mlp"`` or ``dtype="float32"``.
-
-    Raises:
-        InputError: an unknown option or layer, a folder that holds something else, nothing to record, or a full disk.
 
     Examples:
         >>> store = lp.record(model, tokenizer, texts, layers=[1], output="runs/acts")

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from latentprior.data.tokens import missing_beginning
 from latentprior.utils.errors import InputError
 
 Conversation = list[dict[str, str]]  # messages {"role", "content"}
@@ -16,7 +17,7 @@ def prompt_ids(tokenizer: Any, messages: Conversation) -> list[int]:
     """Token ids with which the model is to begin its answer, BOS first."""
     text = _render(tokenizer, messages, "the prompt", add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _missing_bos(tokenizer, ids) + ids
+    return missing_beginning(tokenizer, ids) + ids
 
 
 def response_span(
@@ -41,24 +42,16 @@ def response_span(
     if not response or start < 0:
         raise InputError(f"{name} has {'a response that the chat template changes' if response else 'no response'}")
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [
-        i for i, (begin, end) in enumerate(encoded["offset_mapping"]) if begin < start + len(response) and end > start
-    ]
-    bos = _missing_bos(tokenizer, encoded["input_ids"])
+    stop = start + len(response)
+    inside = [i for i, (begin, end) in enumerate(encoded["offset_mapping"]) if begin < stop and end > start]
+    bos = missing_beginning(tokenizer, encoded["input_ids"])
     return bos + encoded["input_ids"], (len(bos) + inside[0], len(bos) + inside[-1] + 1)
 
 
 def _render(tokenizer: Any, messages: Conversation, name: str, *, add_generation_prompt: bool = False) -> str:
-    """Text of `messages` under the chat template."""
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no chat template: use a chat model's")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise InputError(f"the chat template refuses {name}: {' '.join(str(error).split())[:200]}") from error
-
-
-def _missing_bos(tokenizer: Any, ids: list[int]) -> list[int]:
-    """The BOS token to put first, as `tokens.encode` does; empty if it is there or the tokenizer has none."""
-    bos = tokenizer.bos_token_id
-    return [] if bos is None or ids[:1] == [bos] else [bos]

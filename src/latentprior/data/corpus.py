@@ -32,10 +32,7 @@ def binary_tasks() -> list[str]:
 
 
 def labelled(task: str) -> tuple[list[str], list[int]]:
-    """N texts and N labels of one of `tasks()`, in the order of its file.
-
-    A label is the rank of the row's target among the task's distinct targets, sorted.
-    """
+    """Texts of one of `tasks()` and their labels: the rank of the target among the task's distinct targets, sorted."""
     if task not in (names := tasks()):
         raise unknown("task", task, names)
     file = sae_probes_data() / "cleaned_data" / f"{task}.csv.zst"
@@ -50,9 +47,6 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
 
     Both, int64 arrays of row numbers, are balanced, in random order and disjoint; the training rows number
     min(1024, N - 100), the test rows are all others but one.
-
-    Args:
-        labels: N labels, 0 or 1.
     """
     labels = np.asarray(labels)
     if not np.isin(labels, (0, 1)).all():
@@ -61,9 +55,8 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
     n_test = len(labels) - n_train - 1
     classes = [np.flatnonzero(labels == label) for label in (1, 0)]
     halves = [((n + 1) // 2, n // 2) for n in (n_train, n_test)]
-    if n_train < 1 or any(
-        len(rows) < sum(sizes) for rows, sizes in zip(classes, zip(*halves, strict=True), strict=True)
-    ):
+    wanted = [sum(sizes) for sizes in zip(*halves, strict=True)]
+    if n_train < 1 or any(len(rows) < count for rows, count in zip(classes, wanted, strict=True)):
         counts = f"{len(classes[0])} ones and {len(classes[1])} zeros"
         raise InputError(f"probing_split needs more than 100 rows in two equal classes, got {counts}")
 
@@ -76,11 +69,10 @@ def probing_split(labels: Sequence[int] | np.ndarray, *, seed: int = 42) -> tupl
 
 
 def corpus_file() -> Path:
-    """The parquet file of the corpus (columns text, source, split), built in seconds on first use.
+    """The parquet file of the corpus, one row for each distinct text of all tasks, built in seconds on first use.
 
-    One row for each distinct text of all tasks. `source` is the first task that has it; `split` is "probing-test" if
-    it is in the test rows of any binary task, else "train-eligible". The order is that of a hash of the text, so any
-    prefix is a fair sample of the whole.
+    Columns: text; source, the first task that has it; split, "probing-test" if it is in the test rows of any binary
+    task, else "train-eligible". The order is that of a hash of the text, so any prefix is a fair sample of the whole.
     """
     return build_once(NAME, "sae_probes", _RECIPE, _build) / "documents.parquet"
 
@@ -96,11 +88,6 @@ def _build(folder: Path) -> None:
         if task in binary:
             probed.update(texts[row] for row in probing_split(labels)[1])
     ordered = sorted(source, key=lambda text: blake2b(text.encode(), digest_size=16, person=b"order").digest())
-    table = pa.table(
-        {
-            "text": ordered,
-            "source": [source[text] for text in ordered],
-            "split": [PROBING_TEST if text in probed else TRAIN_ELIGIBLE for text in ordered],
-        }
-    )
+    split = [PROBING_TEST if text in probed else TRAIN_ELIGIBLE for text in ordered]
+    table = pa.table({"text": ordered, "source": [source[text] for text in ordered], "split": split})
     pq.write_table(table, folder / "documents.parquet", row_group_size=8192, compression="zstd")

@@ -22,12 +22,6 @@ class _PerLayer:
     """What `Moments` and `Covariance` share: rows are told apart by layer and added one layer at a time."""
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
-        """No rows yet.
-
-        Args:
-            layers: numbers of the LLM's blocks, each once.
-            width: d, dimensions of an activation.
-        """
         self.layers = tuple(int(layer) for layer in layers)
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise InputError(f"moments need distinct layers, got {list(self.layers)}")
@@ -36,14 +30,10 @@ class _PerLayer:
 
     @property
     def width(self) -> int:
-        """d, dimensions of an activation."""
         return self.mean.shape[1]
 
     def update(self, x: Tensor, layer: Tensor | None = None) -> None:
-        """Add rows x [N, d], any floating dtype and device, with their layers [N]; None if there is one layer only.
-
-        Everything is checked before the first row is added.
-        """
+        """Add rows x [N, d], any floating dtype and device, with their layers [N]; None if there is one layer only."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise InputError(f"moments expect rows of width {self.width}, got shape {list(x.shape)}")
         if layer is None and len(self.layers) > 1:
@@ -59,8 +49,16 @@ class _PerLayer:
                     self._add(self.layers.index(number), chunk.cpu().double())
 
     def _add(self, slot: int, rows: Tensor) -> None:
-        """Add rows [n, d], n > 0, float64 on the CPU, of the layer at `slot`."""
         raise NotImplementedError
+
+    def _combine_means(self, slots: slice, count: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts before, the share of what is added, [l], and the difference of the means [l, d]."""
+        before = self.count[slots].clone()
+        share = count / (before + count).clamp(min=1)
+        delta = mean - self.mean[slots]
+        self.mean[slots] += delta * share[:, None]
+        self.count[slots] += count
+        return before, share, delta
 
     def _check_same(self, other: _PerLayer) -> None:
         if (self.layers, self.width) != (other.layers, other.width):
@@ -75,11 +73,10 @@ class Moments(_PerLayer):
 
     Attributes:
         layers: numbers of the LLM's blocks, in the order of the leading dimension below.
-        count: [L], rows seen.
-        mean: [L, d].
+        count, mean: [L] rows seen, [L, d].
         m2: [L, d], sum of squared deviations from the mean.
         norm_sum: [L], sum of the rows' Euclidean norms.
-        median_norm: [L], median of the rows' norms; nan until set, as a median cannot be added up.
+        median_norm: [L]; nan until set, as a median cannot be added up.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
@@ -98,20 +95,14 @@ class Moments(_PerLayer):
         self._combine(one, self.count.new_tensor([len(rows)]), mean[None], m2[None], norm_sum[None])
 
     def _combine(self, slots: slice, count: Tensor, mean: Tensor, m2: Tensor, norm_sum: Tensor) -> None:
-        before = self.count[slots]
-        share = (count / (before + count).clamp(min=1))[:, None]
-        delta = mean - self.mean[slots]
-        self.mean[slots] += delta * share
-        self.m2[slots] += m2 + delta.square() * share * before[:, None]
+        before, share, delta = self._combine_means(slots, count, mean)
+        self.m2[slots] += m2 + delta.square() * share[:, None] * before[:, None]
         self.norm_sum[slots] += norm_sum
-        self.count[slots] += count
 
     def merge(self, other: Moments) -> Moments:
-        """Add everything `other` has seen to these moments, in place; returns self.
-
-        A median cannot be merged: where both are set, `median_norm` becomes their mean weighted by `count`.
-        """
+        """Add everything `other` has seen to these moments, in place; returns self."""
         self._check_same(other)
+        # Medians cannot be merged: where both are set, this is their mean weighted by `count`.
         share = other.count / (self.count + other.count).clamp(min=1)
         both = torch.lerp(self.median_norm, other.median_norm, share)
         either = torch.where(self.median_norm.isnan(), other.median_norm, self.median_norm)
@@ -129,7 +120,7 @@ class Moments(_PerLayer):
         return chosen
 
     def variance(self) -> Tensor:
-        """Population variance of each dimension, [L, d]; nan for a layer without rows."""
+        """Population variance [L, d]; nan for a layer without rows."""
         return self.m2 / self.count[:, None]
 
     def mean_norm(self) -> Tensor:
@@ -143,7 +134,7 @@ class Moments(_PerLayer):
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """The moments that `state_dict` was called on; an `InputError` names a tensor that is missing or wrong."""
+        """The moments that `state_dict` was called on."""
         for name in ("layers", *_TENSORS):
             if name not in tensors:
                 raise InputError(f"moments lack the tensor {name!r}")
@@ -163,9 +154,7 @@ class Moments(_PerLayer):
 class Covariance(_PerLayer):
     """Covariance of the activations of each layer, float64 on the CPU: `Moments` for pairs of dimensions.
 
-    Attributes:
-        layers, count, mean: as of `Moments`.
-        comoment: [L, d, d], sum of products of deviations from the mean.
+    `comoment` [L, d, d] is the sum of products of deviations from the mean.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:
@@ -175,21 +164,17 @@ class Covariance(_PerLayer):
     def _add(self, slot: int, rows: Tensor) -> None:
         mean = rows.mean(0)
         deviation = rows - mean
-        self._combine(slot, float(len(rows)), mean, deviation.T @ deviation)
+        self._combine(slot, self.count.new_tensor([len(rows)]), mean[None], deviation.T @ deviation)
 
-    def _combine(self, slot: int, count: float, mean: Tensor, comoment: Tensor) -> None:
-        before = float(self.count[slot])
-        share = count / max(before + count, 1.0)
-        delta = mean - self.mean[slot]
-        self.mean[slot] += delta * share
-        self.comoment[slot] += comoment + torch.outer(delta, delta) * (share * before)
-        self.count[slot] += count
+    def _combine(self, slot: int, count: Tensor, mean: Tensor, comoment: Tensor) -> None:
+        before, share, delta = self._combine_means(slice(slot, slot + 1), count, mean)
+        self.comoment[slot] += comoment + torch.outer(delta[0], delta[0]) * (share * before)
 
     def merge(self, other: Covariance) -> Covariance:
         """Add everything `other` has seen, in place; returns self."""
         self._check_same(other)
         for slot in range(len(self.layers)):
-            self._combine(slot, float(other.count[slot]), other.mean[slot], other.comoment[slot])
+            self._combine(slot, other.count[[slot]], other.mean[[slot]], other.comoment[slot])
         return self
 
     def covariance(self) -> Tensor:

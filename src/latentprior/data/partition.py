@@ -27,32 +27,24 @@ class Batch(NamedTuple):
 class BatchPartition:
     """How the rows of every batch come from document shards, and which process serves which shards.
 
-    A document shard is an independent part of the text with random numbers of its own. What it contributes to a batch
-    depends on the shard alone, so batches are the same whatever the number of processes.
+    What a shard contributes to a batch depends on the shard alone, so batches are the same for any number of processes.
     """
 
     batch: int
     """Rows of a batch, over all processes."""
     shards: int = 1
-    """Shares of every batch."""
     world: World = World()
 
     def __post_init__(self) -> None:
         if self.batch % self.world.size:
             raise InputError(f"a batch of {self.batch} cannot be divided evenly over {self.world.size} processes")
         if not self.world.size <= self.shards <= self.batch:
-            raise InputError(
-                f"document_shards must lie between the number of processes, {self.world.size}, and the batch size, "
-                f"{self.batch}; got {self.shards}"
-            )
+            limits = f"the number of processes, {self.world.size}, and the batch size, {self.batch}"
+            raise InputError(f"document_shards must lie between {limits}; got {self.shards}")
 
     def quota(self, shard: int) -> int:
         """Rows of a shard in every batch."""
         return self.batch // self.shards + (shard < self.batch % self.shards)
-
-    def start(self, shard: int) -> int:
-        """The shard's first row in a batch."""
-        return shard * (self.batch // self.shards) + min(shard, self.batch % self.shards)
 
     @property
     def owned(self) -> range:
@@ -71,9 +63,8 @@ class BatchPartition:
 
     def positions(self) -> Tensor:
         """Where this process's rows lie in a batch, [rows], shard after shard."""
-        return torch.cat(
-            [torch.arange(self.start(shard), self.start(shard) + self.quota(shard)) for shard in self.owned]
-        )
+        parts = torch.arange(self.batch).split([self.quota(shard) for shard in range(self.shards)])
+        return torch.cat([parts[shard] for shard in self.owned])
 
 
 def shards_for(batch: int, size: int, each: int = 24) -> int:

@@ -30,7 +30,6 @@ class Prompts(ShortRepr):
         return len(self.texts)
 
     def inputs(self) -> dict[str, Tensor]:
-        """The model's arguments."""
         return {"input_ids": self.ids, "attention_mask": self.mask.long()}
 
     def select(self, rows: slice) -> Prompts:
@@ -54,10 +53,7 @@ def tokenized(tokenizer: Any, texts: Sequence[str], *, chat: bool = False) -> Pr
 
 @torch.no_grad()
 def prefilled(model: Any, ids: Int64[Tensor, "P T"], mask: Bool[Tensor, "P T"], copies: int) -> DynamicCache:
-    """The key-value cache of all but the last token of each prompt, `copies` rows each (prompt-major).
-
-    Prompts are padded on the left. What differs between the copies may begin at a prompt's last token.
-    """
+    """The key-value cache of all but the last token of each prompt, padded left, `copies` rows each (prompt-major)."""
     cache = DynamicCache(config=model.config)
     if ids.shape[1] > 1:
         known = mask[:, :-1].long().to(model.device)

@@ -14,10 +14,7 @@ Norm = TypeVar("Norm", float, Tensor)
 
 
 def sink_threshold(median_norm: Norm) -> Norm:
-    """The norm over which a row is an attention sink, given the median norm of its layer.
-
-    A caller without that median puts in what is nearest to it: a text's own median, or the mean norm under steering.
-    """
+    """The norm over which a row is an attention sink, given its layer's median norm, or what is nearest to it."""
     return SINK_FACTOR * median_norm
 
 

@@ -28,8 +28,7 @@ class Document:
     """One text."""
 
     index: int
-    """Its number in the source, or in the mixture of sources, empty documents and every part counted: the same
-    whatever is selected."""
+    """Its number in the source or mixture, empty documents and every part counted: the same whatever is selected."""
     text: str
     source: str = ""
     """File (relative to the folder), data set or task that it comes from."""
@@ -49,10 +48,8 @@ def documents(config: TextConfig) -> Iterator[Document]:
     in neither "train" nor "heldout", only in "all".
 
     Several sources are interleaved: the next document comes from the source with the lowest (taken + 1) / weight, the
-    first of equals, so that none is ever a whole document behind its share, until the first ends.
-
-    Raises:
-        InputError: a source that cannot be read, lacks the column, is named twice, or holds no document of this split.
+    first of equals, so that none is ever a whole document behind its share, until the first ends. A source that holds
+    no document of this part is an `InputError`.
     """
     return Reader(config)
 
@@ -60,13 +57,11 @@ def documents(config: TextConfig) -> Iterator[Document]:
 class Reader(Iterator[Document]):
     """The iterator that `documents` gives, and its way to continue elsewhere.
 
-    ``Reader(config, state=reader.state())`` gives what `reader` would have given. Nothing that was read is parsed
-    again, save a file's first record: files, row groups and the shards of Hugging Face datasets that are done are not
-    opened, and of the current one what is done is only skipped.
+    ``Reader(config, state=reader.state())`` gives what `reader` would have given. Files, row groups and the shards of
+    Hugging Face datasets that are done are not opened, and of the current one what is done is only skipped.
     """
 
     def __init__(self, config: TextConfig, *, state: Mapping[str, Any] | None = None) -> None:
-        """Open the sources, at the position that `state()` of a reader with the same `config` gave."""
         chosen = config.mix or [
             TextSource(config.dataset, config.subset, config.split, config.column, documents=config.documents)
         ]
@@ -116,7 +111,6 @@ class Reader(Iterator[Document]):
 
 
 def _is_wanted(record: _Record, config: TextConfig) -> bool:
-    """Whether it is a document, and one of the chosen part."""
     text = record.text
     if not isinstance(text, str | None):
         raise InputError(f"{record.source}: the column holds {type(text).__name__}, not text")
@@ -135,7 +129,7 @@ def is_heldout(text: str, share: float) -> bool:
 
 
 class _Files:
-    """Files, one after another, each opened at a number of records to skip. The position is a file and that number."""
+    """Files, one after another, each opened at a number of records to skip."""
 
     def __init__(self, dataset: str, files: Mapping[str, Callable[[int], Iterator[_Record]]]) -> None:
         self._dataset, self._names, self._open = dataset, [*files, None], list(files.values())
@@ -188,9 +182,8 @@ def _open_source(options: TextSource) -> _Files | _Hub:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in READERS)
         if not files:
-            raise InputError(
-                f"the folder {options.dataset!r} holds no file that ends in {', '.join(READERS)} (or .zst)"
-            )
+            endings = f"{', '.join(READERS)} (or .zst)"
+            raise InputError(f"the folder {options.dataset!r} holds no file that ends in {endings}")
         names = [file.relative_to(path).as_posix() for file in files]
     elif path.exists():
         if kind(path) not in READERS:
@@ -213,16 +206,10 @@ def _failed(action: str, error: Exception) -> InputError:
     return InputError(f"cannot {action}: {reason}")
 
 
-# --- The embedded corpus
-
-
 def _corpus_records(path: Path, skip: int) -> Iterator[_Record]:
     for batch in parquet_batches(pq.ParquetFile(path), None, skip):
         for text, source, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield _Record(text, source, trainable=split == corpus.TRAIN_ELIGIBLE)
-
-
-# --- Files
 
 
 def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Record]:
@@ -234,11 +221,7 @@ def _file_records(path: Path, name: str, option: Any, skip: int) -> Iterator[_Re
         raise _failed(f"read {str(path)!r}", error) from error
 
 
-# --- Hugging Face datasets
-
-
 def _open_stream(options: TextSource) -> tuple[Any, str]:
-    """An `IterableDataset` and the column to read."""
     import datasets  # slow to import
 
     name = options.dataset
@@ -260,7 +243,6 @@ def _open_stream(options: TextSource) -> tuple[Any, str]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """`datasets` without its progress bars."""
     import datasets
 
     shown = not datasets.are_progress_bars_disabled()

@@ -29,7 +29,6 @@ def kind(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> pa.NativeFile:
-    """The file's bytes, decompressed by its ending."""
     return pa.input_stream(str(path), compression="detect")
 
 
@@ -58,14 +57,11 @@ def text_settings(config: TextConfig) -> dict[str, Any]:
     """`config` as JSON values without what makes no difference: runs from before text files were cut can continue."""
     values = to_dict(config)
     for source in (values, *values["mix"]):
-        # Whole files are what documents were then.
-        if source["documents"] == "file" or not _has_text_files(Path(source["dataset"])):
+        path = Path(source["dataset"])
+        has_text_files = any(kind(file) == ENDING for file in (path.rglob("*") if path.is_dir() else [path]))
+        if source["documents"] == "file" or not has_text_files:  # whole files are what documents were then
             del source["documents"]
     return values
-
-
-def _has_text_files(source: Path) -> bool:
-    return any(kind(path) == ENDING for path in (source.rglob("*") if source.is_dir() else [source]))
 
 
 def _has_paragraphs(path: Path) -> bool:
@@ -84,11 +80,7 @@ def _lines(lines: Iterable[str]) -> Iterator[str]:
     return (line.removesuffix("\n") for line in lines if not line.isspace())
 
 
-# --- Tables: jsonl, csv, parquet
-
-
 def _after(batches: Iterable[pa.RecordBatch], skip: int) -> Iterator[pa.RecordBatch]:
-    """`batches` without their first `skip` rows."""
     for batch in batches:
         if skip < len(batch):
             yield batch.slice(skip)
@@ -122,9 +114,8 @@ def _read_jsonl(path: Path, column: str | None, skip: int) -> Iterator[Any]:
                 raise InputError(f"{where} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where} is not a JSON object")
-            column = choose_column(
-                column, row, (key for key, value in row.items() if isinstance(value, str | None)), where
-            )
+            texts = (key for key, value in row.items() if isinstance(value, str | None))
+            column = choose_column(column, row, texts, where)
             text = row[column]
             if read > skip:  # JSON can spell half a surrogate pair, which no tokenizer takes
                 yield text.encode(errors="replace").decode() if isinstance(text, str) else text
@@ -147,9 +138,6 @@ def read_table(path: str | Path, types: Mapping[str, pa.DataType] | None = None,
     Args:
         types: of columns whose type is not to be guessed.
         nulls: whether a text in CSV or TSV such as "" or "NA" is a missing one.
-
-    Raises:
-        InputError: no such file, or none that can be read as its ending says.
     """
     path = Path(path)
     try:
@@ -192,9 +180,6 @@ READERS: dict[str, Callable[[Path, Any, int], Iterator[Any]]] = {
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-
-
-# --- Columns
 
 
 def choose_column(column: str | None, columns: Iterable[str], texts: Iterable[str], where: str) -> str:

@@ -18,7 +18,7 @@ from latentprior.utils.reprs import ShortRepr
 
 Keep = Literal["first", "last"]
 WINDOW_CHARACTERS = 2**24
-"""Of a window whose documents are not cut: more would not fit into memory if they are books."""
+"""Of a window whose documents are not cut: books would not fit into memory."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,15 +26,14 @@ class TokenBatch(ShortRepr):
     """B documents, or chunks of them, of at most T tokens."""
 
     ids: Int64[Tensor, "B T"]
-    """Token ids; the padding's are arbitrary."""
     mask: Bool[Tensor, "B T"]
-    """True at real tokens, the beginning-of-sequence token included."""
+    """True at real tokens, BOS included."""
     doc: Int64[Tensor, " B"]
     """`Document.index` of each row."""
     position: Int64[Tensor, "B T"]
     """Index of each token in its row, 0 for the first one (BOS); -1 at padding."""
     index: int
-    """Running number of the batch in its stream."""
+    """Number of the batch in its stream."""
     offset: Int64[Tensor, " B"]
     """What turns a position in the row into one in the document: 0 for a document or its first chunk."""
     length: Int64[Tensor, " B"]
@@ -44,7 +43,6 @@ class TokenBatch(ShortRepr):
 
     @classmethod
     def whole(cls, ids: Tensor, mask: Tensor, doc: Tensor, position: Tensor, index: int) -> TokenBatch:
-        """A batch of documents of which nothing is missing."""
         zeros = torch.zeros_like(doc)
         return cls(ids, mask, doc, position, index, offset=zeros, length=mask.sum(dim=1), cut=zeros)
 
@@ -55,8 +53,6 @@ class TokenBatch(ShortRepr):
 
 
 class _Row(NamedTuple):
-    """A document or a chunk of it; see `TokenBatch`."""
-
     doc: int
     ids: list[int]
     offset: int
@@ -81,22 +77,17 @@ def tokenize(
 
     `window` documents at a time are tokenised in one call, sorted by length and cut into batches, so that little is
     padding; the batches of a window come in a fixed random order, so that a stream that is cut short has seen short
-    and long documents alike. The batches depend on nothing but the arguments: a stream is resumed by skipping to a
-    `TokenBatch.index`.
+    and long documents alike. A stream is resumed by skipping to a `TokenBatch.index`.
 
     Args:
-        documents: what to tokenise; consumed `window` at a time.
         tokenizer: its BOS token, if it has one, starts every document once, whether or not it adds it by itself.
         max_length: documents are cut to this many tokens, BOS included; those with fewer than 2 are left out.
         batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
-        padding_side: "right" or "left".
         chat: wrap every document as a user message in the tokenizer's chat template.
-        keep: which tokens of a longer document to keep, the "first" or the "last" ones; BOS always.
-        window: documents that are sorted together.
+        keep: which tokens of a longer document to keep; BOS always.
         first_index: number of the first batch, where `documents` begin at a later window of a longer stream.
-        chunk: rather than to cut them, give longer documents in chunks of `max_length`, each with BOS first (without a
-            BOS token: the last token of the chunk before), so that every token but the first is once at a position
-            after the first one of a row. A window then ends early at `WINDOW_CHARACTERS`.
+        chunk: give longer documents in chunks of `max_length`, each with BOS first (without a BOS token: the last token
+            of the chunk before), so that every token but the first is once at a position after the first of a row.
     """
     if padding_side not in ("right", "left"):
         raise unknown("padding_side", padding_side, ("right", "left"))
@@ -123,7 +114,8 @@ def tokenize(
     def batches() -> Iterator[TokenBatch]:
         filler = padding_id(tokenizer)
         index = first_index
-        for block in _windows(documents, window, WINDOW_CHARACTERS if chunk else None):
+        stream = iter(documents)
+        while block := next_window(stream, window, WINDOW_CHARACTERS if chunk else None):
             whole = encode([document.text for document in block], tokenizer, chat=chat)
             rows = [row for document, ids in zip(block, whole, strict=True) for row in rows_of(document, ids)]
             lengths = np.array([len(row.ids) for row in rows])
@@ -140,7 +132,7 @@ def tokenize(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token to pad with; masks tell it from text, so any will do where there is none for it."""
+    # Masks tell padding from text, so any token will do.
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if isinstance(i, int))
 
 
@@ -150,12 +142,14 @@ def beginning(tokenizer: Any) -> list[int]:
     return [] if bos is None else [bos]
 
 
+def missing_beginning(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The BOS token to put before `ids`; empty if it is there or the tokenizer has none."""
+    start = beginning(tokenizer)
+    return [] if ids[:1] == start else start
+
+
 def encode(
-    texts: list[str],
-    tokenizer: Any,
-    max_length: int | None = None,
-    chat: bool = False,
-    keep: Keep = "first",
+    texts: list[str], tokenizer: Any, max_length: int | None = None, chat: bool = False, keep: Keep = "first"
 ) -> list[list[int]]:
     """Token ids of each text, BOS first, cut to the first or last `max_length` (None: whole)."""
     rows: Any  # transformers' annotations cover every form of output
@@ -166,28 +160,25 @@ def encode(
         # Cut below, not by the tokenizer: it might cut the beginning, and it may or may not count BOS.
         rows = tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
     start = beginning(tokenizer)
-    rows = [row if row[:1] == start else start + row for row in rows]
+    rows = [missing_beginning(tokenizer, row) + row for row in rows]
     return rows if max_length is None else [_shortened(row, max_length, keep, start) for row in rows]
 
 
 def _shortened(row: list[int], max_length: int, keep: Keep, start: list[int]) -> list[int]:
-    """The first or last `max_length` tokens, `start` included."""
     if keep == "first" or len(row) <= max_length:
         return row[:max_length]
     return start + row[len(row) - max_length + len(start) :]
 
 
-def _windows(documents: Iterable[Document], count: int, characters: int | None) -> Iterator[list[Document]]:
-    """Blocks of `count` documents, of fewer once they hold `characters` characters."""
-    block, size = [], 0
-    for document in documents:
-        block.append(document)
+def next_window(documents: Iterator[Document], count: int, characters: int | None) -> list[Document]:
+    """The next `count` documents, fewer once they hold `characters` characters or where the text ends."""
+    taken, size = [], 0
+    while len(taken) < count and (characters is None or size < characters):
+        if (document := next(documents, None)) is None:
+            break
+        taken.append(document)
         size += len(document.text)
-        if len(block) == count or (characters is not None and size >= characters):
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+    return taken
 
 
 def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
@@ -205,7 +196,6 @@ def _cut(order: list[int], lengths: np.ndarray, batch_tokens: int) -> Iterator[l
 def pad(
     rows: list[list[int]], pad: int, side: str
 ) -> tuple[Int64[Tensor, "B T"], Bool[Tensor, "B T"], Int64[Tensor, "B T"]]:
-    """Padded ids, mask and positions of `rows`."""
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     width = int(lengths.max())
     start = width - lengths if side == "left" else torch.zeros_like(lengths)

@@ -15,16 +15,11 @@ CONSUMED = "consumed.json"
 """Written by the trainer: shards before a number are no longer needed."""
 WAITING = "waiting"
 """There while the recorder has no room for its next shard."""
-
 LONGEST_PAUSE = 1.0  # seconds
 
 
 def read_consumed(folder: Path) -> int:
-    """The number of the first shard that is still needed; 0 if no trainer has said so.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """The number of the first shard that is still needed; 0 if no trainer has said so."""
     path = folder / CONSUMED
     try:
         return int(json.loads(path.read_bytes())["shard"])
@@ -35,30 +30,16 @@ def read_consumed(folder: Path) -> int:
 
 
 def write_consumed(folder: Path, shard: int) -> None:
-    """Say that the shards before number `shard` are no longer needed.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    path = folder / CONSUMED
-    try:
+    """Say that the shards before number `shard` are no longer needed."""
+    with _writing(folder / CONSUMED) as path:
         replace_json(path, {"shard": shard}, indent=None)
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 @contextmanager
 def waiting(folder: Path) -> Iterator[None]:
-    """Show in `folder` that the recorder waits for room; a kill can leave the sign behind.
-
-    Raises:
-        InputError: the sign cannot be written.
-    """
-    path = folder / WAITING
-    try:
+    """Show in `folder` that the recorder waits for room; a kill can leave the sign behind."""
+    with _writing(folder / WAITING) as path:
         path.touch()
-    except OSError as error:
-        raise _unwritable(path, error) from error
     try:
         yield
     finally:
@@ -66,7 +47,6 @@ def waiting(folder: Path) -> Iterator[None]:
 
 
 def is_waiting(folder: Path) -> bool:
-    """Whether the recorder waits for room."""
     return (folder / WAITING).exists()
 
 
@@ -80,5 +60,9 @@ def polling(seconds: float, poll: float) -> Iterator[None]:
         yield
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write {path}: {error.strerror or error}")
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,8 +1,8 @@
 """Training on a store while another process still records it: every row once, each waiting for the other.
 
-The trainer reads whole shards only, in order. What it no longer needs it releases, and a recorder with a disk budget
-waits for that (`latentprior.writer`). Neither can wait for the other for ever: a batch needs at most two shards, which
-the budget holds, and a trainer that runs dry while the recorder waits is asked to save its state and release.
+The trainer reads whole shards, in order, and releases what it no longer needs, for which a recorder with a disk budget
+waits. Neither waits for ever: a batch needs at most two shards, which the budget holds, and a trainer that runs dry
+while the recorder waits is asked to save its state and release.
 """
 
 from __future__ import annotations
@@ -27,34 +27,19 @@ POLL = 0.2  # seconds before the second look; then doubling
 
 
 def wait_for_rows(
-    folder: str | Path,
-    rows: int,
-    wait_seconds: float,
-    *,
-    poll: float = POLL,
-    stop: Callable[[], bool] = lambda: False,
+    folder: str | Path, rows: int, wait_seconds: float, *, poll: float = POLL, stop: Callable[[], bool] = lambda: False
 ) -> ActivationStore:
-    """Open a store once enough is recorded to take statistics from.
+    """Open a store, its moments read, once enough is recorded to take statistics from.
 
     Args:
         folder: the store, which need not be there yet.
-        rows: how many are enough, of all layers together. Fewer are if the store is complete, or if its recorder waits
-            for a trainer: more would never come.
+        rows: how many are enough, of all layers together; fewer are if no more would come.
         wait_seconds: give up if nothing new comes for this long.
-        poll: seconds before the second look at the store.
-        stop: asked at every look, at least once a second.
-
-    Returns:
-        The store as it is then, its moments read.
-
-    Raises:
-        InputError: nothing new came, or the store cannot be read.
-        Stopped: `stop` said so.
+        stop: asked at every look, at least once a second; if it says so, `Stopped` is raised.
     """
     folder, recorded = Path(folder), -1
     while True:
-        for _ in backpressure.polling(wait_seconds, poll):
-            _check_stop(stop, folder)
+        for _ in _looks(folder, wait_seconds, poll, stop):
             if (folder / files.MANIFEST).exists():
                 manifest = files.read_manifest(folder)
                 before, recorded = recorded, manifest["evicted"] + manifest["rows"]
@@ -62,16 +47,13 @@ def wait_for_rows(
                     return _open_live(folder)
                 if recorded > before:
                     break  # there is progress: wait anew
-        else:
-            raise _given_up(folder, wait_seconds)
 
 
 class Follower(Iterator[Batch]):
     """Batches of every row of a store once, also of what is recorded meanwhile.
 
     The rows of a shard come in a random order, a function of the seed and the shard's number alone, one shard after
-    the other; a batch that a shard does not fill takes the rest from the next one, and only the last of a complete
-    store is short. So a position is a shard and the number of its rows that were used.
+    the other; only the last batch of a complete store is short. A position is a shard and the number of its used rows.
 
     Attributes:
         on_wait: called between two batches when the next one has to wait while the recorder waits for a release:
@@ -93,18 +75,8 @@ class Follower(Iterator[Batch]):
         """Begin at `state`, or at the oldest shard; until the next `release` the recorder keeps everything from there.
 
         Args:
-            folder: the store, with a manifest (`wait_for_rows`).
-            batch_size: rows in a batch, B.
-            seed: of the order within each shard.
-            state: what `state` of another follower of this store gave.
             wait_seconds: give up if nothing new comes for this long.
-            poll: seconds before the second look for more; the pause doubles up to a second.
             stop: asked at every look; if it says so, the next batch raises `Stopped`, and `state` is that before it.
-            on_wait: see above.
-
-        Raises:
-            InputError: no store, a batch that is larger than a shard, a state that is not of this store, or whose shard
-                was removed.
         """
         self.folder, self.on_wait, self._stop = Path(folder), on_wait, stop
         self._batch_size, self._seed, self._wait_seconds, self._poll = batch_size, seed, wait_seconds, poll
@@ -125,11 +97,7 @@ class Follower(Iterator[Batch]):
         return {"shard": self._shard, "row": self._row}
 
     def release(self, state: Mapping[str, int]) -> None:
-        """Let the recorder remove all that a follower which begins at `state` does not need.
-
-        Raises:
-            InputError: the store's folder cannot be written.
-        """
+        """Let the recorder remove all that a follower which begins at `state` does not need."""
         if not self._manifest["complete"]:  # else nobody waits
             backpressure.write_consumed(self.folder, state["shard"])
 
@@ -163,8 +131,7 @@ class Follower(Iterator[Batch]):
         return self._manifest["complete"] or sum(shard["rows"] for shard in ahead) - self._row >= self._batch_size
 
     def _wait(self, on_wait: Callable[[], object] | None) -> None:
-        for _ in backpressure.polling(self._wait_seconds, self._poll):
-            _check_stop(self._stop, self.folder)
+        for _ in _looks(self.folder, self._wait_seconds, self._poll, self._stop):
             # In this order: a recorder that waits for room has written all that it can.
             stuck = backpressure.is_waiting(self.folder)
             self._look()
@@ -173,7 +140,6 @@ class Follower(Iterator[Batch]):
             if stuck and on_wait is not None:
                 on_wait()
                 return self._wait(None)  # anew: saving a large model takes its time
-        raise _given_up(self.folder, self._wait_seconds)
 
     def _check_position(self) -> None:
         first, shards = self._manifest["first_shard"], self._manifest["shards"]
@@ -216,7 +182,6 @@ class _Opened:
         return len(self._shard)
 
     def rows(self, begin: int, end: int) -> Batch:
-        """The rows from `begin` to `end` of the random order, fewer at its end."""
         chosen = self._order[begin:end]
         return self._shard.rows(chosen), None if self._layer is None else self._layer[chosen]
 
@@ -234,10 +199,10 @@ def _open_live(folder: Path) -> ActivationStore:
                 raise
 
 
-def _check_stop(stop: Callable[[], bool], folder: Path) -> None:
-    if stop():
-        raise Stopped(f"stopped while waiting for more of {folder}")
-
-
-def _given_up(folder: Path, seconds: float) -> InputError:
-    return InputError(f"nothing new was recorded in {folder} for {seconds:g} seconds: is its recorder running?")
+def _looks(folder: Path, seconds: float, poll: float, stop: Callable[[], bool]) -> Iterator[None]:
+    """Times to look for more in `folder`; an error once `stop` says so, or after `seconds`."""
+    for _ in backpressure.polling(seconds, poll):
+        if stop():
+            raise Stopped(f"stopped while waiting for more of {folder}")
+        yield
+    raise InputError(f"nothing new was recorded in {folder} for {seconds:g} seconds: is its recorder running?")

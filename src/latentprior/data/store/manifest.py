@@ -25,26 +25,11 @@ LEFT_OUT = ("sinks", "nonfinite", "cut_documents", "cut_tokens")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COLUMNS = {"doc": np.int64, "position": np.int32, "token": np.int32, "layer": np.int32}
 """The metadata of each row."""
-SETTINGS = ("hookpoints", "dtype", "width", "shard_rows", "source")
+_SETTINGS_FIELDS = {"hookpoints": list, "dtype": str, "width": int, "shard_rows": int, "source": dict}
+SETTINGS = tuple(_SETTINGS_FIELDS)
 """What a resumed recording must share with the stored one."""
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float32": "F32"}
-_MANIFEST_FIELDS = {
-    "hookpoints": list,
-    "dtype": str,
-    "width": int,
-    "rows": int,
-    "evicted": int,
-    "first_shard": int,
-    "shard_rows": int,
-    "left_out": dict,
-    "sink_thresholds": dict,
-    "source": dict,
-    "next_batch": int,
-    "complete": bool,
-    "shards": list,
-    "statistics": dict,
-}
 _SHARD_FIELDS = {"rows": int, "activations": dict, "metadata": dict}
 _FILE_FIELDS = {"file": str, "bytes": int, "sha256": str}
 # Manifests come from other people, too: a name that could lead out of the folder is not opened.
@@ -62,9 +47,8 @@ def settings(hookpoints: Sequence[Hookpoint], dtype: str, shard_rows: int, sourc
     widths = {hookpoint.width for hookpoint in hookpoints}
     layers = [hookpoint.layer for hookpoint in hookpoints]
     if len(widths) != 1 or len(set(layers)) < len(layers):
-        raise InputError(
-            f"a store needs hookpoints of one width and distinct layers, got {sorted(widths)} and {layers}"
-        )
+        got = f"{sorted(widths)} and {layers}"
+        raise InputError(f"a store needs hookpoints of one width and distinct layers, got {got}")
     values = {
         "hookpoints": [hookpoint.to_dict() for hookpoint in hookpoints],
         "dtype": dtype,
@@ -95,6 +79,9 @@ def empty_manifest(fixed: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_MANIFEST_FIELDS = _SETTINGS_FIELDS | {key: type(value) for key, value in empty_manifest({}).items()}
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the store in `folder`, its structure and every file name checked."""
     path = folder / MANIFEST
@@ -106,10 +93,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise damaged(path, error) from error
     _require(path, "the manifest", manifest, {"format_version": int})
     if manifest["format_version"] > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format {manifest['format_version']}, this version reads up to {FORMAT_VERSION}: "
-            "update latentprior"
-        )
+        found = manifest["format_version"]
+        raise InputError(f"{path} has format {found}, this version reads up to {FORMAT_VERSION}: update latentprior")
     for key in ("evicted", "first_shard"):  # older stores lack them
         manifest.setdefault(key, 0)
     _require(path, "the manifest", manifest, _MANIFEST_FIELDS)
@@ -127,7 +112,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise damaged(path, f"{file['file']!r} is no name of a store's file")
     if manifest["dtype"] not in DTYPES:
         raise damaged(path, unknown("dtype", manifest["dtype"], DTYPES))
-    if any(shard["rows"] < 1 for shard in manifest["shards"]) or manifest["rows"] != _total_rows(manifest):
+    total = sum(shard["rows"] for shard in manifest["shards"])
+    if any(shard["rows"] < 1 for shard in manifest["shards"]) or manifest["rows"] != total:
         raise damaged(path, "the rows of the shards do not add up")
     return manifest
 
@@ -140,8 +126,7 @@ def read_hookpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Hookpoint
         hookpoints = [Hookpoint.from_dict(values) for values in manifest["hookpoints"]]
     except InputError as error:
         raise damaged(folder / MANIFEST, error) from error
-    layers = {hookpoint.layer for hookpoint in hookpoints}
-    widths = {hookpoint.width for hookpoint in hookpoints}
+    layers, widths = {h.layer for h in hookpoints}, {h.width for h in hookpoints}
     if len(layers) != len(manifest["hookpoints"]) or widths != {manifest["width"]}:
         raise damaged(folder / MANIFEST, "its hookpoints contradict each other or the width")
     return hookpoints
@@ -149,20 +134,8 @@ def read_hookpoints(folder: Path, manifest: Mapping[str, Any]) -> list[Hookpoint
 
 def most_bytes(fixed: Mapping[str, Any], rows: int) -> int:
     """An upper bound of the bytes of a shard of `rows` rows: parquet may need a little more than the plain columns."""
-    row = fixed["width"] * DTYPES[fixed["dtype"]].itemsize + 2 * sum(
-        np.dtype(kind).itemsize for kind in COLUMNS.values()
-    )
-    return rows * row + 8192
-
-
-def shard_bytes(shard: Mapping[str, Any]) -> int:
-    """Bytes of the files of a shard that a manifest lists."""
-    return shard["activations"]["bytes"] + shard["metadata"]["bytes"]
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest."""
-    write_file(folder / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    columns = sum(np.dtype(kind).itemsize for kind in COLUMNS.values())
+    return rows * (fixed["width"] * DTYPES[fixed["dtype"]].itemsize + 2 * columns) + 8192
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -215,17 +188,12 @@ def unwritable(path: Path, error: OSError) -> InputError:
 
 
 def listed_files(manifest: Mapping[str, Any]) -> set[str]:
-    """The names of all files that a manifest lists."""
     return {file["file"] for file in _files(manifest) if file}
 
 
 def _files(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     shards = manifest["shards"]
     return [manifest["statistics"], *(shard[kind] for shard in shards for kind in ("activations", "metadata"))]
-
-
-def _total_rows(manifest: Mapping[str, Any]) -> int:
-    return sum(shard["rows"] for shard in manifest["shards"])
 
 
 def _require(path: Path, what: str, values: Any, fields: Mapping[str, type]) -> None:

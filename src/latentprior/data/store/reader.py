@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,14 @@ from latentprior.lm.hooks import check_recorded
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.random import keyed_generator
 
-_READ_ERRORS = (SafetensorError, pa.ArrowException, OSError, ValueError)
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Any error inside says that the file is damaged."""
+    try:
+        yield
+    except (SafetensorError, pa.ArrowException, OSError, ValueError) as error:
+        raise files.damaged(path, error) from error
 
 
 class Shard:
@@ -32,37 +40,26 @@ class Shard:
     def __init__(
         self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
     ) -> None:
-        """Open and check the shard that a manifest lists as `entry`."""
         self._rows, self._width, self._dtype = entry["rows"], width, dtype
         self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
         self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
-        self._check_metadata()
+        with _reading(self._metadata):
+            footer = pq.read_metadata(self._metadata)
+            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
+        if rows != self._rows or not columns >= files.COLUMNS.keys():
+            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
 
     def __len__(self) -> int:
-        """Rows."""
         return self._rows
 
     def _open_activations(self, path: Path) -> np.ndarray:
-        """The bytes of each row, [rows, bytes], mapped into memory and not read yet."""
-        try:
-            with safe_open(path, "pt") as file:
-                activations = file.get_tensor("activations")
-        except _READ_ERRORS as error:
-            raise files.damaged(path, error) from error
+        with _reading(path), safe_open(path, "pt") as file:
+            activations = file.get_tensor("activations")
         expected = (self._rows, self._width)
         if activations.shape != expected or activations.dtype != self._dtype:
             found = f"{activations.dtype} {list(activations.shape)}"
             raise files.damaged(path, f"it holds {found}, not {self._dtype} {list(expected)}")
         return activations.view(torch.uint8).numpy()
-
-    def _check_metadata(self) -> None:
-        try:
-            footer = pq.read_metadata(self._metadata)
-            rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
-        except _READ_ERRORS as error:
-            raise files.damaged(self._metadata, error) from error
-        if rows != self._rows or not columns >= files.COLUMNS.keys():
-            raise files.damaged(self._metadata, f"it holds {rows} rows of {sorted(columns)}")
 
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Copy the bytes of rows, [n] int64 and within the shard, to `out` [n, bytes]."""
@@ -77,11 +74,9 @@ class Shard:
 
     def column(self, name: str) -> np.ndarray:
         """One column of the metadata, [rows]."""
-        try:
+        with _reading(self._metadata):
             # Not read_table: that would take a folder called "layer=15" for a column.
             column = pq.ParquetFile(self._metadata).read(columns=[name])[name].to_numpy()
-        except _READ_ERRORS as error:
-            raise files.damaged(self._metadata, error) from error
         if len(column) != len(self):
             raise files.damaged(self._metadata, f"its column {name!r} holds {len(column)} rows")
         return column
@@ -94,14 +89,6 @@ class ActivationStore:
     activation [d], ``store[10:20]``, ``store[[3, 1]]`` and ``store[mask]`` are several [n, d], in the stored precision.
     Negative numbers count from the end. A loop over single rows is slow: take slices, `batches` or a `dataset`.
 
-    Attributes:
-        folder: where it lies.
-        manifest: the parsed manifest.
-        hookpoints: where each layer was recorded.
-        layers: their layer numbers.
-        width: d, dimensions of an activation.
-        dtype: storage precision.
-
     Examples:
         >>> store = lp.ActivationStore("runs/acts")
         >>> store[-1].shape == (store.width,), store[10:20].shape == (10, store.width)
@@ -112,13 +99,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
-        """Open and check a store.
-
-        Args:
-            folder: the store.
-            verify: "size" checks that all files are there, their sizes and headers; "full" their SHA-256 too,
-                which reads everything.
-        """
+        """Open and check a store: "size" checks the files' sizes and headers, "full" reads all for their SHA-256."""
         if verify not in ("size", "full"):
             raise unknown("verify", verify, ("size", "full"))
         self.folder = Path(folder)
@@ -135,7 +116,6 @@ class ActivationStore:
         self._statistics: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        """Rows."""
         return self.manifest["rows"]
 
     def __repr__(self) -> str:
@@ -143,11 +123,6 @@ class ActivationStore:
         return f"ActivationStore({str(self.folder)!r}: {place}, {self.manifest['dtype']} [{len(self)}, {self.width}])"
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        """One activation [d], or those of a slice, of row numbers or of a mask [n, d], in the stored precision.
-
-        Raises:
-            IndexError: a row outside the store, or a mask of another length.
-        """
         if isinstance(index, slice):
             return self.rows(torch.arange(*index.indices(len(self))) if len(self) else torch.arange(0))
         rows = torch.as_tensor(index)
@@ -162,20 +137,15 @@ class ActivationStore:
         return found[0] if rows.ndim == 0 else found
 
     def dataset(self, layers: Sequence[int] | None = None) -> ActivationDataset:
-        """A torch dataset of the store's rows, or of those of `layers`, for a `DataLoader`; see `ActivationDataset`."""
+        """A torch dataset of the store's rows, or of those of `layers`, for a `DataLoader`."""
         return ActivationDataset(self, layers)
 
     def moments(self) -> Moments:
-        """Moments of all rows for each layer, also of those that a disk budget has removed since.
-
-        They are read once: a recorder that goes on replaces the file.
-        """
-        if self._statistics is None:
+        """Moments of all rows for each layer, also of those that a disk budget has removed since."""
+        if self._statistics is None:  # read once: a recorder that goes on replaces the file
             path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
-            try:
+            with _reading(path):
                 moments = Moments.from_state_dict(load_file(path))
-            except _READ_ERRORS as error:
-                raise files.damaged(path, error) from error
             rows = len(self) + self.manifest["evicted"]
             if moments.layers != self.layers or moments.width != self.width or moments.count.sum() != rows:
                 raise files.damaged(path, "it does not belong to these shards")
@@ -183,14 +153,7 @@ class ActivationStore:
         return Moments.from_state_dict(self._statistics)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Activations by row number: one gather from each shard concerned, then one to restore the order.
-
-        Args:
-            indices: [n] int64, in any order.
-
-        Returns:
-            [n, d] in the stored dtype.
-        """
+        """Activations [n, d] in the stored dtype of row numbers [n] int64, in any order."""
         self._check_indices(indices)
         wanted = indices.numpy()
         order = wanted.argsort()
@@ -206,28 +169,15 @@ class ActivationStore:
         return rows
 
     def metadata(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Layer, document, position and token of rows.
-
-        Args:
-            indices: [n] int64.
-
-        Returns:
-            four [n] int64 tensors: layer, doc, position, token.
-        """
+        """Layer, document, position and token, each [n] int64, of rows [n] int64."""
         self._check_indices(indices)
-        layer, doc, position, token = (
-            self._column(name)[indices].long() for name in ("layer", "doc", "position", "token")
-        )
+        names = ("layer", "doc", "position", "token")
+        layer, doc, position, token = (self._column(name)[indices].long() for name in names)
         return layer, doc, position, token
 
     def batch(self, indices: Tensor) -> ActivationBatch:
-        """Rows and their metadata, as recorded.
-
-        Args:
-            indices: [n] int64.
-        """
-        layer, doc, position, token = self.metadata(indices)
-        return ActivationBatch(x=self.rows(indices), layer=layer, doc=doc, position=position, token=token)
+        """Rows [n] int64 and their metadata, as recorded."""
+        return ActivationBatch(self.rows(indices), *self.metadata(indices))
 
     def rows_at(self, layers: Sequence[int]) -> Tensor:
         """Numbers [n] int64 of the rows of `layers`, in the store's order."""
@@ -248,22 +198,13 @@ class ActivationStore:
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Shuffled batches without end, one permutation of all rows for each epoch.
 
-        The stream is a function of `seed` alone: `start=k` continues exactly where an iterator stopped after `k`
-        batches, and nothing that is skipped is read. A permutation takes 8 bytes for each row of the store.
+        Yields x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer. The stream is a
+        function of `seed` alone: `start=k` continues exactly where an iterator stopped after `k` batches, and nothing
+        that is skipped is read. A permutation takes 8 bytes for each row of the store.
 
         Args:
-            batch_size: rows in a batch, B.
-            seed: of the permutations.
-            start: batches to skip.
             drop_last: leave out the short batch at the end of an epoch.
             own: places [b] within each batch; only these rows are read, as by one of several processes.
-            layers: take only rows of these; of all by default.
-
-        Yields:
-            x [B, d] in the stored dtype and layer [B] int64, or None for rows of one layer.
-
-        Raises:
-            InputError: fewer rows than one batch, a negative `start`, or a layer that the store does not have.
         """
         if batch_size < 1 or start < 0:
             raise InputError(f"batches need batch_size >= 1 and start >= 0, got {batch_size} and {start}")
@@ -275,27 +216,18 @@ class ActivationStore:
             of = "" if rows is None else f" of layers {list(layers)}"
             raise InputError(f"{self.folder} holds {count} rows{of}, less than one batch of {batch_size}")
         layer = self._column("layer") if len(layers) > 1 else None
-        return self._batches(rows, layer, batch_size, seed, start, per_epoch, own)
 
-    def _batches(
-        self,
-        rows: Tensor | None,
-        layer: Tensor | None,
-        batch_size: int,
-        seed: int,
-        start: int,
-        per_epoch: int,
-        own: Tensor | None,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        count = len(self) if rows is None else len(rows)
-        first_epoch, first = divmod(start, per_epoch)
-        for epoch in itertools.count(first_epoch):
-            order = torch.randperm(count, generator=keyed_generator(seed, epoch))
-            order = order if rows is None else rows[order]
-            for indices in order.split(batch_size)[first:per_epoch]:
-                indices = indices if own is None else indices[own]
-                yield self.rows(indices), None if layer is None else layer[indices].long()
-            first = 0
+        def drawn() -> Iterator[tuple[Tensor, Tensor | None]]:
+            first_epoch, first = divmod(start, per_epoch)
+            for epoch in itertools.count(first_epoch):
+                order = torch.randperm(count, generator=keyed_generator(seed, epoch))
+                order = order if rows is None else rows[order]
+                for indices in order.split(batch_size)[first:per_epoch]:
+                    indices = indices if own is None else indices[own]
+                    yield self.rows(indices), None if layer is None else layer[indices].long()
+                first = 0
+
+        return drawn()
 
     def _check_indices(self, indices: Tensor) -> None:
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < len(self)):
@@ -320,9 +252,6 @@ class ActivationDataset(Dataset[Any]):
 
     Of a store of several layers, or with several of its `layers` chosen, an item is the pair of activation and layer
     number. `DataLoader` fetches each batch in one gather.
-
-    Raises:
-        InputError: a layer that the store does not have.
     """
 
     def __init__(self, store: ActivationStore, layers: Sequence[int] | None = None) -> None:
@@ -339,7 +268,6 @@ class ActivationDataset(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of one batch; `DataLoader` calls it."""
         rows = self._rows[list(indices)]
         x = self.store.rows(rows)
         return list(x) if len(self.layers) == 1 else list(zip(x, self.store.metadata(rows)[0].tolist(), strict=True))

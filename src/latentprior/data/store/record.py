@@ -11,7 +11,7 @@ from torch import nn
 
 from latentprior.config import RecordConfig, settings_of
 from latentprior.data import text, tokens
-from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
+from latentprior.data.activations import ActivationBatch, activations, finite_rows, median_norms, split_sinks
 from latentprior.data.sinks import sink_threshold
 from latentprior.data.store.manifest import MANIFEST
 from latentprior.data.store.reader import ActivationStore
@@ -20,7 +20,6 @@ from latentprior.data.text_files import text_settings
 from latentprior.data.tokens import TokenBatch
 from latentprior.lm.hooks import Hookpoint, find_blocks
 from latentprior.lm.loading import load_llm
-from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Report, silent
 from latentprior.utils.settings import check_settings
@@ -33,20 +32,14 @@ Numbered = tuple[int, ActivationBatch, dict[str, int]]  # next batch, its finite
 def record(config: RecordConfig, *, report: Report = silent) -> ActivationStore:
     """Record activations as `config` says and open the finished store.
 
-    A killed recording continues with ``resume=True`` and ends in the same bytes as an uninterrupted one. Left out and
+    A killed recording continues with ``resume=True``, to the same bytes as an uninterrupted one. Left out and
     counted: rows that are not finite; unless kept, attention sinks, whose norm is over 10 times the median of the first
     `CALIBRATION_ROWS` rows; where long documents are cut, what lies beyond `config.max_length`. Of a store with a disk
     budget, the oldest shards go first, or, with ``wait=True``, once the trainer that follows it has released them. The
     model is not loaded if nothing is left to be done.
 
-    Args:
-        config: what to record from what.
-        report: gets the number of rows recorded so far, and how many there will be if ``max_activations`` says so.
-
-    Raises:
-        InputError: unusable model, text, layer, folder or budget, or a folder that another process records into; raised
-            before anything is written. Later: the disk is full, or no trainer released a shard for
-            `config.wait_seconds`.
+    Bad input is an `InputError` before anything is written; later ones are a full disk, or that no trainer released a
+    shard for `config.wait_seconds`. `report` gets the number of rows so far, and of all if ``max_activations`` is set.
     """
 
     def llm() -> tuple[Any, Any]:
@@ -68,12 +61,7 @@ def record_documents(
     described: dict[str, Any] | None = None,
     report: Report = silent,
 ) -> ActivationStore:
-    """`record` with a model and documents that are asked for when they are needed.
-
-    Args:
-        documents: those of ``config.text`` by default.
-        described: stands for ``config.text`` among what decides the rows of the store.
-    """
+    """`record` with a model and documents that are asked for when they are needed, `described` for the manifest."""
     made_of = source(config) | ({} if described is None else {"text": described})
     with locked(config.output) as folder:
         if (folder / MANIFEST).exists() and (store := _kept(config, made_of)).manifest["complete"]:
@@ -112,7 +100,6 @@ def _fill(
     made_of: dict[str, Any],
     report: Report,
 ) -> None:
-    """Record what the store does not hold yet."""
     layers = _layers(config)
     hookpoints = [Hookpoint.of(model, layer, config.side) for layer in layers]
     token_batches = tokens.tokenize(
@@ -174,7 +161,6 @@ def source(config: RecordConfig) -> dict[str, Any]:
 def _recorded(
     model: nn.Module, batches: Iterable[TokenBatch], layers: list[int], config: RecordConfig
 ) -> Iterator[Numbered]:
-    """The rows of each token batch, attention sinks included."""
     for batch in batches:
         recorded = activations(
             model,
@@ -199,15 +185,9 @@ def _calibrated(writer: StoreWriter, recorded: Iterator[Numbered]) -> Iterator[N
     wanted = CALIBRATION_ROWS * len(medians)
     while sum(len(rows) for _, rows, _ in held) < wanted and (item := next(recorded, None)) is not None:
         held.append(item)
-    for layer in writer.moments.layers:
-        if not any((rows.layer == layer).any() for _, rows, _ in held):
-            where = f"of layer {layer} after its first position"
-            raise InputError(f"nothing to record: no document has a finite activation {where}")
-    rows = ActivationBatch.cat([rows for _, rows, _ in held])
-    for i, layer in enumerate(writer.moments.layers):
-        norms = rows.at_layer(layer).norms()
-        medians[i] = norms.median()
-        writer.sink_thresholds[layer] = sink_threshold(float(medians[i]))
+    found = median_norms([rows for _, rows, _ in held], writer.moments.layers)
+    medians[:] = torch.tensor(list(found.values()), dtype=medians.dtype)
+    writer.sink_thresholds.update({layer: sink_threshold(norm) for layer, norm in found.items()})
     while held:
         yield held.popleft()
     yield from recorded

@@ -1,17 +1,16 @@
 """Writing activations to disk, so that no kill or full disk can damage the store, within a budget.
 
-Every file is written under a temporary name, fsynced and renamed; a shard counts once the manifest, replaced last,
-lists it. A shard holds whole token batches only, so an interrupted recording resumes from `next_batch` and ends in
-the same bytes as one that was never interrupted.
+A shard counts once the manifest, replaced last, lists it. It holds whole token batches only, so a killed recording
+resumes from `next_batch` and ends in the same bytes as one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -37,13 +36,12 @@ class StoreWriter:
     """Writes a store, or continues one.
 
     As a context manager it closes the store when the block ends well; an exception leaves it incomplete, to be resumed
-    from `next_batch` on: rows not yet in a shard are lost then. Nothing can be written on a full disk or beyond the
-    budget, which is an `InputError`; the shards before are good.
+    from `next_batch` on: rows not yet in a shard are lost then. A full disk or budget is an `InputError`; the shards
+    before are good.
 
     Attributes:
         moments: of all rows appended; its `median_norm` may be set, and is stored.
-        sink_thresholds: norm over which rows of a layer were left out. Set it before the first `append`; after a
-            resume it is what the store says, so that both parts leave out the same rows.
+        sink_thresholds: norm over which rows of a layer were left out; set before the first `append`, kept by a resume.
         next_batch: index of the first token batch that has not been appended.
     """
 
@@ -63,22 +61,16 @@ class StoreWriter:
         """Start or continue a store.
 
         Args:
-            folder: made if it is not there.
             hookpoints: one for each layer, all of one width.
-            dtype: storage precision. float16 is refused: activations overflow it.
+            dtype: float16 is refused: activations overflow it.
             shard_rows: a shard is cut once it holds at least this many rows.
-            source: what the rows come from, as JSON values: the resolved config, without what may differ between
-                the first run and a resumed one.
-            resume: continue the store in `folder`, if there is one.
+            source: what the rows come from, as JSON values, without what may differ in a resumed run.
+            resume: continue the store in `folder`, if there is one, was recorded with the same settings and is whole.
             budget: most bytes of all shards together, None for no limit. Where a new shard would exceed it, the oldest
                 ones are removed first.
             wait_seconds: remove only shards that a trainer has released (`latentprior.follow`), and wait this long for
                 the next release; None removes shards whether they were read or not.
             batch_rows: most rows of one `append`, by which a shard can exceed `shard_rows`.
-
-        Raises:
-            InputError: the budget does not hold two shards; or the folder holds a store and `resume` is off, or that
-                store is damaged or was recorded with other settings: it is not touched.
         """
         self._settings = files.settings(hookpoints, dtype, shard_rows, source)
         self._budget, self._wait_seconds = budget, wait_seconds
@@ -113,7 +105,6 @@ class StoreWriter:
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to be done."""
         return self._manifest["complete"]
 
     @property
@@ -122,7 +113,7 @@ class StoreWriter:
 
     @property
     def rows(self) -> int:
-        """Rows appended, those of earlier runs and those removed since included."""
+        """Rows appended, also by earlier runs, and also those removed since."""
         return self._manifest["evicted"] + self._manifest["rows"] + self._pending_rows
 
     @property
@@ -130,13 +121,9 @@ class StoreWriter:
         return self._manifest["first_shard"] + len(self._manifest["shards"])
 
     def append(self, batch: ActivationBatch, *, next_batch: int, left_out: Mapping[str, int]) -> None:
-        """Add the rows of a token batch; a shard is cut when enough are there.
+        """Add the rows, all finite, of the token batch before `next_batch`; a shard is cut when enough are there.
 
-        Args:
-            batch: its rows, all finite; may be empty.
-            next_batch: index of the token batch that comes next.
-            left_out: how many of its rows were left out, "sinks" and "nonfinite", and how many of its documents were
-                cut by how many tokens, "cut_documents" and "cut_tokens".
+        `left_out` counts what is not among them, by the names of `manifest.LEFT_OUT`.
         """
         if self._closed:
             raise InputError(f"{self.folder} is closed: nothing can be appended")
@@ -153,25 +140,23 @@ class StoreWriter:
         for key, count in left_out.items():
             self._left_out[key] += count
         if self._pending_rows >= self._settings["shard_rows"]:
-            self._commit(f"statistics-{self._next_shard:05d}.safetensors")
+            self._commit()
 
     def flush(self) -> None:
         """Store the rows that are not in a shard yet, in one of their own. A kill after this loses none of them."""
         if self._pending and not self._closed:
-            self._commit(f"statistics-{self._next_shard:05d}.safetensors")
+            self._commit()
 
     def close(self) -> None:
         """Store the remaining rows and mark the store complete. Does nothing on a closed one."""
         if not self._closed:
-            self._commit(files.STATISTICS)
+            self._commit(complete=True)
             self._closed = True
 
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         self._closed = True
@@ -180,35 +165,36 @@ class StoreWriter:
         x = batch.x.detach().to("cpu", files.DTYPES[self._settings["dtype"]], copy=True).contiguous()
         if not x.isfinite().all():
             raise InputError("activations to be stored are not finite: leave such rows out and count them")
-        return ActivationBatch(
-            x=x, layer=batch.layer.cpu(), doc=batch.doc.cpu(), position=batch.position.cpu(), token=batch.token.cpu()
-        )
+        return ActivationBatch(x, batch.layer.cpu(), batch.doc.cpu(), batch.position.cpu(), batch.token.cpu())
 
-    def _commit(self, statistics: str) -> None:
+    def _commit(self, complete: bool = False) -> None:
         """Make everything appended visible: shard, statistics under a new name, then the manifest that lists both."""
         self._closed = True  # open again only if all goes well: `_pending` must not be stored twice
+        statistics = files.STATISTICS if complete else f"statistics-{self._next_shard:05d}.safetensors"
         new = [self._write_shard()] if self._pending else []
-        manifest = self._manifest | {
-            "rows": self._manifest["rows"] + self._pending_rows,
-            "left_out": dict(self._left_out),
-            "sink_thresholds": {str(layer): norm for layer, norm in self.sink_thresholds.items()},
-            "next_batch": self.next_batch,
-            "complete": statistics == files.STATISTICS,
-            "shards": self._manifest["shards"] + new,
-            "statistics": files.write_file(self.folder / statistics, [save(self.moments.state_dict())]),
-        }
-        files.write_manifest(self.folder, manifest)
-        self._manifest, self._pending, self._closed = manifest, [], False
+        self._replace_manifest(
+            rows=self._manifest["rows"] + self._pending_rows,
+            left_out=dict(self._left_out),
+            sink_thresholds={str(layer): norm for layer, norm in self.sink_thresholds.items()},
+            next_batch=self.next_batch,
+            complete=complete,
+            shards=self._manifest["shards"] + new,
+            statistics=files.write_file(self.folder / statistics, [save(self.moments.state_dict())]),
+        )
+        self._pending, self._closed = [], False
         remove_leftovers(self.folder, self._manifest)
+
+    def _replace_manifest(self, **changes: Any) -> None:
+        manifest = self._manifest | changes
+        files.write_file(self.folder / files.MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        self._manifest = manifest
 
     def _write_shard(self) -> dict[str, Any]:
         rows, width = self._pending_rows, self.moments.width
-        columns = {
-            column: pa.array(
-                np.concatenate([getattr(batch, column).numpy() for batch in self._pending]), pa.from_numpy_dtype(kind)
-            )
-            for column, kind in files.COLUMNS.items()
-        }
+        columns = {}
+        for name, kind in files.COLUMNS.items():
+            column = np.concatenate([getattr(batch, name).numpy() for batch in self._pending])
+            columns[name] = pa.array(column, pa.from_numpy_dtype(kind))
         parquet = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), parquet, compression="zstd")
         data = [batch.x.view(torch.uint8).numpy().data for batch in self._pending]
@@ -227,7 +213,7 @@ class StoreWriter:
         """Remove as many of the oldest shards as it takes for `size` more bytes to fit the budget."""
         if self._budget is None:
             return
-        sizes = [files.shard_bytes(shard) for shard in self._manifest["shards"]]
+        sizes = [shard["activations"]["bytes"] + shard["metadata"]["bytes"] for shard in self._manifest["shards"]]
         freed = [0, *itertools.accumulate(sizes)]
         count = bisect_left(freed, freed[-1] + size - self._budget)
         # A trainer can need the last shard until it has the next one: waiting for it to go could be for ever.
@@ -260,14 +246,12 @@ class StoreWriter:
         """Remove the oldest shards, the manifest's entries first: a kill in between leaves files that nobody lists."""
         shards = self._manifest["shards"]
         rows = sum(shard["rows"] for shard in shards[:count])
-        manifest = self._manifest | {
-            "rows": self._manifest["rows"] - rows,
-            "evicted": self._manifest["evicted"] + rows,
-            "first_shard": self._manifest["first_shard"] + count,
-            "shards": shards[count:],
-        }
-        files.write_manifest(self.folder, manifest)
-        self._manifest = manifest
+        self._replace_manifest(
+            rows=self._manifest["rows"] - rows,
+            evicted=self._manifest["evicted"] + rows,
+            first_shard=self._manifest["first_shard"] + count,
+            shards=shards[count:],
+        )
         remove_leftovers(self.folder, self._manifest)
 
 

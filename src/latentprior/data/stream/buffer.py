@@ -2,11 +2,9 @@
 
 It holds the rows of a number of batches: of each document shard of this process as many times its quota, in the
 shard's order. They are drawn in random order, each once, and when the last batch is drawn the buffer is filled again.
-Nothing is done row by row: a filling is a copy for each token batch, a batch is one gather.
 
-So the rows of batch k follow from the text, the options and the seed alone, and a position takes no activations to
-save: it is the shards' cursors when the buffer was filled. To continue, the buffer is filled again from there, which
-costs at most one buffer of forward passes, and the batches drawn already are skipped.
+So the rows of batch k follow from the text, the options and the seed alone, and a position is the shards' cursors when
+the buffer was filled. To continue, it is filled again from there, and the batches drawn already are skipped.
 """
 
 from __future__ import annotations
@@ -37,13 +35,8 @@ class MixingBuffer:
     Args:
         live: the document shards; its `statistics` has been called, or its medians set.
         buffered_batches: how many the buffer holds.
-        device: where the buffer lies.
-        seed: of the order in which rows are drawn.
         steps: batches that will be drawn in all; the last filling is no larger than they need.
         keep: store that also gets all rows, in the order of the shards.
-
-    Attributes:
-        seconds: spent on the buffer: copying into it, drawing from it.
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class MixingBuffer:
         keep: StoreWriter | None = None,
     ) -> None:
         self.live, self.buffered_batches, self.seed, self.steps, self.keep = live, buffered_batches, seed, steps, keep
-        self.seconds = 0.0
+        self.seconds = 0.0  # copying into the buffer, drawing from it
         self._partition = live.partition
         rows = buffered_batches * self._partition.rows
         dtype = next(live.model.parameters()).dtype
@@ -67,10 +60,7 @@ class MixingBuffer:
         self._filled_at: dict[int, Cursor] = {}
 
     def batches(self, step: int = 0, position: dict[str, Any] | None = None) -> Iterator[Batch]:
-        """Batches from number `step` on; `position` is what `position` gave when that many had been drawn.
-
-        Ends where the text does: the last batches have fewer rows, then there are none.
-        """
+        """Batches from number `step` on, where `position` was saved, to the text's end, the last with fewer rows."""
         self._shards = self.live.open(position)
         filling, drawn = divmod(step, self.buffered_batches)
         while order := self._fill(filling):
@@ -88,7 +78,7 @@ class MixingBuffer:
         return self.live.position(self._filled_at)
 
     def _fill(self, filling: int) -> list[Tensor]:
-        """Fill the buffer; returns the rows of each batch [rows], -1 where a shard's text has ended."""
+        """The rows [rows] of each batch, -1 where a shard's text has ended."""
         self._filled_at = self.live.cursors()
         batches = self.buffered_batches
         if self.steps is not None:
@@ -133,11 +123,7 @@ class MixingBuffer:
 
 
 def buffered_batches(size: str, partition: BatchPartition, hookpoints: Sequence[Hookpoint], itemsize: int) -> int:
-    """How many batches a buffer of a size like "64k" (activations) or "2GB" holds.
-
-    Raises:
-        InputError: it does not hold one.
-    """
+    """How many batches a buffer of a size like "64k" (activations) or "2GB" holds; none is an `InputError`."""
     amount, in_bytes = size_of("buffer", size)
     rows = amount // (hookpoints[0].width * itemsize) if in_bytes else amount
     if rows < partition.batch:

@@ -13,7 +13,7 @@ from torch import nn
 
 from latentprior.config import StreamConfig, TextConfig
 from latentprior.data import tokens
-from latentprior.data.activations import ActivationBatch, activations, finite_rows, split_sinks
+from latentprior.data.activations import ActivationBatch, activations, finite_rows, median_norms, split_sinks
 from latentprior.data.moments import Moments
 from latentprior.data.partition import Batch, BatchPartition
 from latentprior.data.sinks import sink_threshold
@@ -28,8 +28,6 @@ class LiveActivations:
     """The rows of this process's document shards, from a language model.
 
     Attributes:
-        hookpoints: where the rows come from, one for each layer.
-        batch_tokens: most tokens of a forward pass.
         medians: each layer's median norm; while it is empty, attention sinks are not left out.
         seconds: spent in the language model, reading and tokenising its text included.
     """
@@ -79,7 +77,6 @@ class LiveActivations:
         return DocumentShard(take, tokenize, self._record, cursor)
 
     def cursors(self) -> dict[int, Cursor]:
-        """Where this process's shards are."""
         return {number: shard.cursor for number, shard in self._shards.items()}
 
     def position(self, cursors: dict[int, Cursor]) -> dict[str, Any]:
@@ -112,12 +109,13 @@ class LiveActivations:
         """The warm-up pass: moments of the shards' first token batches, over all processes; sets `medians`.
 
         The median norm is that of the first shard's first rows, `CALIBRATION_ROWS` of each layer. What is read here is
-        trained on later.
-
-        Raises:
-            InputError: a layer without a row.
+        trained on later. A layer without a row is an `InputError`.
         """
-        self.medians = self.partition.world.first(self._median_norms() if self.partition.world.main else None)
+        medians = None
+        if self.partition.world.main:
+            pieces = list(self.open()[0].read(CALIBRATION_ROWS * len(self.layers)))
+            medians = median_norms(pieces, self.layers)
+        self.medians = self.partition.world.first(medians)
         moments = Moments(self.layers, self.width)
         rounds, more = divmod(-(-self.config.statistics // self.batch_tokens), self.partition.shards)
         for number, shard in self.open().items():
@@ -128,16 +126,6 @@ class LiveActivations:
             merged.merge(Moments.from_state_dict(part))
         merged.median_norm = torch.tensor([self.medians[layer] for layer in self.layers], dtype=torch.float64)
         return merged
-
-    def _median_norms(self) -> dict[int, float]:
-        pieces = list(self.open()[0].read(CALIBRATION_ROWS * len(self.layers)))
-        for layer in self.layers:
-            if not any((rows.layer == layer).any() for rows in pieces):
-                raise InputError(
-                    f"nothing to record: no document has a finite activation of layer {layer} after its first position"
-                )
-        rows = ActivationBatch.cat(pieces)
-        return {layer: float(rows.at_layer(layer).norms().median()) for layer in self.layers}
 
     def rows_of(self, text: TextConfig, count: int) -> Batch | None:
         """The first `count` rows of other documents than those of the shards, on the CPU; None if there are none."""

@@ -1,9 +1,8 @@
 """Document shards: independent streams of documents whose activations come in a fixed order, from any position on.
 
 Of every `shards` documents in a row each shard gets one, in a random order: text with a period, such as questions with
-their answers, would else give some shards the short documents and others the long ones. A shard tokenises its documents
-a window at a time and runs the language model on them, so its rows depend on nothing but the text and the options,
-whoever else computes what.
+their answers, would else give some shards the short documents and others the long ones. A shard's rows depend on
+nothing but the text and the options.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from latentprior.config import TextConfig
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.text import Document, Reader
-from latentprior.data.tokens import TokenBatch
+from latentprior.data.tokens import TokenBatch, next_window
 
 WINDOW = 1024  # documents of a shard that are tokenised and sorted by length together: less would leave more padding
 SNAPSHOT = 4096  # documents between two remembered positions of the reader
@@ -28,22 +27,19 @@ SNAPSHOT = 4096  # documents between two remembered positions of the reader
 
 @dataclass(frozen=True)
 class Cursor:
-    """A shard's position: the next row is number `row` of token batch number `skip` of the window."""
+    """A shard's position: the next row is number `row` of token batch number `skip` of the window.
+
+    `documents` and `batches` of the shard lie before the window; the other counts are what was left out so far.
+    """
 
     documents: int = 0
-    """Documents of the shard before the window."""
     batches: int = 0
-    """Token batches of the shard before the window."""
     skip: int = 0
     row: int = 0
     sinks: int = 0
-    """Attention sinks left out so far."""
     nonfinite: int = 0
-    """Rows left out so far because they are not finite."""
     cut_documents: int = 0
-    """Documents cut so far."""
     cut_tokens: int = 0
-    """Tokens that they were cut by."""
 
 
 class DocumentSharder:
@@ -52,16 +48,9 @@ class DocumentSharder:
     def __init__(
         self, text: TextConfig, shards: int, cursors: dict[int, Cursor], snapshot: dict[str, Any] | None = None
     ) -> None:
-        """Start where the shards are.
+        """Start where the shards are: `cursors` of this process's ones, out of `shards` of all processes.
 
-        Args:
-            text: which documents.
-            shards: over how many shards of all processes they are spread.
-            cursors: this process's shards and their positions.
-            snapshot: a position of the reader at or before all of them, as `snapshot` gave it.
-
-        Raises:
-            InputError: as `text.Reader`.
+        `snapshot` is a position of the reader at or before all of them, as the method gave it.
         """
         self._shards = shards
         self._waiting: dict[int, deque[Document]] = {shard: deque() for shard in cursors}
@@ -73,13 +62,7 @@ class DocumentSharder:
 
     def take(self, shard: int, count: int, characters: int | None = None) -> list[Document]:
         """The shard's next `count` documents, fewer once they hold `characters` characters or where the text ends."""
-        taken, size = [], 0
-        while len(taken) < count and (characters is None or size < characters):
-            if (document := self._next_of(shard)) is None:
-                break
-            taken.append(document)
-            size += len(document.text)
-        return taken
+        return next_window(iter(lambda: self._next_of(shard), None), count, characters)
 
     def _next_of(self, shard: int) -> Document | None:
         waiting = self._waiting[shard]
@@ -94,7 +77,6 @@ class DocumentSharder:
         return waiting.popleft() if waiting else None
 
     def _order(self, round_: int) -> list[int]:
-        """Which shards the documents of a round go to."""
         if round_ != self._round[0]:
             self._round = round_, np.random.default_rng(round_).permutation(self._shards).tolist()
         return self._round[1]
@@ -109,13 +91,12 @@ class DocumentSharder:
 
 
 class DocumentShard:
-    """One shard's rows in their order.
+    """One shard's rows in their order, from `cursor` on.
 
     Args:
-        take: gives the next documents; from those of the cursor's window on.
+        take: gives the next documents, from those of the cursor's window on.
         tokenize: documents and the number of their first token batch -> their token batches.
-        record: token batch -> its rows, without those to be left out, and how many of these there were.
-        cursor: where to begin.
+        record: token batch -> its rows, and how many were left out.
     """
 
     def __init__(
@@ -150,7 +131,6 @@ class DocumentShard:
             yield rows
 
     def _finish(self, left_out: dict[str, int]) -> None:
-        """The current token batch is given whole."""
         self._held = None
         counts = {reason: getattr(self.cursor, reason) + count for reason, count in left_out.items()}
         self.cursor = replace(self.cursor, skip=self.cursor.skip + 1, row=0, **counts)
@@ -160,9 +140,5 @@ class DocumentShard:
             batches = self._tokenize(window, self.cursor.batches)
             for batch in batches[self.cursor.skip :]:
                 yield self._record(batch)
-            self.cursor = replace(
-                self.cursor,
-                documents=self.cursor.documents + len(window),
-                batches=self.cursor.batches + len(batches),
-                skip=0,
-            )
+            documents, count = self.cursor.documents + len(window), self.cursor.batches + len(batches)
+            self.cursor = replace(self.cursor, documents=documents, batches=count, skip=0)
