@@ -47,24 +47,15 @@ def neurons(config: NeuronsConfig, *, phase: Phase = unseen) -> dict[str, Any]:
     one of other settings, or that another process writes, is an `InputError`.
     """
     with locked(config.output):
-        return _neurons(config, phase)
-
-
-def _neurons(config: NeuronsConfig, phase: Phase) -> dict[str, Any]:
-    priors, hookpoint = priors_of(
-        [config.prior],
-        checkpoint=config.checkpoint,
-        layer=config.layer,
-        device=config.device,
-        precision=config.precision,
-    )
-    glp = priors[config.prior]
-    tasks = _tasks(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
-    if Path(config.output, INFO).exists():
-        return _kept(config, glp, tasks)
-    documents = text.documents(config.text)
-    model, tokenizer = load_llm(config.llm, config.device)
-    return collect_units(config, glp, model, tokenizer, documents, phase=phase)
+        prior = {"checkpoint": config.checkpoint, "layer": config.layer}
+        priors, hookpoint = priors_of([config.prior], **prior, device=config.device, precision=config.precision)
+        glp = priors[config.prior]
+        tasks = _tasks(config, glp, hookpoint)  # a probing run that does not fit is refused before the model is loaded
+        if Path(config.output, INFO).exists():
+            return _kept(config, glp, tasks)
+        documents = text.documents(config.text)
+        model, tokenizer = load_llm(config.llm, config.device)
+        return collect_units(config, glp, model, tokenizer, documents, phase=phase)
 
 
 def collect_units(
@@ -140,7 +131,6 @@ class Collected:
         self.tokens = self.calibration_tokens = 0
 
     def read(self, batches: Iterable[DocumentBatch], *, report: Report = silent) -> None:
-        """Read documents until enough tokens counted."""
         batches = iter(batches)
         first = list(_until(batches, min(CALIBRATION, self._wanted)))
         self.calibration_tokens = sum(map(len, first))
@@ -184,7 +174,6 @@ def _until(batches: Iterable[DocumentBatch], tokens: int) -> Iterator[DocumentBa
 
 
 def _settings(config: NeuronsConfig, glp: GLP) -> dict[str, Any]:
-    """What the store depends on."""
     own = {"text": text_settings(config.text), "model": config.llm.model, "heldout_loss": heldout_loss(glp)}
     return settings_of(config) | own
 

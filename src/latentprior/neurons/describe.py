@@ -30,24 +30,27 @@ EVERY = 500  # units between reports of progress
 
 @dataclass(frozen=True)
 class Description:
-    """What a unit responds to, in words. All but `baseline` and `shown` is stored."""
+    """What a unit responds to, in words. All but `baseline` and `shown` is stored.
+
+    Attributes:
+        unit: block * d_mlp + index.
+        consistency: 1 to 5: how many of the texts in which the unit fires fit, by the model that wrote it.
+        complexity: 1 to 5, from a token over phrases and topics to something abstract, by that model.
+        detection: AUC, 0.5 at chance, of telling held-out texts in which the unit fires from ones in which not.
+        reason: why an endpoint's description or its detection score is missing.
+        baseline: `detection` with the description of another unit; None if there is none.
+        shown: texts, with marked tokens, that an endpoint's description was made from.
+    """
 
     unit: int
-    """block * d_mlp + index."""
     description: str
     source: Literal["endpoint", "offline"]
     consistency: int | None = None
-    """1 to 5: how many of the texts in which the unit fires fit the description, by the model that wrote it."""
     complexity: int | None = None
-    """1 to 5, from a token over phrases and topics to something abstract, by the model that wrote it."""
     detection: float | None = None
-    """AUC, 0.5 at chance, of telling held-out texts in which the unit fires from ones in which it does not."""
     reason: str = ""
-    """Why an endpoint's description or its detection score is missing."""
     baseline: float | None = None
-    """`detection` with the description of another unit; None if there is none."""
     shown: tuple[str, ...] = ()
-    """Texts, with marked tokens, that an endpoint's description was made from."""
 
 
 def describe_offline(unit: Unit) -> Description:
@@ -62,10 +65,6 @@ def describe(
 
     One that failed is offline, with the reason; no score is made up. Everything but the partner whose description is
     the baseline depends on the unit and `seed` alone: more units can be described later, and nothing is paid for twice.
-
-    Args:
-        seed: pairs the units for the baseline.
-        report: gets answers done, of how many at this stage, and how many failed.
     """
     asked = [i for i, task in enumerate(tasks) if task.request is not None]
     first = judge.ask([request for task in tasks if (request := task.request)], report=report)
@@ -117,10 +116,7 @@ def describe_store(
     so that a judge that fails takes nothing away. Descriptions by an endpoint stay until it describes the unit again.
 
     Args:
-        judge: None for offline descriptions alone.
-        count: how many units the endpoint describes at most.
-        report: gets units and answers done; before the first call "tokens" and, with a price, "cost", which are upper
-            bounds.
+        report: gets units and answers done; before the first call upper bounds, "tokens" and, with a price, "cost".
         prompt_price, answer_price: of a million tokens.
 
     Returns:
@@ -158,7 +154,6 @@ def _write(folder: str | Path, descriptions: Mapping[int, Description]) -> None:
 
 
 def _earlier(unit: Unit) -> Description | None:
-    """What an endpoint said about the unit in an earlier call."""
     if unit.row["source"] != "endpoint":
         return None
     return Description(**{name: unit.row[name] for name in DESCRIPTIONS_SCHEMA.names})

@@ -14,27 +14,23 @@ from latentprior.neurons.prompts import DescriptionRequest, DetectionRequest, ma
 from latentprior.neurons.store import Example, NeuronStore, Unit
 from latentprior.stats.auc import aucs
 
-POOL = 32
-"""Random units whose top texts serve as texts in which another unit does not fire."""
-SILENT = 5
-"""Texts without the unit beside those that a description is made from."""
-FEWEST = 3
-"""Texts of each kind that a description, or its test, takes."""
-LOW_QUANTILE = 0.75
-"""Random texts up to here are taken as ones in which the unit does not fire."""
+POOL = 32  # random units whose top texts serve as texts in which another unit does not fire
+SILENT = 5  # texts without the unit beside those that a description is made from
+FEWEST = 3  # texts of each kind that a description, or its test, takes
+LOW_QUANTILE = 0.75  # random texts up to here are taken as ones in which the unit does not fire
 
 
 @dataclass(frozen=True)
 class DescriptionTask:
-    """A unit, and what is asked about it."""
+    """A unit, the request for its description (None if it fires in too few texts), and the test of that.
+
+    The test: held-out texts in a random order, none if they are too few, and in which of them it fires.
+    """
 
     unit: Unit
     request: DescriptionRequest | None
-    """Asks for its description; None if it fires in too few texts."""
     texts: tuple[str, ...] = ()
-    """Held-out texts in a random order; none if they are too few."""
     fires: tuple[bool, ...] = ()
-    """In which of them it fires."""
 
 
 def description_tasks(store: NeuronStore, units: Sequence[Unit], seed: int) -> list[DescriptionTask]:
@@ -53,12 +49,7 @@ def detections_of(
 ) -> dict[tuple[int, bool], DetectionRequest]:
     """Detection by the description of each task that has one, and by that of another task on the same texts.
 
-    Args:
-        descriptions: by the number of the task.
-        seed: pairs the tasks.
-
-    Returns:
-        requests by (number of the task, whether the description is its own).
+    Requests by (number of the task, whether the description is its own).
     """
     cycle = np.random.default_rng([seed, 3]).permutation(len(tasks)).tolist()
     partner = dict(zip(cycle, [*cycle[1:], *cycle[:1]], strict=True))

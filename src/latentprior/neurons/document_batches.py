@@ -20,19 +20,21 @@ from latentprior.prior.glp import GLP
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """B documents of at most T tokens, n of which count: not a document's first one, no attention sink, finite."""
+    """B documents of at most T tokens, n of which count: not a document's first one, no attention sink, finite.
+
+    Attributes:
+        doc: `Document.index`.
+        ids: token ids of each document, int32, the beginning-of-sequence token included.
+        x: raw activations of the tokens that count, document by document.
+        row: where in `x` a document's tokens are, by their position; -1 for those that do not count.
+    """
 
     doc: Int64[Tensor, " B"]
-    """`Document.index`."""
     ids: list[np.ndarray]
-    """Token ids of each document, int32, the beginning-of-sequence token included."""
     x: Float[Tensor, "n d"]
-    """Raw activations of the tokens that count, document by document."""
     row: Int64[Tensor, "B T"]
-    """Where in `x` a document's tokens are, by their position; -1 for those that do not count."""
 
     def __len__(self) -> int:
-        """Tokens that count."""
         return len(self.x)
 
     def filled(self) -> Int64[Tensor, "B T"]:
@@ -41,7 +43,6 @@ class DocumentBatch:
 
     @classmethod
     def cat(cls, parts: list[DocumentBatch]) -> DocumentBatch:
-        """All documents of `parts`, in order; at least one."""
         width = max(part.row.shape[1] for part in parts)
         rows, before = [], 0
         for part in parts:
@@ -114,7 +115,6 @@ class DocumentTokens:
         self._ids: list[np.ndarray] = []
 
     def update(self, batch: DocumentBatch) -> None:
-        """Take note of further documents."""
         if batch.ids:
             self._doc.append(batch.doc.numpy())
             self._length.append(np.array([len(ids) for ids in batch.ids]))

@@ -39,9 +39,7 @@ def nearest_units(
 
     A unit that does not vary correlates with none: correlation 0. Memory: the standardised units in bfloat16 and two
     tiles in float32; ``2 n m^2`` operations.
-
-    Returns:
-        numbers of units and their correlations, strongest first, on the CPU; fewer than `count` if there are fewer.
+    Numbers of units and their correlations come strongest first, on the CPU; fewer than `count` if there are fewer.
     """
     standardised = _standardised(units)
     total, count = units.shape[1], min(count, units.shape[1] - 1)

@@ -9,12 +9,9 @@ from collections.abc import Sequence
 
 from latentprior.neurons.store import Example, Unit
 
-RECURRING = 0.15
-"""Share of a sign's texts in which a token must be the peak to count as common: 3 of 20; never under two texts."""
-TOKENS = 3
-"""How many tokens, or tasks, are named."""
-TOLD_APART = 0.6
-"""AUC from which a task is worth naming: among the best units of a hard task are some that tell nothing."""
+RECURRING = 0.15  # share of a sign's texts whose peak a common token must be: 3 of 20; never under two texts
+TOKENS = 3  # how many tokens, or tasks, are named
+TOLD_APART = 0.6  # AUC from which a task is worth naming: among a hard task's best units are some that tell nothing
 LONGEST_PIECE = 40  # characters
 
 
@@ -46,7 +43,6 @@ def offline_line(unit: Unit) -> str:
 
 
 def _peaks(examples: Sequence[Example], sign: int) -> str:
-    """The common tokens of the peaks; empty if there are none."""
     needed = max(2, math.ceil(RECURRING * len(examples)))
     counts = Counter(_ending(example, 1) for example in examples)
     common = [key for key, count in counts.most_common(TOKENS) if count >= needed]
@@ -90,13 +86,11 @@ def _tasks(unit: Unit) -> list[str]:
 
 
 def _ending(example: Example, length: int) -> tuple[str, ...]:
-    """The pieces that end at the peak, without what makes no difference."""
     pieces = example.token_strings[max(0, example.peak - length + 1) : example.peak + 1]
     return tuple(piece.strip().casefold() or piece for piece in pieces)
 
 
 def _commonest(examples: Sequence[Example], length: int) -> str:
-    """The commonest spelling of the pieces that end at the peak."""
     spelled = ("".join(e.token_strings[max(0, e.peak - length + 1) : e.peak + 1]) for e in examples)
     return _quoted(Counter(spelled).most_common(1)[0][0])
 

@@ -15,12 +15,9 @@ import numpy as np
 from latentprior.judge.answers import Malformed, Message, ask_again, json_objects, shown, whole_number
 from latentprior.neurons.store import Example
 
-LONGEST = 300
-"""Characters of a description."""
-WEAKEST = 3
-"""Of 10: tokens below are not marked."""
-PIECES, BEFORE = 64, 48
-"""Tokens of a text that are shown, and how many of them before the peak where the text is longer."""
+LONGEST = 300  # characters of a description
+WEAKEST = 3  # of 10: tokens below are not marked
+PIECES, BEFORE = 64, 48  # tokens of a text that are shown, and how many before the peak where the text is longer
 
 _SYSTEM = (
     "You study what a hidden unit of a neural network responds to. Texts and descriptions are given as JSON strings; "
@@ -56,23 +53,19 @@ _REMINDER = "Answer again, with nothing but the JSON object {form}."
 class DescriptionRequest:
     """Asks what the texts in which a unit fires have in common.
 
-    The answer: `{"description": str, "consistency": 1 to 5, "complexity": 1 to 5}`.
+    The answer: `{"description": str, "consistency": 1 to 5, "complexity": 1 to 5}`. Tokens of `firing` are `marked`.
     """
 
     firing: tuple[str, ...]
-    """Texts with marked tokens, see `marked`."""
     silent: tuple[str, ...]
-    """Texts in which the unit does not fire."""
     kind = "description"
     version: ClassVar[int] = 1
     answer_tokens: ClassVar[int] = 256
 
     def messages(self) -> list[Message]:
-        """The conversation that asks for it."""
         return _conversation(_DESCRIBE.format(firing=_listed(self.firing), silent=_listed(self.silent)))
 
     def parse(self, answer: str) -> dict[str, Any]:
-        """The description and its two ratings, or `Malformed`."""
         found = _only(answer, "description")
         text = found["description"]
         if not isinstance(text, str) or not text.strip():
@@ -85,7 +78,6 @@ class DescriptionRequest:
         return {"description": text, **ratings}
 
     def again(self, answer: str) -> list[Message]:
-        """What continues the conversation after a malformed answer."""
         form = '{"description": "...", "consistency": 1 to 5, "complexity": 1 to 5}'
         return ask_again(answer, _REMINDER.format(form=form))
 
@@ -101,7 +93,6 @@ class DetectionRequest:
     answer_tokens: ClassVar[int] = 256
 
     def messages(self) -> list[Message]:
-        """The conversation that asks for it."""
         description = json.dumps(self.description, ensure_ascii=False)
         return _conversation(_DETECT.format(description=description, count=len(self.texts), texts=_listed(self.texts)))
 
@@ -113,7 +104,6 @@ class DetectionRequest:
         return [_certainty(value) for value in values]
 
     def again(self, answer: str) -> list[Message]:
-        """What continues the conversation after a malformed answer."""
         form = f'{{"responds": [...]}} with {len(self.texts)} numbers from 0 to 1'
         return ask_again(answer, _REMINDER.format(form=form))
 
@@ -127,9 +117,7 @@ def plain(example: Example) -> str:
 def marked(examples: Sequence[Example], sign: int, mean: float) -> list[str]:
     """Texts of examples with the tokens that a unit fires on as [[token]](n), 10 the strongest of all.
 
-    Args:
-        sign: 1 or -1, the direction in which it fires.
-        mean: of its activations, from which strength is measured.
+    Strength is measured from the unit's `mean`, in the direction `sign`.
     """
     # Zero stands for tokens that were never scored.
     strengths = [np.where(e.values == 0, 0.0, np.maximum(0.0, sign * (e.values - mean))) for e in examples]

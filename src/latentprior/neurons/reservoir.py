@@ -24,7 +24,6 @@ class Reservoir:
         self._kept: list[tuple[int, DocumentBatch]] = []
 
     def update(self, batch: DocumentBatch) -> None:
-        """Take note of further documents."""
         keys = random_keys(batch.doc.numpy(), self._seed)
         limit = self._kept[-1][0] if len(self._kept) == self._size else 2**64
         for i in keys.argsort()[: self._size].tolist():
@@ -49,11 +48,9 @@ def random_keys(doc: np.ndarray, seed: int) -> np.ndarray:
 def at_quantiles(
     units: BFloat16[Tensor, "n m"], sample: DocumentBatch, quantiles: Sequence[float]
 ) -> tuple[Float[Tensor, "m q"], Int64[Tensor, "m q"], BFloat16[Tensor, "m q T"]]:
-    """For each unit, the documents at quantiles of its largest magnitude in a document.
+    """For each unit, the documents at quantiles of its largest magnitude in a document. On the CPU.
 
-    Returns:
-        the activation of largest magnitude, with its sign; document numbers; activations by position, 0 where a token
-        does not count. On the CPU.
+    The activation of largest magnitude; document numbers; activations by position, 0 where a token does not count.
     """
     filled = sample.filled().to(units.device)
     grid = units[filled.flatten()].reshape(*filled.shape, -1)

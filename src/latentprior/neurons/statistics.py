@@ -23,8 +23,6 @@ class UnitStatistics:
     deviation. Powers are summed of standardised values, in float64, which is stable; the histogram has 40 bins of a
     quarter scale around the centre, the first and the last with all that lies beyond. The thresholds are edges of
     bins, so `share_above` is exact for the calibrated mean and deviation and needs no pass of its own.
-
-    `scale` must be positive.
     """
 
     def __init__(self, centre: Float[Tensor, " M"], scale: Float[Tensor, " M"]) -> None:
@@ -40,7 +38,6 @@ class UnitStatistics:
         self._first_bin = torch.arange(0, units * BINS, BINS, dtype=torch.int32, device=device)
 
     def update(self, units: Float[Tensor, "n M"]) -> None:
-        """Take note of the units at `n` tokens."""
         flat = self.histogram.view(-1)
         for part in units.split(_ROWS):
             values = part.float()
@@ -58,7 +55,6 @@ class UnitStatistics:
         return self.centre + self.scale * self._raw()[0]
 
     def variance(self) -> Float64[Tensor, " M"]:
-        """Population variance."""
         first, second, _, _ = self._raw()
         return self.scale.double().square() * (second - first.square()).clamp(min=0)
 
@@ -85,7 +81,6 @@ class UnitStatistics:
         return self.centre - SPAN * self.scale, self.centre + SPAN * self.scale
 
     def _raw(self) -> Float64[Tensor, "4 M"]:
-        """Mean powers of the standardised values."""
         return self.powers / max(self.count, 1)
 
 
@@ -97,7 +92,6 @@ class Calibration:
         self._sums: Float64[Tensor, "2 M"] = torch.zeros(2, units, dtype=torch.float64, device=device)
 
     def update(self, units: Float[Tensor, "n M"]) -> None:
-        """Take note of the units at `n` tokens."""
         self._count += len(units)
         for part in units.split(_ROWS):
             values = part.double()

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -73,45 +75,46 @@ DESCRIPTIONS_SCHEMA = pa.schema(
     }
 )
 
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError)
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, RecursionError)
 _INFO_FIELDS = {"kind": str, "blocks": int, "d_mlp": int, "thresholds": list, "quantiles": list}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One document in which a unit fired."""
+    """One document in which a unit fired.
+
+    Attributes:
+        kind: "top", "bottom" or "quantile".
+        rank: place among the examples of its kind, from 0: the most extreme first, quantiles from the lowest.
+        quantile: where its peak lies among the random documents' ones; None unless `kind` is "quantile".
+        value: the unit's activation at the peak.
+        doc: `Document.index`.
+        peak: where the unit is largest (top), smallest (bottom) or strongest (quantile) in `token_strings`.
+        token_strings: text of each token; joined they are the document's text.
+        values: activation at each token, float32; 0 where none was taken: at the first position and at sinks.
+    """
 
     kind: str
-    """"top", "bottom" or "quantile"."""
     rank: int
-    """Its place among the examples of its kind, from 0: the most extreme first, quantiles from the lowest."""
     quantile: float | None
-    """Where its peak lies among the random documents' ones; None unless `kind` is "quantile"."""
     value: float
-    """The unit's activation at the peak."""
     doc: int
-    """`Document.index`."""
     peak: int
-    """Index into `token_strings` where the unit is largest (top), smallest (bottom) or strongest (quantile)."""
     token_strings: list[str]
-    """Text of each token; joined they are the document's text."""
     values: np.ndarray
-    """The unit's activation at each token, float32; 0 where none was taken: at the first position and at sinks."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One meta-neuron."""
+    """One meta-neuron, with its row of `NeuronStore.units` as plain values."""
 
     block: int
     index: int
-    """Its number within the block."""
     row: dict[str, Any]
-    """Its row of `NeuronStore.units` as plain values."""
     examples: list[Example]
 
     def top(self) -> list[Example]:
-        """Documents with the largest activations, the largest first."""
+        """Documents with the largest activations."""
         return self._of("top")
 
     def bottom(self) -> list[Example]:
@@ -129,10 +132,7 @@ class Unit:
 class NeuronStore:
     """What `latentprior neurons` wrote, read in bounded memory: only the table of units is held.
 
-    Attributes:
-        folder: where it lies.
-        info: neurons.json.
-        units: one row a unit, in order, with the columns of descriptions.parquet (null where there is none).
+    `info` is neurons.json, `units` a row a unit, with the columns of descriptions.parquet (null where there is none).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -147,7 +147,6 @@ class NeuronStore:
         self._firsts, self._lasts = self._row_groups()
 
     def __len__(self) -> int:
-        """Units."""
         return len(self.units)
 
     def unit(self, block: int, index: int) -> Unit:
@@ -162,9 +161,8 @@ class NeuronStore:
         groups = np.flatnonzero((self._firsts <= number) & (number <= self._lasts)).tolist()
         rows: list[dict[str, Any]] = []
         if groups:
-            with _reading(self.folder / EXAMPLES):
-                table = self._examples.read_row_groups(groups)
-                rows = table.filter(pa.array(table["unit"].to_numpy() == number)).to_pylist()
+            table = self._read(groups)
+            rows = table.filter(pa.array(table["unit"].to_numpy() == number)).to_pylist()
         return self._unit(number, self.units.slice(number, 1).to_pylist()[0], rows)
 
     def __iter__(self) -> Iterator[Unit]:
@@ -173,33 +171,24 @@ class NeuronStore:
         number, rows = next(examples, (len(self), []))
         for start in range(0, len(self), ROW_GROUP):
             for unit, row in enumerate(self.units.slice(start, ROW_GROUP).to_pylist(), start):
-                if unit < number:
-                    yield self._unit(unit, row, [])
-                    continue
-                yield self._unit(unit, row, rows)
-                number, rows = next(examples, (len(self), []))
+                yield self._unit(unit, row, rows if unit == number else [])
+                if unit == number:
+                    number, rows = next(examples, (len(self), []))
 
     def _examples_by_unit(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Each unit that has examples, with all of them."""
-        number, rows = -1, []
-        for group in range(self._examples.num_row_groups):
-            with _reading(self.folder / EXAMPLES):
-                table = self._examples.read_row_group(group)
-            for row in table.to_pylist():
-                if row["unit"] != number:
-                    if rows:
-                        yield number, rows
-                    number, rows = row["unit"], []
-                rows.append(row)
-        if rows:
-            yield number, rows
+        groups = range(self._examples.num_row_groups)
+        rows = chain.from_iterable(self._read([group]).to_pylist() for group in groups)
+        yield from ((number, list(found)) for number, found in groupby(rows, key=itemgetter("unit")))
+
+    def _read(self, groups: list[int]) -> pa.Table:
+        with reading(self.folder / EXAMPLES):
+            return self._examples.read_row_groups(groups)
 
     def _unit(self, number: int, row: dict[str, Any], rows: list[dict[str, Any]]) -> Unit:
         block, index = divmod(number, self.info["d_mlp"])
         return Unit(block, index, row, [_example(example) for example in rows])
 
     def _row_groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """First and last unit of each row group of examples."""
         footer = self._examples.metadata
         column = EXAMPLES_SCHEMA.get_field_index("unit")
         chunks = [footer.row_group(group).column(column) for group in range(footer.num_row_groups)]
@@ -217,8 +206,6 @@ def write_store(folder: str | Path, info: dict[str, Any], units: pa.Table, examp
     """Write a store whole or not at all; one that lies in the folder is replaced, with its descriptions.
 
     Args:
-        folder: made if it is not there.
-        info: neurons.json.
         units: of `UNITS_SCHEMA`, in order of `unit`.
         examples: tables of `EXAMPLES_SCHEMA`, all together in order of `unit`; written as they come.
 
@@ -264,10 +251,8 @@ def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], ro
     options: dict[str, Any] = {"compression": "zstd"}
     if schema is EXAMPLES_SCHEMA:
         # Activations are bfloat16 numbers: split by byte, two of their four streams are zeros.
-        options |= {
-            "use_dictionary": ["kind", "pieces.list.element"],
-            "use_byte_stream_split": ["values.list.element"],
-        }
+        options |= {"use_dictionary": ["kind", "pieces.list.element"]}
+        options["use_byte_stream_split"] = ["values.list.element"]
     with pq.ParquetWriter(path, schema, **options) as writer:
         for table in tables:
             table = table.select(schema.names).cast(schema)
@@ -280,12 +265,8 @@ def _write_parquet(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], ro
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO
-    try:
+    with reading(path, f"{folder} holds no neurons: {INFO} is missing (write it with latentprior neurons)"):
         info = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no neurons: {INFO} is missing (write it with latentprior neurons)") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, error) from error
     if not isinstance(info, dict):
         raise damaged(path, "it is not an object")
     for key, kind in _INFO_FIELDS.items():
@@ -297,18 +278,18 @@ def _read_info(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Errors of a file's reader as one line that names the file."""
+def reading(path: Path, missing: str | None = None) -> Iterator[None]:
+    """Errors of a file's reader as one line that names the file, or that is `missing` where there is none."""
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: write the neurons again") from error
+        raise InputError(missing or f"{path} is missing: write the neurons again") from error
     except _READ_ERRORS as error:
         raise damaged(path, error) from error
 
 
 def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetFile:
-    with _reading(path):
+    with reading(path):
         file = pq.ParquetFile(path)
         if not file.schema_arrow.equals(schema):
             raise damaged(path, f"it holds columns {file.schema_arrow.names}, or some of another type")
@@ -317,12 +298,11 @@ def _open_parquet(path: Path, schema: pa.Schema) -> pq.ParquetFile:
 
 def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
     file = _open_parquet(path, schema)
-    with _reading(path):
+    with reading(path):
         return file.read()
 
 
 def _with_descriptions(units: pa.Table, path: Path) -> pa.Table:
-    """`units` with the columns of the descriptions, null for units without one."""
     names = [name for name in DESCRIPTIONS_SCHEMA.names if name != "unit"]
     table = _read_table(path, DESCRIPTIONS_SCHEMA) if path.exists() else DESCRIPTIONS_SCHEMA.empty_table()
     number = table["unit"].to_numpy()

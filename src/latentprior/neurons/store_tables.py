@@ -30,14 +30,7 @@ def unit_table(
     tasks: Mapping[int, Sequence[ProbedTask]],
     strings: TokenStrings,
 ) -> pa.Table:
-    """units.parquet: one row a unit, block by block.
-
-    Args:
-        statistics: of each block's units.
-        logits: of all units; None leaves their columns empty.
-        neighbours: numbers [units, k] and correlations [units, k]; those of correlation 0 are left out.
-        tasks: those that each unit is among the best at.
-    """
+    """units.parquet: one row a unit, block by block; `neighbours` [units, k], those of correlation 0 left out."""
     d_mlp = len(statistics[0].centre)
     total = len(statistics) * d_mlp
     unit = np.arange(total)
@@ -100,13 +93,7 @@ def example_tables(
     documents: DocumentTokens,
     strings: TokenStrings,
 ) -> Iterator[pa.Table]:
-    """examples.parquet, some units at a time.
-
-    Args:
-        top, bottom: of each block's units.
-        sample: the random documents, whose units `reader` computes.
-        quantiles: of the random documents' peaks.
-    """
+    """examples.parquet, some units at a time: each block's `top` and `bottom`, and quantiles of a random `sample`."""
     starts = range(0, reader.d_mlp, _UNITS)
     shown = _Shown(_distinct([*top, *bottom], sample, starts), documents, strings)
     for block, units in enumerate(reader(sample.x)):
@@ -121,7 +108,6 @@ def example_tables(
 
 
 def _distinct(kept: Iterable[TopDocuments], sample: DocumentBatch, starts: Iterable[int]) -> np.ndarray:
-    """Numbers of all documents that are an example of some unit."""
     parts = [sample.doc.numpy()]
     for documents in kept:
         parts += [np.unique(documents.best(start, start + _UNITS)[1].numpy()) for start in starts]
@@ -144,11 +130,9 @@ class _Shown:
         self._strings = pa.chunked_array(chunks, pa.string()).combine_chunks()
 
     def lengths(self, doc: np.ndarray) -> np.ndarray:
-        """Tokens of documents [n]."""
         return self._length[self._doc.searchsorted(doc)]
 
     def token_strings(self, doc: np.ndarray) -> pa.Array:
-        """The token strings of documents [n], a list for each."""
         place = self._doc.searchsorted(doc)
         length = self._length[place]
         before = length.cumsum() - length

@@ -24,8 +24,6 @@ class TopDocuments:
     Memory: ``M k (2 max_length + 8)`` bytes; a gigabyte for both signs of 100,000 units, k = 20 and 128 tokens.
 
     Args:
-        units: M.
-        k: documents to keep of each unit.
         max_length: most tokens of a document.
         sign: +1 for the largest activations, -1 for the smallest.
     """
@@ -43,13 +41,9 @@ class TopDocuments:
         row: Int64[Tensor, "B T"],
         doc: Int64[Tensor, " B"],
     ) -> None:
-        """Take note of B further documents.
+        """Take note of B further documents, of units at all their tokens and peaks (largest or smallest) in each.
 
-        Args:
-            units: the units at all tokens of the documents.
-            peaks: the largest (smallest) activation of each document.
-            row: the row of `units` of each token of a document; -1 for tokens that do not count.
-            doc: the documents' numbers.
+        `row` is the row of `units` of each token of a document, -1 for tokens that do not count.
         """
         signed = peaks * self.sign + 0.0  # no negative zero, which would be another key
         chosen = (signed >= self._least).any(dim=0).nonzero().squeeze(1)
@@ -77,11 +71,9 @@ class TopDocuments:
     def best(
         self, start: int, stop: int
     ) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"], BFloat16[Tensor, "m k max_length"]]:
-        """What is kept of units `start` to `stop`, the most extreme first.
+        """Peaks, document numbers and activations by position of units `start` to `stop`, the most extreme first.
 
-        Returns:
-            peaks; document numbers, -1 where fewer than k came by; activations by position, 0 where a token does not
-            count or is not there. On the CPU.
+        On the CPU. A number is -1 where fewer than k came by, an activation 0 where no token counts.
         """
         keys, order = self._keys[start:stop].sort(dim=1, descending=True)
         doc = torch.where(keys == _EMPTY, -1, (1 << DOC_BITS) - 1 - (keys & ((1 << DOC_BITS) - 1)))

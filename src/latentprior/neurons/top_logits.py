@@ -22,14 +22,14 @@ _CELLS = 2**25  # effects (units times tokens) that are held together
 
 @dataclass(frozen=True, repr=False)
 class TopLogits(ShortRepr):
-    """Tokens whose logits m units raise (promote) and lower (suppress) most."""
+    """Ids of the tokens whose logits m units raise (promote) and lower (suppress) most, the strongest first.
+
+    Values are in standard deviations of the unit's effects over the vocabulary, whose mean is 0.
+    """
 
     promoted: Int64[Tensor, "m k"]
-    """Token ids, the most promoted first."""
     promoted_values: Float[Tensor, "m k"]
-    """In standard deviations of the unit's effects over the vocabulary, whose mean is 0."""
     suppressed: Int64[Tensor, "m k"]
-    """Token ids, the most suppressed first."""
     suppressed_values: Float[Tensor, "m k"]
 
 
@@ -49,16 +49,12 @@ def top_logits(
     ``eps - z_0``, so what is added to it is taken from the denoised activation; that is scaled back to raw units and
     goes through the language model's final norm (again without its division) and output embedding.
 
+    One row a unit, block by block, on the CPU.
+
     Args:
-        glp: the prior.
-        model: the language model it was trained on.
         hookpoint: where; hidden units of an MLP go through the down projection of their block first.
         count: tokens to name on each side.
-        layer: which layer of a multi-layer prior.
         vocabulary: only the first so many tokens exist, as where the embedding is padded; by default all.
-
-    Returns:
-        one row a unit, block by block, on the CPU.
     """
     embedding = output_embedding(model)[:vocabulary]
     gain, centred = final_norm(model, embedding.shape[1])

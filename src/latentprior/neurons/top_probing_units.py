@@ -7,48 +7,41 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentprior.data.store.manifest import damaged
 from latentprior.lm.hooks import Hookpoint
+from latentprior.neurons.store import reading
 from latentprior.utils.errors import InputError
 
 TOP_UNITS = "winners.parquet"
 SOURCE = "meta-neurons"
 _COLUMNS = ("task", "source", "t", "block", "index", "rank", "sign", "test_auc")
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError)
 
 
 class ProbedTask(NamedTuple):
-    """A task that a unit is among the best at."""
+    """A task that a unit is among the best at: its rank by validation AUC, from the best, and its test AUC.
+
+    The sign is +1 if the unit is larger in the class that sorts last, -1 if in the other.
+    """
 
     rank: int
-    """Its place among all units by validation AUC, the best first."""
     task: str
     auc: float
-    """Test AUC."""
     sign: int
-    """+1 if the unit is larger in the class that sorts last, -1 if in the other."""
 
 
 def read_top_probing_units(
     folder: str | Path, t: float, hookpoint: Hookpoint, *, blocks: int, d_mlp: int
 ) -> dict[int, list[ProbedTask]]:
     """The tasks of each unit (``block * d_mlp + index``) at the noise level nearest to `t`, its best ranks first.
-
-    Args:
-        folder: of the probing run; it must be one of this `hookpoint` and of a prior of this shape.
+    The probing run in `folder` must be one of this `hookpoint` and of a prior of this shape.
     """
     folder = Path(folder)
     _check_hookpoint(folder / "probe.json", hookpoint)
     path = folder / TOP_UNITS
-    try:
+    with reading(path, f"{folder} holds no probing run: {TOP_UNITS} is missing"):
         rows = pq.ParquetFile(path).read(columns=list(_COLUMNS)).to_pylist()
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no probing run: {TOP_UNITS} is missing") from error
-    except _READ_ERRORS as error:
-        raise damaged(path, error) from error
     if rows and set(_COLUMNS) - rows[0].keys():
         raise damaged(path, f"it lacks the column {sorted(set(_COLUMNS) - rows[0].keys())[0]!r}")
     rows = [row for row in rows if row["source"] == SOURCE and row["t"] is not None]
@@ -70,11 +63,7 @@ def read_top_probing_units(
 
 
 def _check_hookpoint(path: Path, hookpoint: Hookpoint) -> None:
-    try:
+    with reading(path, f"{path.parent} holds no probing run: {path.name} is missing"):
         probed = Hookpoint.from_dict(json.loads(path.read_bytes())["hookpoint"])
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} holds no probing run: {path.name} is missing") from error
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise damaged(path, error) from error
     if not probed.same_place(hookpoint):
         raise InputError(f"{path.parent} probed {probed}, this prior belongs to {hookpoint}")

@@ -24,10 +24,7 @@ class UnitReader:
     The noises are the same for every token: a unit's value depends on the activation alone (paper, 1-D probing).
 
     Args:
-        t: noise level.
-        noises: how many noises to average over.
-        layer: which layer of a multi-layer prior.
-        seed: of the noises.
+        noises: how many to average over.
     """
 
     def __init__(self, glp: GLP, *, t: float, noises: int = 1, layer: int | None = None, seed: int = 0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -34,19 +34,10 @@ class JudgedText(NamedTuple):
     """Name of a CSS variable."""
 
 
-def prose(text: str) -> Markup:
-    """A paragraph."""
-    return _BLOCKS.prose(text)
-
-
-def heading(text: str) -> Markup:
-    """The title of a part of a section."""
-    return _BLOCKS.heading(text)
-
-
-def code(text: str) -> Markup:
-    """Text as it stands."""
-    return _BLOCKS.code(text)
+heading: Callable[[str], Markup] = _BLOCKS.heading
+prose: Callable[[str], Markup] = _BLOCKS.prose
+code: Callable[[str], Markup] = _BLOCKS.code
+texts_by_prompt: Callable[[Mapping[str, Sequence[JudgedText]]], Markup] = _BLOCKS.texts
 
 
 def stack(*parts: Markup) -> Markup:
@@ -79,8 +70,7 @@ def table(
 ) -> Markup:
     """A captioned table whose first column names the rows and whose numbers align at their points; none without rows.
 
-    Args:
-        bold: (row, column) of the cells that stand out.
+    `bold` are (row, column) of the cells that stand out.
     """
     if not rows:
         return NOTHING
@@ -92,11 +82,6 @@ def table(
 def facts(rows: Sequence[tuple[str, Any]]) -> Markup:
     """Names and values; nothing without any."""
     return _BLOCKS.facts(rows) if rows else NOTHING
-
-
-def texts_by_prompt(prompts: Mapping[str, Sequence[JudgedText]]) -> Markup:
-    """What several methods wrote after each prompt, side by side."""
-    return _BLOCKS.texts(prompts)
 
 
 def _aligned(cells: Sequence[str]) -> list[str]:

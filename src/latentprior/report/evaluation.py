@@ -9,10 +9,12 @@ from markupsafe import Markup
 
 from latentprior.report import figures
 from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
+from latentprior.report.templating import lines, macros, paragraph
 from latentprior.utils.formatting import MISSING, Number, duration, interval, number, with_intervals
 
 Json = Mapping[str, Any]
 
+_TEXTS = macros("evaluation.html.jinja")
 SOLVERS = {"euler": "Euler", "midpoint": "midpoint", "heun": "Heun", "ab2": "AB2"}
 SOURCES = {
     "real": "Real activations (lower bound)",
@@ -30,11 +32,7 @@ REPLACEMENTS = {
 
 
 def training(train: Json, heldout: Json | None) -> Markup:
-    """Loss over training and by noise level; nothing without both.
-
-    Args:
-        heldout: the held-out loss of an evaluation, which is preferred to that of training.
-    """
+    """Loss over training and by noise level, of an evaluation (`heldout`) rather than of training; or nothing."""
     log, summary = train.get("log", []), train.get("summary", {})
     drawn = []
     if any(row["activations"] > 0 for row in log):
@@ -45,10 +43,8 @@ def training(train: Json, heldout: Json | None) -> Markup:
         drawn.append(
             figure("Held-out loss by noise level", f"Mean in {len(by_t)} bins of t.{band}", figures.loss_by_t(by_t))
         )
-    said = [f"Trained at {speed}."] if (speed := rate(train)) else []
-    if heldout:
-        said.append(f"Held-out loss {number(heldout['mean'])}, 95% interval {interval(heldout['interval'])}.")
-    return stack(prose(" ".join(said)) if said else NOTHING, pair(*drawn))
+    said = paragraph(_TEXTS.training(rate(train), heldout))
+    return stack(prose(said) if said else NOTHING, pair(*drawn))
 
 
 def _bins(losses: Sequence[Number]) -> list[Json]:
@@ -61,14 +57,7 @@ def distribution(evaluate: Json) -> Markup:
     """Distances from real activations, and principal components."""
     content = []
     if rows := evaluate.get("distribution"):
-        text = (
-            "How far activations lie from held-out real ones. A full Gaussian reaches the lower bound of the "
-            "Fréchet distance by construction, because that distance sees two moments only, mean and covariance. "
-            "That is why the other two distances are there: the sliced Wasserstein distance compares whole "
-            "distributions along random directions, and the two-sample AUC is how well a classifier tells an "
-            "activation from a real one (0.5: not at all; 1: always)."
-        )
-        content += [prose(text), _distances(rows, lower_bound(evaluate))]
+        content += [prose(paragraph(_TEXTS.distribution())), _distances(rows, lower_bound(evaluate))]
     if pca := evaluate.get("pca"):
         note = "Standardised, on the two leading principal components of the real ones, on equal axes."
         content.append(figure("Real and generated activations", note, *figures.pca_scatter(pca)))
@@ -99,13 +88,7 @@ def language_model_loss(evaluate: Json) -> Markup:
         return NOTHING
     rows = delta["rows"]
     names = [_replacement_name(row) for row in rows]
-    text = (
-        "Every activation but the first of a document is replaced; attention sinks are let through. Shown is by how "
-        "much that raises the next-token loss of the language model, which is "
-        f"{number(delta['clean_loss'])} nats without replacement. The prior noises each activation to t and integrates "
-        f"back with {solver_name(delta)} and {delta['nfe']} denoiser evaluations. Measured on "
-        f"{delta['documents']:,} held-out documents with {delta['tokens']:,} predicted tokens."
-    )
+    text = paragraph(_TEXTS.language_model_loss(delta, solver_name(delta)))
     bars = figures.delta_bars(rows, names, [number(row["delta"]) for row in rows])
     note = f"Mean over {delta['weighted_by']}s; lines are 95% intervals over documents. Lower is better."
     header = ("Replacement", "Per token", "95% interval", "Per document", "95% interval")
@@ -125,42 +108,14 @@ def _replacement_name(row: Json) -> str:
     return name if row["t_start"] is None else f"{name}, t = {row['t_start']:g}"
 
 
-def sentences(parts: Json) -> Iterator[str]:
+def sentences(parts: Json) -> list[Markup]:
     """The result in plain words, a sentence for each part and measure."""
-    record, train, evaluate = (parts.get(name, {}) for name in ("record", "train", "evaluate"))
-    if record:
-        hookpoint, left_out = record["hookpoint"], record["left_out"]
-        beyond = (
-            f" {left_out['cut_documents']:,} documents are cut, by {left_out['cut_tokens']:,} tokens in all."
-            if left_out.get("cut_tokens")  # demos from before documents were counted lack it
-            else ""
-        )
-        yield (
-            f"Recorded {record['rows']:,} activations of {hookpoint['width']:,} dimensions from "
-            f"{record['documents']:,} documents, at the {hookpoint['side']} of block {hookpoint['layer']} of "
-            f"{hookpoint['model']}; {left_out['sinks']:,} attention sinks and {left_out['nonfinite']:,} rows that were "
-            f"not finite are left out.{beyond}"
-        )
-    if summary := train.get("summary"):
-        took = f", in {duration(spent)}" if (spent := seconds(train)) else ""
-        loss = f"; its held-out loss is {number(summary['heldout_loss'])}" if "heldout_loss" in summary else ""
-        yield (
-            f"The prior was trained on {summary['activations']:,} activations, {summary['distinct']:,} of them "
-            f"distinct{took}{loss}."
-        )
-    if row := delta_lm(evaluate, "prior"):
-        others = [f"{number(other['delta'])} with {name}" for name, other in references(evaluate, row)]
-        against = f" ({', '.join(others)})" if others else ""
-        yield (
-            f"Noising every activation to t = {row['t_start']:g} and letting the prior repair it adds "
-            f"{number(row['delta'])} nats to the next-token loss of the language model{against}."
-        )
-    if found := frechet(evaluate):
-        bound, best = found
-        yield (
-            f"Generated activations lie at a standardised Fréchet distance of {number(best['frechet']['total'])} "
-            f"from real ones; two sets of real ones lie {number(bound)} apart."
-        )
+    train, evaluate = parts.get("train", {}), parts.get("evaluate", {})
+    delta = delta_lm(evaluate, "prior")
+    others = list(references(evaluate, delta)) if delta else []
+    return lines(
+        _TEXTS.sentences(parts.get("record"), train.get("summary"), seconds(train), delta, others, frechet(evaluate))
+    )
 
 
 def headlines(parts: Json) -> Iterator[Headline]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import as_file, files
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,32 +26,8 @@ SIZE = (6.4, 4.3)  # inches; at 72 points an inch about the width of a phone, so
 SQUARE = (6.0, 5.7)
 FONT = 12.0
 
-STYLE: dict[str, Any] = {
-    "figure.dpi": 72,  # of the SVG writer: pixels are points
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.labelpad": 6,
-    "grid.color": RULE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "text.parse_math": False,  # a "$" in a name is a dollar
-    "font.family": "DejaVu Sans",
-    "font.size": FONT,
-    "axes.labelsize": FONT,
-    "legend.fontsize": FONT,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "latentprior",
-}
+# The axes' style; its colours are those of `_VARIABLES`.
+STYLE = files("latentprior.report").joinpath("templates", "figures.mplstyle")
 
 
 class Look(NamedTuple):
@@ -120,13 +97,7 @@ def pca_scatter(pca: Mapping[str, Any]) -> tuple[Markup, Markup]:
 
 
 def delta_bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], values: Sequence[str]) -> Markup:
-    """Delta LM loss of every replacement with its interval: bars on a log axis if all are positive.
-
-    Args:
-        rows: with "method", "delta" and "interval".
-        labels: name of each row.
-        values: its formatted delta.
-    """
+    """Delta LM loss of every replacement with its interval: bars on a log axis if all are positive."""
     deltas = np.array([row["delta"] for row in rows])
     intervals = np.array([row["interval"] for row in rows])
     log = bool((deltas > 0).all())
@@ -216,7 +187,7 @@ def legend(axes: Axes, columns: int = 4) -> None:
 def svg(name: str, draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> Markup:
     """One drawing as an ``<svg>`` element whose ids start with `name`."""
     buffer = io.StringIO()
-    with style.context(["default", STYLE]):
+    with as_file(STYLE) as drawn_in, style.context(["default", drawn_in]):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -113,7 +113,6 @@ def _size(names: int, height: float = 3.6) -> tuple[float, float]:
 
 
 def _cross(point: Json) -> list[Line]:
-    """The two intervals of a point, as lines."""
     x, y = point["nll"], point["gain"]
     (left, right), (low, high) = point["nll_interval"] or (x, x), point["gain_interval"] or (y, y)
     return [[(left, y), (right, y)], [(x, low), (x, high)]]

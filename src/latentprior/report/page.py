@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jinja2 import UndefinedError
 from markupsafe import Markup
 
 from latentprior.report import evaluation, probing, scaling, steering, templating
@@ -32,9 +33,6 @@ def write_report(result: Json, path: str | Path) -> Path:
             what is in ``evaluate.json``, ``sweep.json``, ``steer.json`` (kind "frontier"), ``probe.json``, or
             ``train.json`` (add the lines of ``log.jsonl`` as "log" for its curve).
         path: the file; its folder is made if need be.
-
-    Raises:
-        InputError: a result of another kind, or one that lacks a figure that its parts always have.
     """
     path = Path(path)
     page = render(result)
@@ -59,12 +57,11 @@ def render(result: Json) -> str:
             headlines=list(islice(_headlines(parts), HEADLINES)),
             sections={name: content for name, content in _sections(result, parts).items() if content},
         )
-    except (KeyError, IndexError) as error:
-        raise InputError(f"this {kind} result lacks {error}") from error
+    except (KeyError, IndexError, UndefinedError) as error:
+        raise InputError(f"this {kind} result lacks a figure: {error}") from error
 
 
 def _title(parts: Json) -> str:
-    """Of which model and layer, where the result says so."""
     trained_on = parts.get("train", {}).get("settings", {}).get("hookpoints", [])
     found = [*(part.get("hookpoint") for part in parts.values()), *trained_on[:1]]
     hookpoint = next(filter(None, found), None)
@@ -88,12 +85,8 @@ def _sections(result: Json, parts: Json) -> dict[str, Markup]:
 
 def _told_by(parts: Json) -> list[tuple[Any, Json]]:
     """The modules that say something of a result, with the part that each of them reads."""
-    return [
-        (evaluation, parts),
-        (scaling, parts.get("sweep", {})),
-        (probing, parts.get("probe", {})),
-        (steering, _steering(parts)),
-    ]
+    others = [(scaling, parts.get("sweep", {})), (probing, parts.get("probe", {})), (steering, _steering(parts))]
+    return [(evaluation, parts), *others]
 
 
 def _headlines(parts: Json) -> Iterator[Headline]:

@@ -86,7 +86,8 @@ def auc_dots(sources: Sequence[Source]) -> Markup:
                 drawn.add(selection)
                 y, chance = row + offset, selection == "chance"
                 colour = MUTED if chance else source.look.colour
-                _whisker(axes, score["interval"], y, colour, alpha=0.4 if chance else 0.8)
+                if ends := score["interval"]:
+                    axes.plot(ends, [y, y], color=colour, linewidth=1.4, alpha=0.4 if chance else 0.8)
                 axes.plot(score["auc"], y, **_mark(selection, colour))
         for selection in marks:
             if selection in drawn:
@@ -104,11 +105,7 @@ def auc_dots(sources: Sequence[Source]) -> Markup:
 
 
 def auc_by_sparsity(series: Sequence[tuple[str, Look, Mapping[int | None, Json]]]) -> Markup:
-    """AUC of k-sparse probes over k, all units last.
-
-    Args:
-        series: label, look and scores by k (None: all units) of each source.
-    """
+    """AUC of k-sparse probes over k, all units (None) last; `series` are label, look and scores by k of each source."""
     counts = {k for _, _, by_k in series for k in by_k}
     ks: list[int | None] = [*sorted(k for k in counts if k is not None), *([None] if None in counts else [])]
     names = [_wrapped(label) for label, _, _ in series]
@@ -206,11 +203,6 @@ def _mark(selection: str, colour: str) -> dict[str, Any]:
         return {"marker": "|", "color": colour, "markersize": 11, "markeredgewidth": 2}
     face = colour if selection == "screened" else "none"
     return {"marker": "o", "color": colour, "markerfacecolor": face, "markersize": 6.5, "markeredgewidth": 1.5}
-
-
-def _whisker(axes: Axes, ends: Interval, y: float, colour: str, alpha: float) -> None:
-    if ends:
-        axes.plot(ends, [y, y], color=colour, linewidth=1.4, alpha=alpha)
 
 
 def _wrapped(name: str, width: int = NAME) -> str:

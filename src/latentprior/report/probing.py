@@ -13,47 +13,24 @@ from markupsafe import Markup
 
 from latentprior.probe.names import short_names
 from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
+from latentprior.report import probe_figures
 from latentprior.report.blocks import NOTHING, Headline, facts, figure, fold, pair, prose, stack, table
-from latentprior.report.probe_figures import (
-    Look,
-    Prior,
-    Source,
-    auc_by_block,
-    auc_by_loss,
-    auc_by_sparsity,
-    auc_dots,
-    auc_grid,
-    source_looks,
-)
-from latentprior.utils.formatting import (
-    MISSING,
-    counted,
-    decimals,
-    duration,
-    estimate,
-    interval,
-    number,
-    signed,
-    with_intervals,
-)
+from latentprior.report.templating import lines, macros, paragraph
+from latentprior.utils.formatting import MISSING, counted, decimals, interval, number, signed, with_intervals
 
 Json = Mapping[str, Any]
 
 REFERENCES = ("mlp-neurons", "random-denoiser")  # what meta-neurons must beat to mean something
 LEAST_SECONDS = 0.1  # below, a part of the run was not asked for
 EQUALS = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
-METHODS = {
-    "rank": "the AUC of the unit's own values, signed by the difference of the training classes' means, which is that "
-    "of a logistic probe on it",
-    "logistic": "the AUC of a logistic probe on the unit, standardised",
-}
+_TEXTS = macros("probing.html.jinja")
 
 
 def section(result: Json) -> Markup:
     """Figures and tables of a probing result; nothing without a summary."""
     if not (summary := result.get("summary")):
         return NOTHING
-    looks = source_looks(result["sources"])
+    looks = probe_figures.source_looks(result["sources"])
     skipped = result.get("skipped") or []
     return stack(
         pair(prose(_explained(result)), _dots(result, looks)),
@@ -67,29 +44,14 @@ def section(result: Json) -> Markup:
     )
 
 
-def sentences(result: Json) -> Iterator[str]:
+def sentences(result: Json) -> list[Markup]:
     """The result in plain words, an honest negative included."""
     if not result.get("summary"):
-        return
-    named, lead, skipped = labels(result), leading(result), len(result.get("skipped") or [])
-    yield (
-        f"{counted(len(result['sources']), 'source')} of single features were probed on "
-        f"{counted(len(result['tasks']), 'binary task')}{f'; {skipped} were skipped' if skipped else ''}."
-    )
-    found = scores(result)
-    score, chance = found.get((lead or "", "screened")), found.get((lead or "", "chance"))
-    if not lead or not score:
-        return
-    against = f"; with permuted training labels it is {decimals(chance['auc'])}" if chance else ""
-    yield (
-        f"The mean test AUC of {_within(named[lead])} is {estimate(score['auc'], score['interval'], decimals)}, with "
-        f"one unit for each task, picked by validation{against}."
-    )
-    for other, row in _against_references(result):
-        yield (
-            f"The paired difference from {_within(named[other])} is "
-            f"{estimate(row['difference'], row['interval'], signed)}: {_said(row)}."
-        )
+        return []
+    named, lead, found = labels(result), leading(result) or "", scores(result)
+    against = [(_within(named[other]), row, _said(row)) for other, row in _against_references(result)]
+    score, chance = found.get((lead, "screened")), found.get((lead, "chance"))
+    return lines(_TEXTS.sentences(result, _within(named.get(lead, "")), score, chance, against))
 
 
 def headlines(result: Json) -> Iterator[Headline]:
@@ -114,31 +76,17 @@ def headlines(result: Json) -> Iterator[Headline]:
 # Parts of the section
 
 
-def _explained(result: Json) -> str:
-    protocol = result["protocol"]
-    candidates = f"{protocol['candidates']:,}"
-    parts = [
-        f"A probe here is one unit, and its score is {METHODS.get(result['method'], result['method'])}. For each task, "
-        f"units are screened to the {candidates} of largest difference of the class means in training, validation "
-        f"over {protocol['folds']} folds picks one, and its AUC on test texts is what counts: the AUC of validation "
-        "is that of a winner, and by that too high. Beside this, validation picks among all units. Chance is the "
-        "same with permuted training labels.",
-        "Means and intervals are over tasks: 95% bootstraps, the same tasks drawn for all sources.",
-    ]
-    if result["tasks"]:
-        texts = sum(task["train"] for task in result["tasks"]), sum(task["test"] for task in result["tasks"])
-        parts.append(f"Tasks have {texts[0]:,} training and {texts[1]:,} test texts in all.")
+def _explained(result: Json) -> Markup:
     seconds = (result.get("seconds") or {}).items()
-    if spent := [f"{name} {duration(value)}" for name, value in seconds if value >= LEAST_SECONDS]:
-        parts.append(f"Time: {', '.join(spent)}.")
-    return " ".join(parts)
+    spent = [(name, value) for name, value in seconds if value >= LEAST_SECONDS]
+    return paragraph(_TEXTS.explained(result["method"], result["protocol"], result["tasks"], spent))
 
 
-def _dots(result: Json, looks: Mapping[str, Look]) -> Markup:
+def _dots(result: Json, looks: Mapping[str, probe_figures.Look]) -> Markup:
     named, found = labels(result), scores(result)
     kinds = {source["name"]: source["kind"] for source in result["sources"]}
     rows = [
-        Source(label, looks[name], {key[1]: score for key, score in found.items() if key[0] == name})
+        probe_figures.Source(label, looks[name], {key[1]: score for key, score in found.items() if key[0] == name})
         for name, label in named.items()
     ]
     rows = sorted((row for row in rows if row.scores), key=_height, reverse=True)
@@ -146,10 +94,10 @@ def _dots(result: Json, looks: Mapping[str, Look]) -> Markup:
         return NOTHING
     note = "From high to low. Lines are 95% intervals over tasks."
     note += " Controls are grey." if "control" in kinds.values() else ""
-    return figure("Mean test AUC of the best unit", note, auc_dots(rows))
+    return figure("Mean test AUC of the best unit", note, probe_figures.auc_dots(rows))
 
 
-def _height(source: Source) -> float:
+def _height(source: probe_figures.Source) -> float:
     """Where a source stands: by its screened units, else by all of them."""
     aucs = [source.scores[name]["auc"] for name in ("screened", "all", "chance") if name in source.scores]
     return next((auc for auc in aucs if auc is not None), 0.0)
@@ -197,11 +145,11 @@ def _paired(result: Json) -> Iterator[Markup]:
         yield shown if a in (lead, rows[0]["a"]) else fold(title, shown)
 
 
-def _sparse(result: Json, looks: Mapping[str, Look]) -> Iterator[Markup]:
+def _sparse(result: Json, looks: Mapping[str, probe_figures.Look]) -> Iterator[Markup]:
     if series := [(label, looks[name], by_k) for name, label, by_k in _by_k(result)]:
         note = "Logistic probes on k units, with regularisation chosen by cross-validation; lines are 95% intervals."
         note += " Points of one k are set apart for legibility."
-        yield figure("Probes of several units", note, auc_by_sparsity(series))
+        yield figure("Probes of several units", note, probe_figures.auc_by_sparsity(series))
 
 
 def _by_k(result: Json) -> list[tuple[str, str, dict[int | None, Json]]]:
@@ -218,40 +166,39 @@ def _grid(summary: Json) -> Iterator[Markup]:
     if grid and any(value is not None for row in grid["auc"] for value in row):
         note = "Stronger colour is higher, the highest is bold; every cell picks its unit by itself. "
         note += f"Prior: {grid['prior']}."
-        yield figure("Meta-neurons by block and noise level", note, auc_grid(grid))
+        yield figure("Meta-neurons by block and noise level", note, probe_figures.auc_grid(grid))
 
 
 def _blocks(summary: Json) -> Iterator[Markup]:
     blocks = summary.get("mlp_blocks") or []
     if any(entry["auc"] is not None for entry in blocks):
         note = "Every block picks its unit by itself."
-        yield figure("MLP neurons by block", note, auc_by_block(blocks))
+        yield figure("MLP neurons by block", note, probe_figures.auc_by_block(blocks))
 
 
-def _by_loss(result: Json, looks: Mapping[str, Look]) -> Iterator[Markup]:
+def _by_loss(result: Json, looks: Mapping[str, probe_figures.Look]) -> Iterator[Markup]:
     if not (rows := _priors(result)):
         return
     named, found = labels(result), scores(result)
     names = short_names([row["prior"] for row in rows])
     priors = [
-        Prior(row["heldout_loss"], row["auc"], row["interval"], name) for row, name in zip(rows, names, strict=True)
+        probe_figures.Prior(row["heldout_loss"], row["auc"], row["interval"], name)
+        for row, name in zip(rows, names, strict=True)
     ]
     aucs = {other: found.get((other, "screened"), {}).get("auc") for other in REFERENCES}
     references = [(named[other], looks[other], auc) for other, auc in aucs.items() if auc is not None]
     note = "A point for each prior, better priors to the right; lines are 95% intervals over tasks."
     note += " A name that has no room is in the table of exact figures." if len(rows) > 1 else ""
-    yield figure("AUC by held-out loss of the prior", note, auc_by_loss(priors, references))
+    yield figure("AUC by held-out loss of the prior", note, probe_figures.auc_by_loss(priors, references))
 
 
 def _priors(result: Json) -> list[Json]:
-    """The priors whose loss and AUC are known, from worst to best."""
     rows = result["summary"].get("scaling") or []
     known = [row for row in rows if row["heldout_loss"] is not None and row["auc"] is not None]
     return sorted(known, key=lambda row: -row["heldout_loss"])
 
 
 def _exact(result: Json) -> Iterator[Markup]:
-    """What is drawn, as tables."""
     summary = result["summary"]
     if series := _by_k(result):
         ks = sorted({k for _, _, by_k in series for k in by_k}, key=lambda k: (k is None, k))

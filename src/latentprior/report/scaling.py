@@ -12,10 +12,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 
 from latentprior.report.blocks import NOTHING, Headline, figure, pair, prose, stack, table
 from latentprior.report.figures import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, legend, log_x, svg
-from latentprior.utils.formatting import MISSING, estimate, interval, number, power, with_intervals
+from latentprior.report.templating import lines, macros, paragraph
+from latentprior.utils.formatting import MISSING, interval, number, power, with_intervals
 
 Json = Mapping[str, Any]
 
+_TEXTS = macros("scaling.html.jinja")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 MARKERS = "os^Dvp*"  # another number of them than of colours: 28 sizes before two look the same
 RUNS = {"envelope": "compute-optimal runs", "all": "all runs"}
@@ -32,43 +34,26 @@ def section(sweep: Json) -> Markup:
     if not (runs := sweep.get("runs")):
         return NOTHING
     law, correlations = leading_law(sweep), sweep["correlations"]
-    note = "One line for each size, d the width and × the blocks; each point is a run of its own. "
-    note += f"The law is of {_fitted_to(law)}, with its 95% band." if law else "No law could be fitted."
+    note = paragraph(_TEXTS.by_compute(_fitted_to(law) if law else None))
     losses = figure("Held-out loss against training compute", note, loss_by_compute(runs, law))
     drawn = []
     for measure in ("frechet", "delta_lm"):
         if measure in correlations:
-            lines = "lines are 95% intervals over documents. " if measure == "delta_lm" else ""
-            lines = "the dashed line is that of two sets of real ones. " if measure == "frechet" else lines
-            name = MEASURES[measure]
-            note = f"A point for each run; {lines}{_correlated(correlations[measure])}"
+            name, found = MEASURES[measure], correlations[measure]
+            note = paragraph(_TEXTS.by_loss(measure, found))
             bound = sweep["bound"][measure] if measure == "frechet" else None
             drawn.append(figure(f"{name[0].upper()}{name[1:]} by loss", note, measure_by_loss(runs, measure, bound)))
     tables = [_runs(runs), _laws(sweep["laws"]), _correlations(correlations)]
     return stack(pair(prose(_explained(sweep)), losses), pair(*drawn), *tables)
 
 
-def sentences(sweep: Json) -> Iterator[str]:
+def sentences(sweep: Json) -> list[Markup]:
     """A sweep in plain words."""
     if not (runs := sweep.get("runs")):
-        return
-    budgets = [run["activations"] for run in runs]
-    millions = [run["parameters"] / 1e6 for run in runs]
-    yield (
-        f"{len(runs)} priors of {number(min(millions))} to {number(max(millions))} million parameters were trained on "
-        f"{min(budgets):,} to {max(budgets):,} activations each, with {number(sum(run['flops'] for run in runs))} "
-        "FLOPs in all."
-    )
-    if law := leading_law(sweep):
-        yield (
-            f"The held-out loss of {_fitted_to(law)} follows L(C) = E + A C^−α with "
-            f"α = {estimate(law['alpha'], law['alpha_interval'])} and E = {estimate(law['E'], law['E_interval'])}"
-            + ("." if law["E_pinned"] else ", which these runs do not determine.")
-        )
-    for measure, found in sweep["correlations"].items():
-        if measure != "frechet_raw" and "spearman" in found:
-            rank = estimate(found["spearman"], found["spearman_interval"])
-            yield f"The rank correlation of the loss and the {MEASURES[measure]} is {rank}."
+        return []
+    law, found = leading_law(sweep), sweep["correlations"]
+    ranks = [(MEASURES[name], found[name]) for name in found if name != "frechet_raw" and "spearman" in found[name]]
+    return lines(_TEXTS.sentences(runs, law, _fitted_to(law) if law else "", ranks))
 
 
 def headlines(sweep: Json) -> Iterator[Headline]:
@@ -102,9 +87,9 @@ def loss_by_compute(runs: Sequence[Json], law: Json | None) -> Markup:
     """Held-out loss over training FLOPs on log axes: a line for each size, the envelope, the law and its band."""
 
     def draw(axes: Axes) -> None:
-        for size, colour, marker in _styles(runs):
+        for size, colour, marker, chosen in _by_size(runs):
             budgets: dict[float, list[float]] = {}
-            for run in _of(runs, size):
+            for run in chosen:
                 budgets.setdefault(run["flops"], []).append(run["heldout_loss"])
                 axes.plot(run["flops"], run["heldout_loss"], marker, color=colour)
             means = [(flops, float(np.mean(losses))) for flops, losses in sorted(budgets.items())]
@@ -133,8 +118,7 @@ def measure_by_loss(runs: Sequence[Json], measure: str, bound: float | None) -> 
     values = [run[measure] for run in runs]
 
     def draw(axes: Axes) -> None:
-        for size, colour, marker in _styles(runs):
-            chosen = _of(runs, size)
+        for size, colour, marker, chosen in _by_size(runs):
             points = [(run["heldout_loss"], run[measure]) for run in chosen]
             axes.plot(*zip(*points, strict=True), marker, color=colour, label=size)
             for run in chosen:
@@ -160,19 +144,11 @@ def _plain(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _styles(runs: Sequence[Json]) -> Iterator[tuple[str, str, str]]:
-    """Each size with its colour and its marker."""
-    for i, size in enumerate(_sizes(runs)):
-        yield size, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-
-
-def _sizes(runs: Sequence[Json]) -> list[str]:
-    """From small to large."""
-    return list(dict.fromkeys(_size(run) for run in sorted(runs, key=lambda run: run["parameters"])))
-
-
-def _of(runs: Sequence[Json], size: str) -> list[Json]:
-    return [run for run in runs if _size(run) == size]
+def _by_size(runs: Sequence[Json]) -> Iterator[tuple[str, str, str, list[Json]]]:
+    """Each size, from small to large, with its colour, its marker and its runs."""
+    sizes = dict.fromkeys(_size(run) for run in sorted(runs, key=lambda run: run["parameters"]))
+    for i, size in enumerate(sizes):
+        yield size, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], [run for run in runs if _size(run) == size]
 
 
 def _size(run: Json) -> str:
@@ -183,34 +159,14 @@ def _fitted_to(law: Json) -> str:
     return f"all {law['points']} runs" if law["runs"] == "all" else f"the {law['points']} {RUNS[law['runs']]}"
 
 
-def _correlated(found: Json) -> str:
-    if "failed" in found:
-        return f"No correlation: {found['failed']}."
-    return f"Spearman {number(found['spearman'])}, 95% interval {interval(found['spearman_interval'])}."
-
-
-def _explained(sweep: Json) -> str:
-    law, optimal = leading_law(sweep), [run for run in sweep["runs"] if run["optimal"]]
-    parts = [
-        "Every budget is a training run of its own, because the learning rate's schedule ends with it. A run is "
-        "compute-optimal if it lies on the falling part of the lower convex hull of all runs' loss over log compute. "
-        "Compute is the FLOPs of training as executed; 6 N D, the paper's count, has all parameters work for each "
-        "activation, though the time path runs once for each distinct time only."
-    ]
+def _explained(sweep: Json) -> Markup:
+    optimal = [run for run in sweep["runs"] if run["optimal"]]
     largest = max(run["activations"] for run in sweep["runs"])
-    if (ended := sum(run["activations"] == largest for run in optimal)) > 1:
-        parts.append(
-            f"{ended} of the {len(optimal)} compute-optimal runs have the largest budget of the grid: between and "
-            "beyond them, larger budgets for smaller sizes might do better."
-        )
+    ended = sum(run["activations"] == largest for run in optimal)
     failed = [
         f"{RUNS[x['runs']]}: {x['failed']}" for x in sweep["laws"] if x["compute"] == "executed" and "failed" in x
     ]
-    if failed:
-        parts.append(f"No law through {'; nor through '.join(failed)}.")
-    if law and not law["E_pinned"]:
-        parts.append("E is not determined: its interval reaches 0 or spans half of the smallest loss. Add dearer runs.")
-    return " ".join(parts)
+    return paragraph(_TEXTS.explained(leading_law(sweep), len(optimal), ended, failed))
 
 
 def _runs(runs: Sequence[Json]) -> Markup:

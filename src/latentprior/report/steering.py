@@ -13,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from latentprior.report import frontiers
 from latentprior.report.blocks import (
     NOTHING,
     Headline,
@@ -26,21 +27,13 @@ from latentprior.report.blocks import (
     texts_by_prompt,
 )
 from latentprior.report.figures import COLOUR_NAMES
-from latentprior.report.frontiers import (
-    STYLES,
-    Look,
-    area_by_loss,
-    by_strength,
-    frontier_curves,
-    is_control,
-    method_looks,
-    right_edge,
-)
 from latentprior.report.steering_tables import areas, matched, points, repairs
-from latentprior.utils.formatting import counted, estimate, interval, number
+from latentprior.report.templating import lines, macros, paragraph
+from latentprior.utils.formatting import interval, number
 
 Json = Mapping[str, Any]
 
+_TEXTS = macros("steering.html.jinja")
 MOST_CURVES = 6  # in one drawing
 
 
@@ -48,16 +41,17 @@ def section(result: Json) -> Markup:
     """Curves, repair and comparisons of every direction; nothing without a summary."""
     if not (summary := result.get("summary")):
         return NOTHING
-    looks, prior = method_looks(summary), leading_prior(result)
+    looks, prior = frontiers.method_looks(summary), leading_prior(result)
     parts = [prose(_explained(result)), fold("How each method repairs", repairs(result))]
     for i, direction in enumerate(summary["directions"]):
         name, shown = direction["direction"], _shown(direction, prior)
+        judge = result.get("judges", {}).get(direction["direction"])
         drawn = [*_curves(i, direction, shown, looks, leading_method(result)), *_repair(i, name, shown, looks)]
         if losses := _losses(result, direction):
             drawn.append(_by_loss(i, direction, losses, summary["baseline"], looks))
         parts += [
             heading(name),
-            prose(_described(result, direction)),
+            prose(paragraph(_TEXTS.described(direction, judge))),
             pair(*drawn),
             areas(direction, shown, summary["baseline"], losses),
             fold("Areas with every prior", areas(direction, direction["methods"], summary["baseline"], losses))
@@ -73,7 +67,7 @@ def texts(result: Json) -> Markup:
     """The texts of all methods side by side: a fold for each direction and strength, the first one's middle open."""
     if not (summary := result.get("summary")):
         return NOTHING
-    rows, looks, prior = result.get("texts", []), method_looks(summary), leading_prior(result)
+    rows, looks, prior = result.get("texts", []), frontiers.method_looks(summary), leading_prior(result)
     parts = []
     for direction in dict.fromkeys(row["direction"] for row in rows):
         mine = [row for row in rows if row["direction"] == direction and row.get("prior") in (None, "", prior)]
@@ -93,47 +87,30 @@ def texts(result: Json) -> Markup:
     return stack(*parts)
 
 
-def sentences(result: Json) -> Iterator[str]:
+def sentences(result: Json) -> list[Markup]:
     """The experiment in plain words, an honest negative included."""
     if not (summary := result.get("summary")):
-        return
-    directions, prior = summary["directions"], leading_prior(result)
-    methods = dict.fromkeys(entry["method"] for direction in directions for entry in direction["methods"])
+        return []
+    methods = dict.fromkeys(entry["method"] for direction in summary["directions"] for entry in direction["methods"])
     others = [method for method in methods if method != summary["baseline"]]
-    against = others[0] if len(others) == 1 else f"{len(others)} other methods"
-    yield (
-        f"{summary['baseline'].capitalize()} steering was "
-        + (f"compared with {against}" if others else "measured")
-        + f" along {counted(len(directions), 'direction')} on {max(d['prompts'] for d in directions):,} prompts."
-    )
-    if not (method := leading_method(result)):
-        return
-    for direction in directions:
-        entry = next((e for e in _shown(direction, prior) if e["method"] == method), None)
-        if entry:
-            difference = entry["area_difference"]
-            yield (
-                f"Along {direction['direction']}, the gain of {method} over {summary['baseline']} steering at the same "
-                f"fluency is {estimate(difference['value'], difference['interval'])} on average: "
-                f"{_verdict(difference)}."
-            )
+    differences = [(direction["direction"], entry["area_difference"]) for direction, entry in _led(result)]
+    return lines(_TEXTS.sentences(summary, others, leading_method(result), differences))
 
 
 def headlines(result: Json) -> Iterator[Headline]:
     """Figures of an experiment worth large type."""
     if not (method := leading_method(result)):
         return
-    summary, prior = result["summary"], leading_prior(result)
-    found = [(d, e) for d in summary["directions"] for e in _shown(d, prior) if e["method"] == method]
+    baseline, found = result["summary"]["baseline"], _led(result)
     if len(found) > 1:
         won = sum(e["area_difference"]["clear"] and e["area_difference"]["value"] > 0 for _, e in found)
-        note = f"directions in which {method} lies outside {summary['baseline']}, its interval clear of zero"
+        note = f"directions in which {method} lies outside {baseline}, its interval clear of zero"
         yield Headline("Frontier outside", f"{won} of {len(found)}", "", note)
     for direction, entry in found:
         difference = entry["area_difference"]
         note = f"{direction['direction']}, {method}; mean gain at the same fluency, 95% interval "
         note += interval(difference["interval"])
-        yield Headline(f"Gain over {summary['baseline']}", number(difference["value"]), "", note)
+        yield Headline(f"Gain over {baseline}", number(difference["value"]), "", note)
 
 
 def leading_prior(result: Json) -> str | None:
@@ -150,17 +127,13 @@ def leading_method(result: Json) -> str | None:
     found: dict[str, list[float]] = {}
     for direction in result.get("summary", {}).get("directions", []):
         for entry in _shown(direction, prior):
-            if "area_difference" in entry and not is_control(entry["method"]):
+            if "area_difference" in entry and not frontiers.is_control(entry["method"]):
                 found.setdefault(entry["method"], []).append(entry["area_difference"]["value"])
     return max(found, key=lambda method: sum(found[method]) / len(found[method]), default=None)
 
 
 def helps_from(entries: Sequence[tuple[float, Json]]) -> float | None:
-    """The largest held-out loss from which down every difference is clear above zero.
-
-    Args:
-        entries: (held-out loss, difference) of one method with each prior.
-    """
+    """The largest held-out loss from which down every difference is clear above zero; `entries` are of one method."""
     largest = None
     for loss, difference in sorted(entries, key=lambda entry: entry[0]):
         if not (difference["clear"] and difference["value"] > 0):
@@ -173,30 +146,25 @@ def helps_from(entries: Sequence[tuple[float, Json]]) -> float | None:
 
 
 def _curves(
-    i: int, direction: Json, shown: Sequence[Json], looks: Mapping[str, Look], leading: str | None
+    i: int, direction: Json, shown: Sequence[Json], looks: Mapping[str, frontiers.Look], leading: str | None
 ) -> Iterator[Markup]:
     """The curves, in two drawings where there are more methods than one can hold."""
     baseline = shown[0]["method"]
-    kept = [e for e in shown if e["method"] in (baseline, leading, *STYLES) or is_control(e["method"])]
+    kept = [
+        e for e in shown if e["method"] in (baseline, leading, *frontiers.STYLES) or frontiers.is_control(e["method"])
+    ]
     others = [e for e in shown if e["method"] in (baseline, leading) or e not in kept]
     drawings = [("Concept gained, fluency lost", shown)]
     if len(shown) > MOST_CURVES:
         drawings = [("Concept gained, fluency lost", kept), ("The same, other ways to repair", others)]
-    right = right_edge(direction)
+    right = frontiers.right_edge(direction)
     for part, (title, entries) in enumerate(drawings):
         beyond = sum(p["nll"] is not None and p["nll"] > right for entry in entries for p in entry["points"])
-        note = (
-            "A point for each strength, numbered where it lies on the frontier; dotted lines join them in order, faint "
-            f"lines are 95% intervals. Compared up to the dashed line, {number(direction['width'])} nats above "
-            "unsteered. Better is up and to the left."
-        )
-        note = "Drawn in the same way." if part else note
-        if beyond:
-            note += f" {counted(beyond, 'point')} beyond the right edge: see the table of all points."
-        yield figure(title, note, frontier_curves(f"{i}-{part}", title, direction, entries, looks))
+        note = paragraph(_TEXTS.curves(part == 0, direction["width"], beyond))
+        yield figure(title, note, frontiers.frontier_curves(f"{i}-{part}", title, direction, entries, looks))
 
 
-def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, Look]) -> Iterator[Markup]:
+def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, frontiers.Look]) -> Iterator[Markup]:
     """How much of the edit is kept and how far off the manifold it leads, where that was measured."""
 
     def measured(name: str) -> list[Json]:
@@ -204,27 +172,26 @@ def _repair(i: int, direction: str, shown: Sequence[Json], looks: Mapping[str, L
 
     if kept := measured("retention"):
         title = f"Edit kept along {direction}"
-        drawn = by_strength(f"retention-{i}", title, kept, looks, "retention", None, "edit kept")
+        drawn = frontiers.by_strength(f"retention-{i}", title, kept, looks, "retention", None, "edit kept")
         yield figure("Edit kept", "Share of the edit's component along the direction that is left after repair.", drawn)
     if off := measured("off_after"):
         title, names = f"Off-manifold score along {direction}", ("off_after", "off_before")
-        drawn = by_strength(f"off-{i}", title, off, looks, *names, "off-manifold score")
+        drawn = frontiers.by_strength(f"off-{i}", title, off, looks, *names, "off-manifold score")
         yield figure("Off-manifold score", "Of the activation as it is used (lines) and before repair (dotted).", drawn)
 
 
-def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mapping[str, Look]) -> Markup:
+def _by_loss(i: int, direction: Json, losses: Json, baseline: str, looks: Mapping[str, frontiers.Look]) -> Markup:
     series = _by_method(direction, losses)
     title = f"Area difference by held-out loss along {direction['direction']}"
     from_loss = {method: helps_from(entries) for method, entries in series.items()}
     helpful = [f"{method} from {number(loss)} down" for method, loss in from_loss.items() if loss is not None]
     never = [method for method, loss in from_loss.items() if loss is None]
-    note = f"A point for each prior, with its 95% interval. Clear above {baseline}: {', '.join(helpful) or 'none'}."
-    note += f" With none of these priors: {', '.join(never)}." if helpful and never else ""
-    drawn = area_by_loss(f"by-loss-{i}", title, series, looks, f"area gained over {baseline}")
+    note = paragraph(_TEXTS.by_loss(baseline, helpful, never))
+    drawn = frontiers.area_by_loss(f"by-loss-{i}", title, series, looks, f"area gained over {baseline}")
     return figure("Which prior is good enough", note, drawn)
 
 
-def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> Markup:
+def _side_by_side(rows: Sequence[Json], looks: Mapping[str, frontiers.Look]) -> Markup:
     by_prompt: dict[str, list[JudgedText]] = {}
     for row in rows:
         look = looks.get(row["method"])
@@ -238,38 +205,14 @@ def _side_by_side(rows: Sequence[Json], looks: Mapping[str, Look]) -> Markup:
     return texts_by_prompt(by_prompt)
 
 
-def _explained(result: Json) -> str:
+def _explained(result: Json) -> Markup:
     summary, prior = result["summary"], leading_prior(result)
-    parts = [
-        "The concept gained is how much more probable the concept is than in the unsteered text of the same prompt, or "
-        "for negative strengths how much less. Fluency is the negative log-likelihood (NLL) of the text under the "
-        "unsteered model. A frontier is the convex hull of a method's points: the most concept that it gives at a "
-        "given loss of fluency, choosing the strength. Intervals are bootstraps over prompts, the same ones for all "
-        f"methods ({summary['resamples']:,} resamples)."
-    ]
-    if norm := result.get("mean_norm"):
-        parts.append(f"A strength is a multiple of the layer's mean activation norm, {number(norm)}.")
-    if method := leading_method(result):
-        parts.append(f"Where one repair stands for all, it is {method}, chosen by these same figures.")
-    names = {entry["prior"] for direction in summary["directions"] for entry in direction["methods"] if entry["prior"]}
-    if len(names) > 1:
-        parts.append(f"Curves, points and texts are those of the best of {len(names)} priors, {prior}.")
-    return " ".join(parts)
-
-
-def _described(result: Json, direction: Json) -> str:
-    unsteered = direction["unsteered"]
-    concept, nll = (estimate(x["value"], x["interval"]) for x in (unsteered["concept"], unsteered["nll"]))
-    said = f"{direction['prompts']:,} prompts. Unsteered, the concept's mean probability is {concept}, the NLL {nll}."
-    if judge := result.get("judges", {}).get(direction["direction"]):
-        said += f" The concept is judged by {judge['name']}"
-        accuracy = judge.get("heldout_accuracy")
-        said += "." if accuracy is None else f", whose held-out accuracy is {number(accuracy)}."
-    return said
+    names = {entry["prior"] for direction in summary["directions"] for entry in direction["methods"]} - {None, ""}
+    norm = result.get("mean_norm")
+    return paragraph(_TEXTS.explained(summary, norm, leading_method(result), len(names), prior))
 
 
 def _losses(result: Json, direction: Json) -> dict[str, float]:
-    """Held-out loss by prior, where two or more are known."""
     names = {entry["prior"] for entry in direction["methods"]}
     known = {name: loss for name, loss in _known_losses(result).items() if name in names}
     return known if len(known) > 1 else {}
@@ -293,7 +236,8 @@ def _shown(direction: Json, prior: str | None) -> list[Json]:
     return [entry for entry in direction["methods"] if entry["prior"] in (None, prior)]
 
 
-def _verdict(difference: Json) -> str:
-    if not difference["clear"]:
-        return "the interval does not leave out zero"
-    return "its frontier lies outside" if difference["value"] > 0 else "its frontier lies inside"
+def _led(result: Json) -> list[tuple[Json, Json]]:
+    """Each direction with the leading method's entry."""
+    prior, method = leading_prior(result), leading_method(result)
+    directions = result["summary"]["directions"]
+    return [(d, entry) for d in directions for entry in _shown(d, prior) if entry["method"] == method]

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from latentprior.utils.formatting import number
+from latentprior.utils import formatting
 
 # What no HTML page may hold: control characters but tab and newline, lone surrogates, non-characters.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -36,7 +36,9 @@ environment = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-environment.filters |= {"number": number, "printable": printable}
+environment.filters |= {"number": formatting.number, "printable": printable}
+_SHOWN = ("counted", "decimals", "duration", "estimate", "interval", "number", "signed")
+environment.globals |= {name: getattr(formatting, name) for name in _SHOWN} | {"grouped": "{:,}".format}
 
 
 def render(template: str, **values: Any) -> str:
@@ -47,3 +49,13 @@ def render(template: str, **values: Any) -> str:
 def macros(template: str) -> Any:
     """A template whose macros are called like functions; they give `Markup`."""
     return environment.get_template(template).module
+
+
+def lines(written: Markup) -> list[Markup]:
+    """The passages that a macro of texts gave, one a line."""
+    return [Markup(line.strip()) for line in written.split("\n") if line.strip()]
+
+
+def paragraph(written: Markup) -> Markup:
+    """The passages that a macro of texts gave, one after another."""
+    return Markup(" ").join(lines(written))

@@ -14,11 +14,7 @@ WIDTH, HEIGHT, FLOOR = 320, 110, 88  # user units; FLOOR is the base line of the
 
 
 def histogram(counts: Sequence[int] | None, low: float | None, high: float | None) -> Markup:
-    """Bars of log counts, those of negative activations blue; a sentence where there is nothing to draw.
-
-    Args:
-        counts: tokens in each of the bins of equal width between `low` and `high`.
-    """
+    """Bars of log counts in bins of equal width, those of negative activations blue; or why there are none."""
     blocks = macros("site_blocks.html.jinja")
     if not counts or low is None or high is None or not any(counts) or not math.isfinite(high - low):
         return blocks.note("No activations were counted.")

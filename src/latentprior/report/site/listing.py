@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from latentprior.neurons.store import Unit
-from latentprior.report.site.words import list_path, share, source_words
+from latentprior.report.site.words import list_path, source_words
 from latentprior.report.templating import printable, render
-from latentprior.utils.formatting import Number, number
 
 STATISTICS = {  # key of the column, its heading, the words of the sort menu
     "kurtosis": ("Kurtosis", "excess kurtosis"),
@@ -27,12 +26,7 @@ ROWS = 500  # units on one page of a block's list
 
 
 class Listing:
-    """Columns of every unit, in order; filled by `add`.
-
-    Attributes:
-        columns: lists of equal length, one entry a unit.
-        tasks: names of the tasks that any unit wins; "won" holds indices into it.
-    """
+    """Columns of every unit, in order; filled by `add`. "won" holds indices into `tasks`."""
 
     def __init__(self, info: Mapping[str, Any]) -> None:
         self.info = info
@@ -42,11 +36,9 @@ class Listing:
         self.tasks: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Units."""
         return len(self.columns["unit"])
 
     def add(self, unit: Unit) -> None:
-        """Take one unit in."""
         row = unit.row
         aucs = [_short(auc) for auc in row["task_aucs"] or ()]
         entry = {
@@ -103,7 +95,7 @@ class Listing:
             corpus=(self.info.get("corpus") or {}).get("dataset"),
             units=len(self),
             blocks=self.blocks(),
-            tasks=[(task, won[number]) for task, number in sorted(self.tasks.items())],
+            tasks=[(task, won[i]) for task, i in sorted(self.tasks.items())],
             statistics=self.statistics(),
         )
 
@@ -117,25 +109,14 @@ class Listing:
                     "list.html.jinja",
                     title=f"Block {block} · {source_words(self.info)}",
                     block=block,
+                    d_mlp=self.d_mlp,
                     part=part,
                     parts=parts,
                     statistics=statistics,
-                    rows=[self._row(i, statistics) for i in positions[part * ROWS : (part + 1) * ROWS]],
+                    columns=self.columns,
+                    positions=positions[part * ROWS : (part + 1) * ROWS],
                 )
         return pages
-
-    def _row(self, i: int, statistics: Iterable[str]) -> dict[str, Any]:
-        return {
-            "index": self.columns["unit"][i] % self.d_mlp,
-            "description": self.columns["description"][i],
-            "cells": [_cell(key, self.columns[key][i]) for key in statistics],
-        }
-
-
-def _cell(key: str, value: Number | None) -> str:
-    if key == "consistency" and value is not None:
-        return str(value)
-    return share(value) if key == "share" else number(value)
 
 
 def top_tokens(unit: Unit) -> list[str]:

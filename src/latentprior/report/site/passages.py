@@ -18,19 +18,17 @@ VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 class Run(NamedTuple):
-    """Tokens of equal level as one element."""
+    """Tokens of equal level as one element; `peak` is the activation, where this is the token at the peak."""
 
     text: str
     level: int = 0
     peak: float | None = None
-    """The activation, where this is the token at the peak."""
 
 
 def passage(example: Example, scale: float) -> Markup:
     """An example's text: runs of tokens of equal level are one element, the peak a ``<mark>`` that says its value.
 
-    Args:
-        scale: |activation| that the levels are shares of; 0 gives no backgrounds.
+    Levels are shares of `scale`; 0 gives no backgrounds.
     """
     peak, strings = example.peak, example.token_strings
     start, stop = max(0, peak - CONTEXT), min(len(strings), peak + 1 + CONTEXT)

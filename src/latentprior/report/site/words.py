@@ -39,4 +39,4 @@ def share(value: Number | None) -> str:
     return MISSING if value is None else f"{number(100 * value)}%"
 
 
-environment.globals |= {"short": short, "unit_path": unit_path, "list_path": list_path}
+environment.globals |= {"short": short, "unit_path": unit_path, "list_path": list_path, "share": share}

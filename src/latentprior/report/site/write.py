@@ -29,17 +29,10 @@ def write_site(store: NeuronStore, folder: str | Path, *, report: Report = silen
 
     The index is written last, so that an interrupted run leaves the old one or none; the same call makes it whole.
     Pages of units that the store no longer has are removed then.
-
-    Args:
-        store: the units.
-        folder: made if need be; may hold an earlier site.
-        report: told how many units are done.
-
-    Returns:
-        the site's ``index.html``.
+    Returns the site's ``index.html``.
 
     Raises:
-        InputError: `folder` is a file, or holds something else.
+        InputError: `folder` is a file, or holds something else than an earlier site.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -80,7 +73,6 @@ def _start(path: Path) -> str:
 
 
 def _write_units(store: NeuronStore, folder: Path, report: Report) -> tuple[Listing, set[str]]:
-    """Write the pages of all units; gives their list and the paths written."""
     info, d_mlp, total = store.info, store.info["d_mlp"], len(store)
     said: list[str | None] = store.units["description"].to_pylist()
     listing, written = Listing(info), set[str]()
