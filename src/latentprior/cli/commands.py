@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from rich.markup import escape
@@ -101,16 +101,8 @@ def sample(options: config.SampleConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:
         save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
-    table(
-        "Samples",
-        {
-            "file": path,
-            "activations": len(x),
-            "width": x.shape[1],
-            "NFE": nfe,
-            "mean norm": number(float(x.norm(dim=1).mean())),
-        },
-    )
+    rows = {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe}
+    table("Samples", rows | {"mean norm": number(float(x.norm(dim=1).mean()))})
 
 
 def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
@@ -236,20 +228,8 @@ def demo(options: config.DemoConfig) -> None:
     out.print(f"report: {options.output}/report.html ({time.monotonic() - began:.0f} s)")
 
 
-COMMANDS = {
-    "doctor": Command(config.DoctorConfig, doctor),
-    "record": Command(config.RecordConfig, record),
-    "train": Command(config.TrainConfig, train),
-    "sample": Command(config.SampleConfig, sample),
-    "evaluate": Command(config.EvaluateConfig, evaluate),
-    "steer": Command(config.SteerConfig, steer),
-    "convert": Command(config.ConvertConfig, convert),
-    "plan": Command(config.PlanConfig, plan),
-    "sweep": Command(config.SweepConfig, sweep),
-    "probe": Command(config.ProbeConfig, probe),
-    "neurons": Command(config.NeuronsConfig, neurons),
-    "demo": Command(config.DemoConfig, demo),
-}
+_RUN = (doctor, record, train, sample, evaluate, steer, convert, plan, sweep, probe, neurons, demo)
+COMMANDS = {run.__name__: Command(get_type_hints(run)["options"], run) for run in _RUN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,8 +61,7 @@ class Subject:
     load_llm: Callable[[], tuple[Any, Any]]
     load_prior: Callable[[], GLP]
     wanted_layer: int | None
-    prior: GLP | None = None
-    """The prior, once it is loaded."""
+    prior: GLP | None = None  # once it is loaded
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
@@ -91,7 +90,6 @@ class Subject:
 
     @cached_property
     def batch(self) -> TokenBatch:
-        """The texts, padded on the right."""
         documents = (Document(index, text) for index, text in enumerate(TEXTS))
         (batch,) = tokenize(documents, self.tokenizer, max_length=LONGEST, batch_tokens=LONGEST * len(TEXTS))
         return batch
