@@ -105,29 +105,28 @@ def sample(options: config.SampleConfig) -> None:
     table("Samples", rows | {"mean norm": number(float(x.norm(dim=1).mean()))})
 
 
-def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
-    """Draw the page of a result, print its tables and where the page lies."""
+def report(job: Callable[..., dict[str, Any]], options: Any, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run a job, draw the page of its result, print its tables and where the page lies."""
     from latentprior.report import write_report
 
-    page = write_report(result, Path(folder) / "report.html")
+    with bars() as phase:
+        result = job(options, phase=phase)
+    page = write_report(result, Path(options.output) / "report.html")
     show(result)
     out.print(f"report: {page}")
+    return result
 
 
 def evaluate(options: config.EvaluateConfig) -> None:
     from latentprior.evaluation.evaluate import evaluate
 
-    with bars() as phase:
-        result = evaluate(options, phase=phase)
-    report(result, options.output, print_evaluation)
+    report(evaluate, options, print_evaluation)
 
 
 def steer(options: config.SteerConfig) -> None:
     from latentprior.steer.experiment import steer
 
-    with bars() as phase:
-        result = steer(options, phase=phase)
-    report(result, options.output, print_frontiers)
+    report(steer, options, print_frontiers)
 
 
 def convert(options: config.ConvertConfig) -> None:
@@ -156,18 +155,14 @@ def sweep(options: config.SweepConfig) -> None:
     from latentprior.scaling.sweep import sweep
     from latentprior.scaling.tables import tables
 
-    with bars() as phase:
-        result = sweep(options, phase=phase)
-    report(result, options.output, lambda result: print_tables(tables(result)))
+    report(sweep, options, lambda result: print_tables(tables(result)))
 
 
 def probe(options: config.ProbeConfig) -> int:
     from latentprior.probe.experiment import probe
     from latentprior.probe.tables import tables
 
-    with bars() as phase:
-        result = probe(options, phase=phase)
-    report(result, options.output, lambda result: print_tables(tables(result)))
+    result = report(probe, options, lambda result: print_tables(tables(result)))
     if names := [str(task["task"]) for task in result["skipped"]]:
         whole = len(names) + len(result["tasks"])
         err.print(f"skipped {len(names)} of {whole} tasks: {', '.join(names)}", soft_wrap=True, markup=False)

@@ -22,8 +22,7 @@ class Command:
     """A command: its options, and what it does with them."""
 
     config: type
-    run: Callable[[Any], int | None]
-    """Gives the exit status; None is success."""
+    run: Callable[[Any], int | None]  # gives the exit status; None is success
 
     @property
     def about(self) -> str:
@@ -34,8 +33,7 @@ class Command:
 class Call:
     """What is asked of a command."""
 
-    given: dict[str, Any] = field(default_factory=dict)
-    """Values by the dotted names of options."""
+    given: dict[str, Any] = field(default_factory=dict)  # values by the dotted names of options
     flags: set[str] = field(default_factory=set)
 
 

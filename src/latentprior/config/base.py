@@ -210,7 +210,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def old_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the names that their fields have in files, which keep those of the first version (``cls.RENAMED``)."""
-    old = {new: before for before, new in _renamed(cls).items()}
+    old = {new: before for before, new in getattr(cls, "RENAMED", {}).items()}
     return {old.get(name, name): value for name, value in values.items()}
 
 
@@ -236,17 +236,13 @@ def groups(cls: type) -> dict[str, type]:
 
 def _name_within(cls: type, name: str) -> str | None:
     first, _, rest = name.partition(".")
-    first = _renamed(cls).get(first, first)
+    first = getattr(cls, "RENAMED", {}).get(first, first)
     if first not in {f.name for f in dataclasses.fields(cls)}:
         return None
     if not rest:
         return first
     inner = full_name(groups(cls)[first], rest) if first in groups(cls) else None
     return inner and f"{first}.{inner}"
-
-
-def _renamed(cls: type) -> dict[str, str]:
-    return getattr(cls, "RENAMED", {})
 
 
 def grouped(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class TextConfig:
     """Which documents."""
 
     dataset: str = "sae-probes"
-    """The embedded "sae-probes", a Hugging Face dataset id, or a txt, jsonl, csv, parquet (.zst) file or folder."""
+    """The embedded "sae-probes", a Hugging Face dataset, a txt, jsonl, csv or parquet file (also .zst), or a folder."""
     part: Literal["train", "heldout", "all"] = "train"
     """Documents to train on, documents held out of training, or both."""
     limit: int | None = None

@@ -13,10 +13,7 @@ from latentprior.utils.errors import InputError
 
 @dataclass(frozen=True)
 class NeuronsConfig:
-    """Show what each meta-neuron of a prior responds to: its top documents, statistics, tokens, nearest units, tasks.
-
-    Documents pass once through language model and prior.
-    """
+    """Show what each meta-neuron of a prior responds to: top documents, statistics, tokens, nearest units, tasks."""
 
     prior: Folder
     output: Folder = beside()

@@ -18,8 +18,7 @@ import yaml
 from latentprior.config.base import SHARED_DOCS, count_of, dashed, from_dict, full_name, groups, moved, written
 from latentprior.utils.errors import InputError, unknown
 
-SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}
-"""Types as --help shows them; others by their name in capitals."""
+SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}  # others by their name in capitals
 WANTED = {
     int: "a whole number, such as 7, 64k or 2e6",
     float: "a number",
@@ -35,16 +34,11 @@ UNSET = object()  # the default of what only changes something else
 class Option:
     """A field of a configuration, or of a group (a nested dataclass) in it."""
 
-    name: str
-    """With its groups, as in "llm.model"."""
-    written: str
-    """On the command line, as in "--llm.model"; the groups in ``UNNAMED`` of the configuration are left out."""
+    name: str  # with its groups, as in "llm.model"
+    written: str  # as on the command line, as in "--llm.model": see `base.written`
     kind: Any
-    """Its type."""
-    shown: str
-    """Its type as --help shows it."""
-    default: Any
-    """`dataclasses.MISSING` if it must be given; `UNSET` if it has none of its own."""
+    shown: str  # its type as --help shows it
+    default: Any  # `dataclasses.MISSING` if it must be given; `UNSET` if it has none of its own
     doc: str
 
 

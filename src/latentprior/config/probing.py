@@ -35,8 +35,7 @@ class ProbeConfig:
     units of the MLPs of all blocks up to the layer), sae (latents of `sae`), random-denoiser (an untrained denoiser of
     the prior's shape), meta-neurons (the prior's hidden units)."""
     sae: Folder | None = None
-    """Folder of a sparse autoencoder of the same hookpoint, of `evaluate --baseline sae` or of SAELens; adds the source
-    "sae"."""
+    """Folder of an SAE of the same hookpoint, of `evaluate --baseline sae` or SAELens; adds the source "sae"."""
     t: list[float] = field(default_factory=lambda: [0.1])
     """Noise levels of the meta-neurons; with several, a unit counts once at each."""
     times: list[float] = field(default_factory=list)

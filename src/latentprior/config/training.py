@@ -63,7 +63,7 @@ class Recipe:
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     base_width: int | None = None
-    """Width transfer (muP): AdamW's rate of matrices whose fan-in grows with d_model is times this over d_model."""
+    """Width transfer (muP): AdamW's rate of matrices whose fan-in grows is multiplied by this / d_model."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     matrix_rate: float = 0.02
@@ -207,8 +207,7 @@ class TrainConfig:
     source: Literal["store", "llm"] = "store"
     """Train on a store, or on what the language model computes meanwhile (also spelled --from)."""
     layers: list[int] = field(default_factory=list)
-    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch. By default
-    15 of a language model, and all of a store."""
+    """Blocks that are modelled, counted from 0, by one prior; by default 15 of a language model, all of a store."""
     preset: Literal["official", "quick", "fast"] = "quick"
     """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
     activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
@@ -245,15 +244,12 @@ class TrainConfig:
 
     def changed(self, **options: Any) -> TrainConfig:
         """This configuration with other values of some options, named as in `of`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in grouped(TrainConfig, options).items():
-            kind = groups(TrainConfig).get(name)
-            if kind is None or kind is Recipe:
-                values[name] = value
-            else:
-                before = {f.name: getattr(values[name], f.name) for f in fields(kind)}
-                values[name] = from_dict(kind, before | grouped(kind, value))
-        return TrainConfig(**values)
+        values = grouped(TrainConfig, options)
+        for name, kind in groups(TrainConfig).items():
+            if name in values and kind is not Recipe:
+                before = {f.name: getattr(getattr(self, name), f.name) for f in fields(kind)}
+                values[name] = from_dict(kind, before | grouped(kind, values[name]))
+        return replace(self, **values)
 
     def resolved_recipe(self) -> Recipe:
         """The preset with this configuration's changes."""

@@ -25,8 +25,7 @@ class Check:
 
     name: str
     status: Literal["ok", "failed", "skipped"]
-    detail: str
-    """Its figures, or in plain words what is wrong."""
+    detail: str  # its figures, or in plain words what is wrong
 
 
 def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
