@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import File, Size, at_least, beside, changes_of, choices, known, positive, size_of
+from latentprior.config.base import File, Size, at_least, beside, changes_of, choices, positive, size_of
 from latentprior.config.data import LLMConfig, StreamConfig
-from latentprior.config.training import PRESETS, PriorOptions, Recipe, TrainConfig, recipe_of
+from latentprior.config.training import PriorOptions, Recipe, TrainConfig, recipe_of
 from latentprior.utils.errors import InputError
 
 
@@ -50,7 +50,6 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         choices(self)
-        known("PlanConfig.preset", [self.preset], PRESETS)
         positive(self, "batch_tokens", "blocks", "d_model", "d_mlp", "activations", "micro_batch", "chips")
         size_of("buffer", self.buffer)
         at_least(2, self, "max_length")

@@ -98,7 +98,7 @@ class Recipe:
     logit_scale: float = 1.0
     """Standard deviation of the normal variable of "logit_normal"."""
     weighting: Literal["none", "unbiased", "snr"] = "none"
-    """Weight of each row's error: one; one over its time's density; or more near data and noise, where it is known."""
+    """Weight of each row's error: one; one over its time's density; or more near data and near noise ("snr")."""
     normalizer: Literal["standard", "whitened"] = "standard"
     """Activations are standardised in each dimension, or along the principal directions of their covariance."""
 
