@@ -51,12 +51,7 @@ TINY: dict[str, Any] = {
 
 
 def demo(config: DemoConfig, *, phase: Phase = unseen) -> dict[str, Any]:
-    """Record, train, evaluate, steer and write ``report.html`` and ``demo.json`` into ``config.output``.
-
-    Raises:
-        InputError: the asset packages are missing, the folder holds a demo of other settings or another process writes
-            it, or strengths that are not positive.
-    """
+    """Record, train, evaluate, steer and write ``report.html`` and ``demo.json`` into ``config.output``."""
     if config.tiny:
         config = dataclasses.replace(config, **TINY)
     with locked(config.output) as folder:
@@ -159,7 +154,6 @@ class _Parts:
 
 
 def steering_of(config: DemoConfig) -> SteerConfig:
-    """The demo's steering experiment; `InputError` if its strengths are not positive, or one is named twice."""
     return SteerConfig(
         output=str(Path(config.output, "steering")),
         priors=[str(Path(config.output, "prior"))],

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from rich.markup import escape
@@ -101,41 +101,32 @@ def sample(options: config.SampleConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:
         save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
-    table(
-        "Samples",
-        {
-            "file": path,
-            "activations": len(x),
-            "width": x.shape[1],
-            "NFE": nfe,
-            "mean norm": number(float(x.norm(dim=1).mean())),
-        },
-    )
+    rows = {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe}
+    table("Samples", rows | {"mean norm": number(float(x.norm(dim=1).mean()))})
 
 
-def report(result: dict[str, Any], folder: str, show: Callable[[dict[str, Any]], None]) -> None:
-    """Draw the page of a result, print its tables and where the page lies."""
+def report(job: Callable[..., dict[str, Any]], options: Any, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run a job, draw the page of its result, print its tables and where the page lies."""
     from latentprior.report import write_report
 
-    page = write_report(result, Path(folder) / "report.html")
+    with bars() as phase:
+        result = job(options, phase=phase)
+    page = write_report(result, Path(options.output) / "report.html")
     show(result)
     out.print(f"report: {page}")
+    return result
 
 
 def evaluate(options: config.EvaluateConfig) -> None:
     from latentprior.evaluation.evaluate import evaluate
 
-    with bars() as phase:
-        result = evaluate(options, phase=phase)
-    report(result, options.output, print_evaluation)
+    report(evaluate, options, print_evaluation)
 
 
 def steer(options: config.SteerConfig) -> None:
     from latentprior.steer.experiment import steer
 
-    with bars() as phase:
-        result = steer(options, phase=phase)
-    report(result, options.output, print_frontiers)
+    report(steer, options, print_frontiers)
 
 
 def convert(options: config.ConvertConfig) -> None:
@@ -164,18 +155,14 @@ def sweep(options: config.SweepConfig) -> None:
     from latentprior.scaling.sweep import sweep
     from latentprior.scaling.tables import tables
 
-    with bars() as phase:
-        result = sweep(options, phase=phase)
-    report(result, options.output, lambda result: print_tables(tables(result)))
+    report(sweep, options, lambda result: print_tables(tables(result)))
 
 
 def probe(options: config.ProbeConfig) -> int:
     from latentprior.probe.experiment import probe
     from latentprior.probe.tables import tables
 
-    with bars() as phase:
-        result = probe(options, phase=phase)
-    report(result, options.output, lambda result: print_tables(tables(result)))
+    result = report(probe, options, lambda result: print_tables(tables(result)))
     if names := [str(task["task"]) for task in result["skipped"]]:
         whole = len(names) + len(result["tasks"])
         err.print(f"skipped {len(names)} of {whole} tasks: {', '.join(names)}", soft_wrap=True, markup=False)
@@ -236,20 +223,8 @@ def demo(options: config.DemoConfig) -> None:
     out.print(f"report: {options.output}/report.html ({time.monotonic() - began:.0f} s)")
 
 
-COMMANDS = {
-    "doctor": Command(config.DoctorConfig, doctor),
-    "record": Command(config.RecordConfig, record),
-    "train": Command(config.TrainConfig, train),
-    "sample": Command(config.SampleConfig, sample),
-    "evaluate": Command(config.EvaluateConfig, evaluate),
-    "steer": Command(config.SteerConfig, steer),
-    "convert": Command(config.ConvertConfig, convert),
-    "plan": Command(config.PlanConfig, plan),
-    "sweep": Command(config.SweepConfig, sweep),
-    "probe": Command(config.ProbeConfig, probe),
-    "neurons": Command(config.NeuronsConfig, neurons),
-    "demo": Command(config.DemoConfig, demo),
-}
+_RUN = (doctor, record, train, sample, evaluate, steer, convert, plan, sweep, probe, neurons, demo)
+COMMANDS = {run.__name__: Command(get_type_hints(run)["options"], run) for run in _RUN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

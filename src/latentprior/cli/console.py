@@ -100,29 +100,17 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """Distances and delta LM loss as tables."""
     header = ("source", "solver", "NFE", "Fréchet", "x bound", "sliced Wasserstein", "two-sample AUC")
     bound = result["distribution"][0]["frechet"]["total"]
-    rows = [
-        [
-            row["source"],
-            row.get("solver", ""),
-            str(row.get("nfe", "")),
-            number(row["frechet"]["total"]),
-            number(row["frechet"]["total"] / bound),
-            number(row["sliced_wasserstein"]),
-            number(row["two_sample_auc"]),
-        ]
-        for row in result["distribution"]
-    ]
+    rows = []
+    for row in result["distribution"]:
+        total = row["frechet"]["total"]
+        figures = (total, total / bound, row["sliced_wasserstein"], row["two_sample_auc"])
+        rows.append([row["source"], row.get("solver", ""), str(row.get("nfe", "")), *map(number, figures)])
     print_tables([Table("Real against generated activations (held-out, standardised)", header, rows)], 2, whole=True)
     if lm := result.get("delta_lm"):
-        rows = [
-            [
-                row["method"],
-                "" if row["t_start"] is None else str(row["t_start"]),
-                number(row["delta"]),
-                interval(row["interval"]),
-            ]
-            for row in lm["rows"]
-        ]
+        rows = []
+        for row in lm["rows"]:
+            t_start = "" if row["t_start"] is None else str(row["t_start"])
+            rows.append([row["method"], t_start, number(row["delta"]), interval(row["interval"])])
         title = f"Delta LM loss (nats, by {lm['weighted_by']}; clean {number(lm['clean_loss'])})"
         print_tables([Table(title, ("replacement", "t_start", "delta", "95% interval"), rows)])
 

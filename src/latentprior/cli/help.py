@@ -37,21 +37,19 @@ EXAMPLES = {
 
 def overview(commands: Mapping[str, Command]) -> str:
     """The help of the program: its commands."""
-    lines = ["usage: latentprior COMMAND [options]", ""]
-    lines.append("Generative models of a language model's internal activations.")
+    lines = [
+        "usage: latentprior COMMAND [options]",
+        "",
+        "Generative models of a language model's internal activations.",
+    ]
     lines += ["", "commands:"]
     lines += [line for name, command in commands.items() for line in _row(name, _first(command.about), 12)]
-    return "\n".join(
-        [*lines, "", "latentprior COMMAND --help says what its options are. --version prints the version."]
-    )
+    lines += ["", "latentprior COMMAND --help says what its options are. --version prints the version."]
+    return "\n".join(lines)
 
 
 def help_of(name: str, command: Command, *, whole: bool) -> str:
-    """The help of a command.
-
-    Args:
-        whole: every option in full; else of each group as many as two screens hold, and the names of the rest.
-    """
+    """The help of a command: every option in full if `whole`, else as much of each group as two screens hold."""
     if whole:
         return "\n".join(_lines(name, command, None))
     texts = ([*_lines(name, command, most)] for most in range(12, -1, -1))

@@ -22,8 +22,7 @@ class Command:
     """A command: its options, and what it does with them."""
 
     config: type
-    run: Callable[[Any], int | None]
-    """Gives the exit status; None is success."""
+    run: Callable[[Any], int | None]  # gives the exit status; None is success
 
     @property
     def about(self) -> str:
@@ -34,13 +33,11 @@ class Command:
 class Call:
     """What is asked of a command."""
 
-    given: dict[str, Any] = field(default_factory=dict)
-    """Values by the dotted names of options."""
+    given: dict[str, Any] = field(default_factory=dict)  # values by the dotted names of options
     flags: set[str] = field(default_factory=set)
 
 
 def command_of(arguments: Sequence[str], commands: Mapping[str, Command]) -> str:
-    """The name of the command that a command line begins with."""
     if not arguments:
         raise InputError(f"name a command: {', '.join(commands)}")
     if arguments[0].startswith("-"):
@@ -54,9 +51,6 @@ def parse(words: Sequence[str], config: type) -> Call:
     """What the words behind a command ask of it. Of several values of one option the last counts.
 
     Names may have hyphens or underscores, a value follows its name or "=", and a bare yes/no option means yes.
-
-    Raises:
-        InputError: an option that there is not, or a value of another type.
     """
     call, remaining = Call(), deque(words)
     while remaining:
@@ -87,7 +81,6 @@ def parse(words: Sequence[str], config: type) -> Call:
 
 
 def _loaded(file: str) -> Any:
-    """What a YAML file holds."""
     path = Path(file)
     if not path.is_file():
         files = sorted(other.name for other in path.parent.glob("*.y*ml"))

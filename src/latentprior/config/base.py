@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from operator import attrgetter
 from types import UnionType
@@ -21,8 +21,32 @@ Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
-SIDES: tuple[Side, ...] = get_args(Side)
 GRIDS: tuple[Grid, ...] = get_args(Grid)
+
+
+SHARED_DOCS = {
+    "device": 'Torch device; "auto" is this process\'s CUDA device if there is one, else the CPU.',
+    "precision": 'Precision of the denoiser; "auto" is bfloat16 where the device is fast at it.',
+    "layer": "Which layer of a multi-layer prior.",
+    "checkpoint": "Which of the prior's weights.",
+    "batch_tokens": "Most tokens of one forward pass of the language model, padding included.",
+    "subset": "Configuration name of the Hugging Face dataset.",
+    "split": "Split of the Hugging Face dataset.",
+    "d_model": "Width of the denoiser; by default twice the activations' width.",
+    "d_mlp": "Hidden units of each block; by default twice d_model.",
+    "blocks": "Residual blocks of the denoiser.",
+    "long_documents": 'Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being '
+    'counted ("cut"); "auto" is chunks, but for the embedded corpus, whose documents are cut.',
+    "sinks": "Attention sinks (norm over 10 times the median) are left out and counted, or kept.",
+    "side": "A block's output, its input, or the hidden units of its MLP.",
+    "max_length": "Most tokens of a document that the model sees at once, the beginning-of-sequence token included.",
+    "prior": "Folder or repository of the prior.",
+    "recipe": 'Fields of the preset\'s recipe to change, for example {"learning_rate": 1e-3}.',
+    "micro_batch": "Activations of one forward and backward pass; by default 1024 on a CPU, all on a GPU.",
+    "parallel": "With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "
+    '"auto" shards from a billion parameters on.',
+}
+"""What --help says of a field that several configurations share and that has no string below it."""
 
 
 def typed(owner: object) -> None:
@@ -36,7 +60,7 @@ def typed(owner: object) -> None:
 
 def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
-        return isinstance(value, str)  # which one is checked by `one_of`
+        return isinstance(value, str)  # which one is checked by `choices`
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         return isinstance(value, tuple | list) and len(value) == len(kinds) and all(map(_is_of, value, kinds))
@@ -60,27 +84,26 @@ def choices(owner: object) -> None:
         several = get_origin(kind) is list
         choice = get_args(kind)[0] if several else kind
         if get_origin(choice) is Literal:
-            for value in getattr(owner, name) if several else [getattr(owner, name)]:
-                if value not in get_args(choice):
-                    raise unknown(f"{type(owner).__name__}.{name}", value, get_args(choice))
+            values = getattr(owner, name) if several else [getattr(owner, name)]
+            known(f"{type(owner).__name__}.{name}", values, get_args(choice))
 
 
-def one_of(owner: object, name: str, valid: tuple[str, ...]) -> None:
-    value = getattr(owner, name)
-    if value not in valid:
-        raise unknown(f"{type(owner).__name__}.{name}", value, valid)
+def known(what: str, values: Iterable[str], valid: Collection[str]) -> None:
+    for value in values:
+        if value not in valid:
+            raise unknown(what, value, valid)
+
+
+def at_least(least: int, owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < least:
+            raise InputError(f"{type(owner).__name__}.{name} must be at least {least}, got {getattr(owner, name)}")
 
 
 def meaningless(owner: object, mode: str, *names: str) -> None:
-    """Refuse options that were given, which is to say differ from their default, although they mean nothing.
+    """Refuse options, dotted in a group, that differ from their default although they mean nothing in `mode`.
 
-    Args:
-        mode: in which they mean nothing, in words, as in "with a store".
-        names: of fields, dotted in a group; a group is given if any field of it is, but for "device", which may be
-            meant for the whole command.
-
-    Raises:
-        InputError: one of them was given.
+    A group is given if any field of it is, but for "device", which may be meant for the whole command.
     """
     for name in names:
         group, _, last = name.rpartition(".")
@@ -123,11 +146,7 @@ UNITS = {"": 1, "B": 1} | {
 
 
 def size_of(name: str, size: str) -> tuple[int, bool]:
-    """A size like "65536", "64k", "2GB" or "512MiB": its number, and whether it counts bytes (its unit says so).
-
-    Raises:
-        InputError: not a positive number with an optional unit.
-    """
+    """A size like "65536", "64k", "2GB" or "512MiB": its number, and whether it counts bytes (its unit says so)."""
     found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)(e[0-9]{1,2})?\s*([A-Za-z]*)", size.strip())
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     number, exponent, unit = found.groups() if found else ("0", None, "")
@@ -148,11 +167,7 @@ def count_of(text: str) -> int | None:
 
 
 def bytes_of(name: str, size: str | None) -> int | None:
-    """A size that must have a unit, in bytes; None for none.
-
-    Raises:
-        InputError: no unit, or no size.
-    """
+    """A size that must have a unit, in bytes; None for none."""
     if size is None:
         return None
     amount, in_bytes = size_of(name, size)
@@ -172,13 +187,8 @@ def moved(option: str) -> InputError | None:
 
 
 def beside(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
-    """A field that a run which continues another may change: where results go, which more there are, how fast.
-
-    All other fields decide results: see `settings_of`.
-    """
-    if default_factory is dataclasses.MISSING:
-        return dataclasses.field(default=default, metadata={"beside": True})
-    return dataclasses.field(default_factory=default_factory, metadata={"beside": True})
+    """A field that does not decide results (see `settings_of`): a run that continues another may change it."""
+    return dataclasses.field(default=default, default_factory=default_factory, metadata={"beside": True})
 
 
 def changes_of(cls: type) -> Any:
@@ -200,18 +210,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def old_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the names that their fields have in files, which keep those of the first version (``cls.RENAMED``)."""
-    old = {new: before for before, new in _renamed(cls).items()}
+    old = {new: before for before, new in getattr(cls, "RENAMED", {}).items()}
     return {old.get(name, name): value for name, value in values.items()}
 
 
 def full_name(cls: type, name: str) -> str | None:
     """The dotted name in full of an option or a group of `cls`; None if there is none.
 
-    A group may be left out where no other one has the rest, and names in ``RENAMED`` of a dataclass are replaced by
-    those that their options have now.
-
-    Raises:
-        InputError: several groups have it.
+    A group may be left out where no other has the rest; names in a dataclass's ``RENAMED`` are replaced by the present.
     """
     if own := _name_within(cls, name):
         return own
@@ -230,7 +236,7 @@ def groups(cls: type) -> dict[str, type]:
 
 def _name_within(cls: type, name: str) -> str | None:
     first, _, rest = name.partition(".")
-    first = _renamed(cls).get(first, first)
+    first = getattr(cls, "RENAMED", {}).get(first, first)
     if first not in {f.name for f in dataclasses.fields(cls)}:
         return None
     if not rest:
@@ -239,17 +245,10 @@ def _name_within(cls: type, name: str) -> str | None:
     return inner and f"{first}.{inner}"
 
 
-def _renamed(cls: type) -> dict[str, str]:
-    return getattr(cls, "RENAMED", {})
-
-
 def grouped(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the names of fields of `cls`: each in the group of its option, also where that was left out.
 
     One value for a group that has a path is the path, as in ``store: DIR``.
-
-    Raises:
-        InputError: an unknown name, or a value where a group of options belongs.
     """
     kinds, found = groups(cls), {}
     for key, value in values.items():
@@ -279,11 +278,7 @@ def _of_group(name: str, kind: type, value: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass `cls` from plain values, nested dataclasses included; see `full_name` for their names.
-
-    Raises:
-        InputError: an unknown name, or none for an option that has no default.
-    """
+    """The dataclass `cls` from plain values, nested dataclasses included; see `full_name` for their names."""
     types, kinds, given = get_type_hints(cls), groups(cls), grouped(cls, values)
     built, missing = {}, []
     for f in dataclasses.fields(cls):

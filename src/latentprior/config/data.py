@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from latentprior.config.base import (
-    SIDES,
     File,
     Folder,
     Side,
@@ -16,7 +15,6 @@ from latentprior.config.base import (
     bytes_of,
     choices,
     meaningless,
-    one_of,
     positive,
     size_of,
     unit_interval,
@@ -33,18 +31,15 @@ class LLMConfig:
     """Which language model, and how it is held."""
 
     model: str = SMOLLM2
-    """Hugging Face id, local folder, or "smollm2-135m", the model that requirements-assets.txt installs. With `gguf`
-    the name that recordings and priors know the model by; the file's own name by default."""
+    """Hugging Face id, folder, or "smollm2-135m" of requirements-assets.txt; with `gguf` the name it is recorded by."""
     gguf: File | None = None
-    """A GGUF file to take the weights from instead, and the tokenizer, unless the folder `model` has one. It is
-    dequantised once into the cache."""
+    """A GGUF file of the weights and, unless the folder `model` has one, the tokenizer; dequantised once, cached."""
     revision: str | None = None
     """Branch, tag or commit of the model on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the weights; "auto" is bfloat16 where the device is fast at it, else float32."""
     device_map: Literal["none", "auto"] = "none"
-    """"auto" spreads a model that is too large for one GPU over all of the machine's; for one process. The rest is
-    where the command's `device` says."""
+    """"auto" spreads a model too large for one GPU over all of the machine's; the rest is on `device`. One process."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships. Off: such models are refused."""
 
@@ -64,9 +59,7 @@ class TextSource:
     dataset: str
     """As `TextConfig.dataset`."""
     subset: str | None = None
-    """Configuration name of the Hugging Face dataset."""
     split: str = "train"
-    """Split of the Hugging Face dataset."""
     column: str | None = None
     """Column that holds the text."""
     weight: float = 1.0
@@ -84,8 +77,7 @@ class TextConfig:
     """Which documents."""
 
     dataset: str = "sae-probes"
-    """The embedded corpus "sae-probes", a Hugging Face dataset id, or a txt, jsonl, csv or parquet file
-    (also .zst), or a folder of them."""
+    """The embedded "sae-probes", a Hugging Face dataset, a txt, jsonl, csv or parquet file (also .zst), or a folder."""
     part: Literal["train", "heldout", "all"] = "train"
     """Documents to train on, documents held out of training, or both."""
     limit: int | None = None
@@ -98,9 +90,7 @@ class TextConfig:
     heldout: float = 0.05
     """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
     subset: str | None = None
-    """Configuration name of the Hugging Face dataset."""
     split: str = "train"
-    """Split of the Hugging Face dataset."""
     mix: list[TextSource] = field(default_factory=list)
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
 
@@ -119,21 +109,14 @@ class RecordConfig:
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
     max_activations: int | None = None
-    """Stop at exactly this many activations of each layer; with several layers the store has as many times the rows.
-    All of the text by default."""
+    """Stop at exactly this many activations of each layer; all of the text by default."""
     max_length: int = 2048
-    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
     resume: bool = beside(False)
     """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
     batch_tokens: int = 4096
-    """Most tokens of one forward pass, padding included."""
     device: str = beside("auto")
-    """Torch device of the language model; "auto" is this process's CUDA device if there is one, else the CPU."""
     side: Side = "output"
-    """Record a block's output, its input, or the hidden units of its MLP."""
     long_documents: LongDocuments = "auto"
-    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
-    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     positions: Literal["all", "last", "random"] = "all"
     """Positions of a document to record; the first one never is."""
     positions_per_document: int = 8
@@ -141,7 +124,6 @@ class RecordConfig:
     chat: bool = False
     """Wrap every document as a user message in the tokenizer's chat template."""
     sinks: Literal["drop", "keep"] = "drop"
-    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage precision."""
     shard_rows: int = 65536
@@ -149,8 +131,7 @@ class RecordConfig:
     disk_budget: Size | None = beside(None)
     """Most bytes of the store ("20GB"), at least two shards; its oldest shards go first."""
     wait: bool = beside(False)
-    """When the disk budget is used up, wait for a trainer that follows the store (train --follow) instead of removing
-    the oldest shard unread."""
+    """At the disk budget, wait for a trainer that follows (train --follow) instead of removing the oldest shard."""
     wait_seconds: float = beside(600.0)
     """With `wait`: give up when no shard was released for this long; --resume continues."""
     seed: int = 0
@@ -192,12 +173,9 @@ class StreamConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
     side: Side = "output"
-    """A block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
-    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
     buffer: Size = "65536"
-    """Size of the mixing buffer over all processes: activations ("64k"), or bytes ("2GB", "512MiB"). Batches are
-    drawn at random from what it holds; it is refilled when it is empty."""
+    """Size of the buffer that batches are drawn from, over all processes: activations ("64k") or bytes ("2GB")."""
     batch_tokens: int = 4096
     """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
     statistics: int = 65536
@@ -207,10 +185,7 @@ class StreamConfig:
     disk_budget: Size | None = beside(None)
     """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
     long_documents: LongDocuments = "auto"
-    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
-    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     sinks: Literal["drop", "keep"] = "drop"
-    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
     buffer_device: Literal["auto", "cpu"] = beside("auto")
     """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
     document_shards: int | None = beside(None)
@@ -218,10 +193,7 @@ class StreamConfig:
     number of processes, which may be at most this; by default 24, or the least multiple that suffices."""
 
     def __post_init__(self) -> None:
-        one_of(self, "side", SIDES)
-        one_of(self, "buffer_device", ("auto", "cpu"))
-        one_of(self, "sinks", ("drop", "keep"))
-        one_of(self, "long_documents", ("auto", "chunk", "cut"))
+        choices(self)
         positive(self, "max_length", "batch_tokens", "statistics", "document_shards")
         size_of("buffer", self.buffer)
         bytes_of("disk_budget", self.disk_budget)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import SOLVERS, File, Folder, Grid, Solver, beside, choices, meaningless, positive
+from latentprior.config.base import (
+    SOLVERS,
+    File,
+    Folder,
+    Grid,
+    Solver,
+    at_least,
+    beside,
+    choices,
+    meaningless,
+    positive,
+)
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.utils.errors import InputError
 
@@ -15,15 +26,13 @@ class SAEConfig:
     """A TopK sparse autoencoder (SAE), trained on the activations that the Gaussian baselines are fitted to."""
 
     path: Folder | None = beside(None)
-    """Folder of the SAE: one that lies there (this project's or SAELens's) is used, else it is trained and kept there.
-    None is `sae` in the output folder."""
+    """Folder of the SAE, this project's or SAELens's; trained if it has none. By default `sae` in the output folder."""
     expansion: int = 8
     """Latents for each dimension of the activations."""
     k: int = 50
     """Active latents of each activation."""
     activations: int | None = None
-    """Activations to train on; recorded ones are used several times. By default five times each of those that the store
-    has of the layer, and at most 1,000,000."""
+    """Activations to train on; by default five times what the store has of the layer, and at most 1,000,000."""
     learning_rate: float | None = None
     """Step of the signed momentum; None is 0.0025 at 16,384 latents, half as much at four times as many."""
     seed: int = 0
@@ -42,7 +51,6 @@ class DoctorConfig:
     layer: int | None = None
     """Block whose output is recorded and edited; by default the prior's, or the middle one."""
     device: str = beside("auto")
-    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     llm: LLMConfig = field(default_factory=LLMConfig)
 
 
@@ -51,14 +59,12 @@ class EvaluateConfig:
     """Measure a prior against real activations and in the language model."""
 
     prior: Folder
-    """Folder or repository of the prior."""
     heldout: Folder
     """Activation store of held-out documents; it needs a little over twice `samples` rows."""
     output: Folder = beside()
     """Folder of evaluate.json and report.html."""
     train: Folder | None = None
-    """Store to which the Gaussian baselines are fitted; by default they are fitted to the half of the held-out rows
-    that the samples are not compared with."""
+    """Store to which the Gaussian baselines are fitted; by default the half of the held-out rows that is left."""
     samples: int = 6000
     """Generated activations, and real ones in each of the two disjoint sets."""
     solvers: list[Solver] = field(default_factory=lambda: list(SOLVERS))
@@ -78,9 +84,7 @@ class EvaluateConfig:
     baseline: list[Literal["sae"]] = field(default_factory=list)
     """Further baselines beside the Gaussians: "sae" reconstructs held-out activations with a sparse autoencoder."""
     layer: int | None = None
-    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
-    """Which of the prior's weights."""
     projections: int = 512
     """Random directions of the sliced Wasserstein distance."""
     fit_rows: int = 100_000
@@ -88,11 +92,8 @@ class EvaluateConfig:
     max_length: int = 128
     """Tokens of a document in the delta LM loss."""
     batch_tokens: int = 1024
-    """Most tokens of one forward pass."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise, projections and resampling."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -114,7 +115,6 @@ class SampleConfig:
     """Draw activations from a prior into a safetensors file."""
 
     prior: Folder
-    """Folder or repository of the prior."""
     output: File = beside()
     """File to write: `activations` [n, d] float32."""
     n: int = 1024
@@ -126,13 +126,10 @@ class SampleConfig:
     grid: Grid = "uniform"
     """Times of the evaluations; "official" are those of the official sampler."""
     layer: int | None = None
-    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
-    """Which of the prior's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the denoiser."""
     device: str = beside("auto")
-    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -152,12 +149,10 @@ class ConvertConfig:
     to: Literal["latentprior", "official"] = "latentprior"
     """Format to write."""
     checkpoint: str = "final"
-    """Which weights of a prior."""
     model: str = ""
     """Model that official activations, which do not say, come from; by default none is noted."""
     layer: int | None = None
-    """Layer that official activations come from, if their folder's name does not say; or the one to write out of a
-    store of several layers."""
+    """Layer of official activations, if their folder's name does not say; or which one of a store to write."""
     overwrite: bool = False
     """Replace what an earlier conversion left in the output folder."""
 
@@ -192,14 +187,12 @@ class DemoConfig:
     new_tokens: int = 20
     """Tokens to generate after each prompt."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of everything."""
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
         positive(self, "rows", "activations", "heldout_rows", "samples", "lm_documents", "prompts", "new_tokens")
-        if self.prompts < 2:
-            raise InputError("DemoConfig.prompts must be at least 2: intervals are over prompts")
+        at_least(2, self, "prompts")  # intervals are over prompts
         if not self.strengths:
             raise InputError("DemoConfig.strengths is empty: name at least one, for example [0.6]")

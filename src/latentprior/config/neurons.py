@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, beside, choices, positive, unit_interval
+from latentprior.config.base import Folder, at_least, beside, choices, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
 from latentprior.utils.errors import InputError
@@ -13,13 +13,9 @@ from latentprior.utils.errors import InputError
 
 @dataclass(frozen=True)
 class NeuronsConfig:
-    """Show what each meta-neuron of a prior responds to: its top documents, statistics, tokens, nearest units, tasks.
-
-    Documents pass once through language model and prior.
-    """
+    """Show what each meta-neuron of a prior responds to: top documents, statistics, tokens, nearest units, tasks."""
 
     prior: Folder
-    """Folder or repository of the prior."""
     output: Folder = beside()
     """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
     tokens: int = 2_000_000
@@ -31,9 +27,7 @@ class NeuronsConfig:
     describe: int = beside(0)
     """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
     layer: int | None = None
-    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
-    """Which of the prior's weights."""
     t: float = 0.1
     """Noise level at which the meta-neurons are read."""
     noises: int = 1
@@ -49,11 +43,8 @@ class NeuronsConfig:
     neighbours: int = 8
     """Most correlated units to name."""
     batch_tokens: int = beside(4096)
-    """Most tokens of one forward pass, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise and of the random documents."""
     judge: JudgeConfig = beside(default_factory=JudgeConfig)
@@ -64,10 +55,7 @@ class NeuronsConfig:
         choices(self)
         unit_interval(self, "t")
         positive(self, "noises", "tokens", "batch_tokens", "top", "reservoir")
-        if self.max_length < 2:
-            raise InputError(f"NeuronsConfig.max_length must be at least 2, got {self.max_length}")
-        for name in ("promoted", "neighbours", "describe"):
-            if getattr(self, name) < 0:
-                raise InputError(f"NeuronsConfig.{name} must not be negative, got {getattr(self, name)}")
+        at_least(2, self, "max_length")
+        at_least(0, self, "promoted", "neighbours", "describe")
         if self.describe and not self.judge.url:
             raise InputError("describing units needs an endpoint: give --judge.url and --judge.model")

@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from latentprior.config.base import count_of, dashed, from_dict, full_name, groups, moved, written
+from latentprior.config.base import SHARED_DOCS, count_of, dashed, from_dict, full_name, groups, moved, written
 from latentprior.utils.errors import InputError, unknown
 
-SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}
-"""Types as --help shows them; others by their name in capitals."""
+SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}  # others by their name in capitals
 WANTED = {
     int: "a whole number, such as 7, 64k or 2e6",
     float: "a number",
@@ -35,16 +34,11 @@ UNSET = object()  # the default of what only changes something else
 class Option:
     """A field of a configuration, or of a group (a nested dataclass) in it."""
 
-    name: str
-    """With its groups, as in "llm.model"."""
-    written: str
-    """On the command line, as in "--llm.model"; the groups in ``UNNAMED`` of the configuration are left out."""
+    name: str  # with its groups, as in "llm.model"
+    written: str  # as on the command line, as in "--llm.model": see `base.written`
     kind: Any
-    """Its type."""
-    shown: str
-    """Its type as --help shows it."""
-    default: Any
-    """`dataclasses.MISSING` if it must be given; `UNSET` if it has none of its own."""
+    shown: str  # its type as --help shows it
+    default: Any  # `dataclasses.MISSING` if it must be given; `UNSET` if it has none of its own
     doc: str
 
 
@@ -69,14 +63,15 @@ def _options(cls: type, values: Any, prefix: str) -> Iterator[Option]:
 
 @cache
 def docs_of(cls: type) -> dict[str, str]:
-    """The string below each field of a dataclass, and of those that it extends, on one line."""
+    """What is said of each field of a dataclass, and of those that it extends, on one line."""
     docs = {}
     for owner in reversed(cls.__mro__[:-1]):
         definition: Any = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         for node, below in pairwise([*definition.body, ast.Pass()]):
             if isinstance(node, ast.AnnAssign):
-                text = str(ast.literal_eval(below.value)) if isinstance(below, ast.Expr) else ""
-                docs[ast.unparse(node.target)] = " ".join(text.split())
+                name = ast.unparse(node.target)
+                text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else SHARED_DOCS.get(name, "")
+                docs[name] = " ".join(text.split())
     return docs
 
 
@@ -93,11 +88,7 @@ def _shown(kind: Any, annotation: str) -> str:
 
 
 def named(cls: type, name: str, *, on_command_line: bool = False) -> Option | str:
-    """The option that a name means, or the name in full of the group that it means; see `full_name`.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """The option that a name means, or the name in full of the group that it means; see `full_name`."""
     full, options = full_name(cls, name), options_of(cls)
     if full in options:
         return options[full]
@@ -131,11 +122,7 @@ def flat(cls: type, values: Any, group: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def build(cls: type, given: Mapping[str, Any]) -> Any:
-    """The configuration with these values by dotted name, and the defaults of all other options.
-
-    Raises:
-        InputError: an option that must be given is not, or a value is not valid.
-    """
+    """The configuration with these values by dotted name, and the defaults of all other options."""
     values = {name: option.default for name, option in options_of(cls).items() if option.default is not UNSET}
     values |= given
     if missing := next((name for name, value in values.items() if value is MISSING), None):
@@ -145,11 +132,7 @@ def build(cls: type, given: Mapping[str, Any]) -> Any:
 
 
 def read(name: str, kind: Any, given: Any) -> Any:
-    """A value of the type `kind`, from text of the command line or from a value of a YAML file.
-
-    Raises:
-        InputError: it is none; the message begins with `name`.
-    """
+    """A value of the type `kind`, from text of the command line or a YAML file; errors begin with `name`."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and given in (None, "null"):
         return None

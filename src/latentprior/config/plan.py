@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import File, Size, beside, changes_of, choices, one_of, positive, size_of
+from latentprior.config.base import File, Size, at_least, beside, changes_of, choices, positive, size_of
 from latentprior.config.data import LLMConfig, StreamConfig
-from latentprior.config.training import PRESETS, PriorOptions, Recipe, TrainConfig, recipe_of
+from latentprior.config.training import PriorOptions, Recipe, TrainConfig, recipe_of
 from latentprior.utils.errors import InputError
 
 
@@ -23,26 +23,18 @@ class PlanConfig:
     max_length: int = StreamConfig.max_length
     """Tokens of a document, the first included, which is never an activation."""
     batch_tokens: int = StreamConfig.batch_tokens
-    """Tokens of one forward pass of the language model."""
     buffer: Size = StreamConfig.buffer
     """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB")."""
     blocks: int = PriorOptions.blocks
-    """Residual blocks of the denoiser."""
     d_model: int | None = None
-    """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
-    """Hidden units of each block; by default twice d_model."""
     activations: int = 1_000_000_000
     """Activations to train on in all."""
     preset: str = TrainConfig.preset
     """Recipe, which sets batch size, time sampling, optimizer and averaging: "official" is the paper's."""
     recipe: dict[str, Any] = changes_of(Recipe)
-    """Fields of the preset's recipe to change, for example {"batch_size": 8192}."""
     micro_batch: int | None = None
-    """Activations of one forward and backward pass of a process; by default 1024 on a CPU, all on a GPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
-    """A copy of the prior in each process, or its weights sharded over them; "auto" shards from a billion parameters
-    on."""
     chip: str = "H100"
     """Chip of the vendor's data sheet, such as "A100-80" or "H200"; "measured" is this machine's own device."""
     chips: int = 1
@@ -58,11 +50,9 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         choices(self)
-        one_of(self, "preset", tuple(PRESETS))
         positive(self, "batch_tokens", "blocks", "d_model", "d_mlp", "activations", "micro_batch", "chips")
         size_of("buffer", self.buffer)
-        if self.max_length < 2:
-            raise InputError(f"PlanConfig.max_length must be at least 2, got {self.max_length}")
+        at_least(2, self, "max_length")
         for name in ("llm_mfu", "prior_mfu"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"PlanConfig.{name} must lie above 0 and at most at 1, got {getattr(self, name)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, beside, choices, positive
+from latentprior.config.base import Folder, at_least, beside, choices, known, positive
 from latentprior.config.data import LLMConfig
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
 SOURCES = ("layer", "rotation", "mlp-neurons", "sae", "random-denoiser", "meta-neurons")
 
@@ -17,31 +17,25 @@ class ProbeConfig:
     """Measure how well single features, meta-neurons among them, tell the classes of labelled texts apart."""
 
     priors: list[Folder]
-    """Folders or repositories of priors, all of one hookpoint. The first is compared with the baselines, all of them
-    show how the AUC follows the held-out loss."""
+    """Priors of one hookpoint: the first is compared with the baselines, all show how AUC follows the held-out loss."""
     output: Folder = beside()
-    """Folder of everything: probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command
-    continues."""
+    """Folder of probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command continues."""
     tasks: list[str] = beside(default_factory=list)
     """Names of embedded tasks of SAE-Probes, or paths of CSV files; by default its 113 binary tasks."""
     text_column: str | None = None
     """Column of a CSV file that holds the texts; by default "text", "prompt" or "content", or the only text column."""
     label_column: str | None = None
-    """Column of a CSV file that holds the two classes; by default "target", "label" or "class", or the only one beside
-    the texts."""
+    """Column of a CSV file with the two classes; by default "target", "label", "class", or the only one left."""
     recording: Folder | None = beside(None)
     """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
     checkpoint: str = "final"
-    """Which weights of the priors."""
     layer: int | None = None
-    """Which layer of multi-layer priors."""
     sources: list[str] = field(default_factory=lambda: [name for name in SOURCES if name != "sae"])
     """Features to compare: layer (the layer's output), rotation (that through a random rotation), mlp-neurons (hidden
     units of the MLPs of all blocks up to the layer), sae (latents of `sae`), random-denoiser (an untrained denoiser of
     the prior's shape), meta-neurons (the prior's hidden units)."""
     sae: Folder | None = None
-    """Folder of a sparse autoencoder of the same hookpoint, of `evaluate --baseline sae` or of SAELens; adds the source
-    "sae"."""
+    """Folder of an SAE of the same hookpoint, of `evaluate --baseline sae` or SAELens; adds the source "sae"."""
     t: list[float] = field(default_factory=lambda: [0.1])
     """Noise levels of the meta-neurons; with several, a unit counts once at each."""
     times: list[float] = field(default_factory=list)
@@ -49,8 +43,7 @@ class ProbeConfig:
     noises: int = 1
     """Noises over which a meta-neuron is averaged."""
     noise: Literal["shared", "own"] = "shared"
-    """"shared": the same noises for every text, so that a feature depends on the activation alone; "own": other noises
-    for every text."""
+    """"shared": the same noises for every text: a feature depends on the activation alone; "own": others for each."""
     method: Literal["rank", "logistic"] = "rank"
     """"rank" finds each feature's AUC by rank statistics, exactly; "logistic" fits scikit-learn's LogisticRegressionCV
     to each of the candidates, the reference, hundreds of times as slow."""
@@ -67,11 +60,8 @@ class ProbeConfig:
     max_test: int | None = None
     """Most test rows of a task, the first of the protocol's random order; by default all."""
     batch_tokens: int = beside(4096)
-    """Most tokens of one forward pass, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 42
     """Seed of the split (the protocol's is 42), of noise, controls and resampling."""
     llm: LLMConfig = beside(default_factory=LLMConfig)
@@ -79,13 +69,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         choices(self)
         positive(self, "noises", "candidates", "max_test", "batch_tokens")
-        for source in self.sources:
-            if source not in SOURCES:
-                raise unknown("source of features", source, SOURCES)
-        if self.folds < 2:
-            raise InputError(f"ProbeConfig.folds must be at least 2, got {self.folds}")
-        if self.max_length < 2:
-            raise InputError(f"ProbeConfig.max_length must be at least 2, got {self.max_length}")
+        known("source of features", self.sources, SOURCES)
+        at_least(2, self, "folds", "max_length")
         if not self.chosen_sources():
             raise InputError("ProbeConfig.sources is empty: name at least one")
         if "sae" in self.sources and not self.sae:

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from latentprior.config.base import (
-    Folder,
-    Solver,
-    beside,
-    choices,
-    from_dict,
-    positive,
-    to_dict,
-    unit_interval,
-)
+from latentprior.config.base import Folder, Solver, at_least, beside, choices, known, positive, unit_interval
 from latentprior.config.data import LLMConfig
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class RepairConfig:
-    """How a prior repairs an edited activation.
-
-    The defaults dominate the paper's way (`paired` false, `samples` 1) on the concept-fluency frontier
-    (docs/steering.md).
-    """
+    """How a prior repairs an edited activation; the paper's way is `paired` false, `samples` 1 (docs/steering.md)."""
 
     t_start: float = 0.5
     """Noise level to start from; with `rate`, the highest one."""
@@ -41,8 +28,7 @@ class RepairConfig:
     readd: bool = False
     """Add what the repair took along the edit afterwards."""
     rate: float | None = None
-    """Choose the noise level by the size of the edit: noise over signal, t / (1 - t), is this times the root mean
-    square of the standardised edit."""
+    """Choose t by the size of the edit: t / (1 - t) is this times the root mean square of the standardised edit."""
     samples: int = 4
     """Repairs with different noises, of which the mean is taken."""
     noise: Literal["position", "sequence"] = "position"
@@ -131,14 +117,12 @@ class SteerConfig:
     new_tokens: int = 20
     """Tokens to generate after each prompt, greedily."""
     layer: int | None = None
-    """Which layer of a multi-layer prior."""
     positions: Literal["all", "last", "generated"] = "last"
     """Which positions are steered; "last" is the paper's: the prompt's last and every new one."""
     task: str = "92_glue_sst2"
     """Embedded labelled task that sentiment directions and the offline judge learn from."""
     reading: Literal["both", "embedding", "layer"] = "both"
-    """What the offline judge reads of a text: a sentence embedding, the language model's own activations two thirds up,
-    or both."""
+    """What the offline judge reads: a sentence embedding, the model's own activations two thirds up, or both."""
     labelled: int = 3000
     """Most labelled texts to use: half for the directions, and all for the judge, which holds some out."""
     sae: Folder | None = None
@@ -152,9 +136,7 @@ class SteerConfig:
     examples: int = beside(3)
     """Prompts whose texts are on the page."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the priors; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of noise, controls and resampling."""
     repair: RepairConfig = field(default_factory=RepairConfig)
@@ -165,15 +147,10 @@ class SteerConfig:
     def __post_init__(self) -> None:
         choices(self)
         positive(self, "prompts", "prompt_tokens", "new_tokens", "labelled", "features", "batch_rows")
-        if self.prompts < 2:
-            raise InputError("SteerConfig.prompts must be at least 2: intervals are over prompts")
-        for method in self.methods:
-            if method not in METHODS:
-                raise unknown("method", method, METHODS)
+        at_least(2, self, "prompts")  # intervals are over prompts
+        known("method", self.methods, METHODS)
         if self.experiment == "sentiment":
-            for name in self.directions:
-                if name not in SENTIMENT_DIRECTIONS:
-                    raise unknown("direction of sentiment", name, SENTIMENT_DIRECTIONS)
+            known("direction of sentiment", self.directions, SENTIMENT_DIRECTIONS)
         if not self.priors:
             raise InputError("SteerConfig.priors is empty: name at least one, the score of activations needs it")
         if not self.strengths or not all(math.isfinite(r) and r > 0 for r in self.strengths):
@@ -193,6 +170,4 @@ class SteerConfig:
 
     def repair_of(self, method: str) -> RepairConfig | None:
         """The repair of a method; None if it has none."""
-        if method not in REPAIRS:
-            return None
-        return from_dict(RepairConfig, to_dict(self.repair) | REPAIRS[method])
+        return replace(self.repair, **REPAIRS[method]) if method in REPAIRS else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, beside, changes_of, choices, from_dict, one_of, positive
+from latentprior.config.base import Folder, beside, changes_of, choices, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.config.training import PRESETS, Recipe, TrainConfig
+from latentprior.config.training import Recipe, TrainConfig
 from latentprior.utils.errors import InputError
 
 
@@ -20,8 +20,7 @@ class SweepConfig:
     heldout: Folder
     """Activation store of held-out documents, for the loss and the Fréchet distance."""
     output: Folder = beside()
-    """Folder of everything: a run in each folder of runs/, sweep.json and report.html. The same command continues an
-    interrupted sweep, and one with more sizes or budgets trains only those that are new."""
+    """Folder of everything. The same command continues; one with more sizes or budgets trains only the new ones."""
     widths: list[int] = field(default_factory=lambda: [288, 576, 1152])
     """Widths of the denoiser (d_model). One below the activations' width is a bottleneck that raises E."""
     blocks: list[int] = field(default_factory=lambda: [3])
@@ -35,7 +34,6 @@ class SweepConfig:
     preset: str = "quick"
     """Recipe of all runs, as in `train`."""
     recipe: dict[str, Any] = changes_of(Recipe)
-    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
     layer: int | None = None
     """Which layer of a store of several the Fréchet distance and the delta LM loss are measured at."""
     samples: int = 4000
@@ -49,11 +47,9 @@ class SweepConfig:
     max_length: int = 128
     """Tokens of a document in the delta LM loss."""
     batch_tokens: int = 1024
-    """Most tokens of one forward pass of the language model."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
-    """Torch device of everything; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise and resampling."""
     llm: LLMConfig = field(default_factory=LLMConfig)
@@ -61,7 +57,6 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         choices(self)
-        one_of(self, "preset", tuple(PRESETS))
         positive(self, "mlp_ratio", "samples", "steps", "lm_documents", "max_length", "batch_tokens")
         for name in ("widths", "blocks", "budgets", "seeds"):
             values = getattr(self, name)
@@ -79,17 +74,14 @@ class SweepConfig:
         """A training run for each size, budget and seed, its folder below ``runs`` in `output`."""
         shared = {name: getattr(self, name) for name in ("store", "heldout", "preset", "recipe", "precision", "device")}
         return [
-            from_dict(
-                TrainConfig,
-                {
-                    **shared,
-                    "output": f"{self.output}/runs/d{width}x{blocks}-{budget}-seed{seed}",
-                    "activations": budget,
-                    "blocks": blocks,
-                    "d_model": width,
-                    "d_mlp": max(1, round(self.mlp_ratio * width)),
-                    "seed": seed,
-                },
+            TrainConfig.of(
+                output=f"{self.output}/runs/d{width}x{blocks}-{budget}-seed{seed}",
+                activations=budget,
+                blocks=blocks,
+                d_model=width,
+                d_mlp=max(1, round(self.mlp_ratio * width)),
+                seed=seed,
+                **shared,
             )
             for width in self.widths
             for blocks in self.blocks

@@ -11,12 +11,13 @@ from latentprior.config.base import (
     Folder,
     beside,
     changes_of,
+    choices,
     from_dict,
     grouped,
     groups,
+    known,
     meaningless,
     old_names,
-    one_of,
     positive,
     settings_of,
     to_dict,
@@ -24,7 +25,7 @@ from latentprior.config.base import (
     unit_interval,
 )
 from latentprior.config.data import StreamConfig
-from latentprior.utils.errors import InputError, unknown
+from latentprior.utils.errors import InputError
 
 DEFAULT_LAYER = 15  # of the default language model
 FORMER_STORE = "runs/activations"  # was the default, so configurations of streams hold it in older files
@@ -62,8 +63,7 @@ class Recipe:
     learning_rate: float = 5e-5
     """Peak learning rate of AdamW."""
     base_width: int | None = None
-    """Width transfer (muP): the rates hold at this d_model; AdamW's rate of a matrix whose fan-in grows with the width
-    is multiplied by base_width / d_model. None applies the rates as they are."""
+    """Width transfer (muP): AdamW's rate of matrices whose fan-in grows is multiplied by this / d_model."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     matrix_rate: float = 0.02
@@ -90,8 +90,7 @@ class Recipe:
     """Noise levels: independent draws from the official grid of 1000; independent uniform draws; one draw in each of
     equal strata of [0, 1]; or the sigmoid of a normal variable, one draw in each of equally likely strata."""
     noise_samples: int = 1
-    """Noises, each with a noise level of its own, drawn for each activation of a step. Every further one teaches more
-    about an activation and costs as much work as the first."""
+    """Noises, each with a noise level of its own, drawn for each activation of a step; each costs as much work."""
     distinct_times: int = 64
     """How many strata "stratified" and "logit_normal" have; the time path is computed once for each."""
     logit_mean: float = 0.0
@@ -99,23 +98,16 @@ class Recipe:
     logit_scale: float = 1.0
     """Standard deviation of the normal variable of "logit_normal"."""
     weighting: Literal["none", "unbiased", "snr"] = "none"
-    """Weight of each row's error: one; the inverse of the density its time was drawn from; or more near data and near
-    noise, where the velocity is known best."""
+    """Weight of each row's error: one; one over its time's density; or more near data and near noise ("snr")."""
     normalizer: Literal["standard", "whitened"] = "standard"
     """Activations are standardised in each dimension, or along the principal directions of their covariance."""
 
     def __post_init__(self) -> None:
         typed(self)
+        choices(self)
         positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times")
-        positive(self, "noise_samples")
-        positive(self, "logit_scale")
+        positive(self, "noise_samples", "logit_scale")
         unit_interval(self, "warmup", "final_rate", "cooldown")
-        one_of(self, "optimizer", ("adamw", "muon"))
-        one_of(self, "init", ("default", "scaled"))
-        one_of(self, "schedule", ("cosine", "linear", "constant"))
-        one_of(self, "times", ("grid", "uniform", "stratified", "logit_normal"))
-        one_of(self, "weighting", ("none", "unbiased", "snr"))
-        one_of(self, "normalizer", ("standard", "whitened"))
         if not math.isfinite(self.logit_mean):
             raise InputError(f"Recipe.logit_mean must be finite, got {self.logit_mean}")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -124,34 +116,18 @@ class Recipe:
             raise InputError(f"Recipe.warmup {self.warmup} and cooldown {self.cooldown} are more than the whole run")
 
 
+_QUICK = Recipe(warmup=0.02, final_rate=0.0, betas=(0.9, 0.95), times="stratified")
 PRESETS: dict[str, Recipe] = {
     "official": Recipe(),
-    "quick": Recipe(
-        batch_size=1024, learning_rate=2e-3, warmup=0.02, final_rate=0.0, betas=(0.9, 0.95), times="stratified"
-    ),
+    "quick": replace(_QUICK, batch_size=1024, learning_rate=2e-3),
     # The winners of docs/recipes.md.
-    "fast": Recipe(
-        batch_size=256,
-        learning_rate=4e-3,
-        base_width=576,
-        schedule="linear",
-        warmup=0.02,
-        final_rate=0.0,
-        betas=(0.9, 0.95),
-        times="stratified",
-        noise_samples=2,
-    ),
+    "fast": replace(_QUICK, batch_size=256, learning_rate=4e-3, base_width=576, schedule="linear", noise_samples=2),
 }
 
 
 def recipe_of(preset: str, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of a preset, with some of its fields changed.
-
-    Raises:
-        InputError: an unknown preset or field, or a value that the field does not take.
-    """
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
+    """The recipe of a preset, with some of its fields changed."""
+    known("preset", [preset], PRESETS)
     return replace(PRESETS[preset], **grouped(Recipe, changes))
 
 
@@ -177,11 +153,8 @@ class PriorOptions:
     """Shape of the denoiser."""
 
     blocks: int = 3
-    """Residual blocks of the denoiser."""
     d_model: int | None = None
-    """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
-    """Hidden units of each block; by default twice d_model."""
 
     def __post_init__(self) -> None:
         positive(self, "blocks", "d_model", "d_mlp")
@@ -203,7 +176,6 @@ class RunOptions:
     seed: int = 0
     """Seed of initial weights, order of the data, noise and times."""
     device: str = beside("auto")
-    """Torch device of prior and language model; "auto" is this process's CUDA device if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
     save_seconds: float = beside(120.0)
@@ -215,20 +187,14 @@ class RunOptions:
     heldout_activations: int = beside(4096)
     """Activations of the held-out loss."""
     micro_batch: int | None = None
-    """Activations of one forward and backward pass; by default 1024 on a CPU (cache-sized), all on a GPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = beside("auto")
-    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
-    from a billion parameters on."""
     compile: Literal["auto", "on", "off"] = beside("auto")
     """Compile the denoiser's blocks; "auto" does on a GPU."""
     float8: bool = False
     """Matrix products of the blocks in float8 (needs torchao and a GPU that has it)."""
 
     def __post_init__(self) -> None:
-        one_of(self, "precision", ("auto", "float32", "bfloat16"))
-        one_of(self, "parallel", ("auto", "ddp", "fsdp"))
-        one_of(self, "compile", ("auto", "on", "off"))
-        one_of(self, "track", ("none", "wandb", "trackio"))
+        choices(self)
         positive(self, "activations", "micro_batch", "heldout_activations", "log_every")
 
 
@@ -239,11 +205,9 @@ class TrainConfig:
     UNNAMED = ("run", "store", "stream", "prior")  # groups that --help leaves out of the names of options
 
     source: Literal["store", "llm"] = "store"
-    """Train on a store, or on what the language model computes meanwhile (also spelled --from). An option that means
-    nothing for the one that is chosen is refused."""
+    """Train on a store, or on what the language model computes meanwhile (also spelled --from)."""
     layers: list[int] = field(default_factory=list)
-    """Blocks whose activations are modelled, counted from 0; several share one prior and mix in every batch. By default
-    15 of a language model, and all of a store."""
+    """Blocks that are modelled, counted from 0, by one prior; by default 15 of a language model, all of a store."""
     preset: Literal["official", "quick", "fast"] = "quick"
     """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
     activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
@@ -252,23 +216,18 @@ class TrainConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
     prior: PriorOptions = field(default_factory=PriorOptions)
     recipe: dict[str, Any] = changes_of(Recipe)
-    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
 
     def __post_init__(self) -> None:
-        one_of(self, "source", ("store", "llm"))
-        one_of(self, "preset", tuple(PRESETS))
+        choices(self)
         self._check_source()
         if self.source == "llm" and not self.layers:
             object.__setattr__(self, "layers", [DEFAULT_LAYER])
         self.resolved_recipe()
 
     def _check_source(self) -> None:
-        """Refuse what has no meaning for the source of activations that is chosen, and a store without a folder."""
         if self.source == "llm":
-            names = ["store.follow", "store.wait_seconds"]
-            if self.store.path != FORMER_STORE:
-                names.insert(0, "store.path")
-            meaningless(self, "with --from llm", *names)
+            path = [] if self.store.path == FORMER_STORE else ["store.path"]
+            meaningless(self, "with --from llm", *path, "store.follow", "store.wait_seconds")
             return
         of_any = ("statistics", "document_shards", "disk_budget")
         streamed = [f"stream.{f.name}" for f in fields(StreamConfig) if f.name not in of_any]
@@ -285,15 +244,12 @@ class TrainConfig:
 
     def changed(self, **options: Any) -> TrainConfig:
         """This configuration with other values of some options, named as in `of`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in grouped(TrainConfig, options).items():
-            kind = groups(TrainConfig).get(name)
-            if kind is None or kind is Recipe:
-                values[name] = value
-            else:
-                before = {f.name: getattr(values[name], f.name) for f in fields(kind)}
-                values[name] = from_dict(kind, before | grouped(kind, value))
-        return TrainConfig(**values)
+        values = grouped(TrainConfig, options)
+        for name, kind in groups(TrainConfig).items():
+            if name in values and kind is not Recipe:
+                before = {f.name: getattr(getattr(self, name), f.name) for f in fields(kind)}
+                values[name] = from_dict(kind, before | grouped(kind, values[name]))
+        return replace(self, **values)
 
     def resolved_recipe(self) -> Recipe:
         """The preset with this configuration's changes."""

@@ -36,8 +36,7 @@ from latentprior.utils.provenance import versions
 
 SPEED = (4, 128)  # rows and tokens of a timed forward pass
 SECONDS = 0.3  # that are timed at least
-RECORDED = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 2e-3}
-"""How far a recorded activation may be from the hidden state, relative to that one's norm."""
+RECORDED = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 2e-3}  # from the hidden state, over its norm
 
 
 def _versions(subject: Subject) -> str:

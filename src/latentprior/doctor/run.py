@@ -25,8 +25,7 @@ class Check:
 
     name: str
     status: Literal["ok", "failed", "skipped"]
-    detail: str
-    """Its figures, or in plain words what is wrong."""
+    detail: str  # its figures, or in plain words what is wrong
 
 
 def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
@@ -41,17 +40,17 @@ def doctor(config: DoctorConfig, *, report: Report = silent) -> list[Check]:
         device = resolve_device(config.device)
         return GLP.from_pretrained(config.prior, device=device, dtype=fast_dtype(device))
 
-    load_model = lambda: load_llm(config.llm, config.device)  # noqa: E731
-    return _checked(Subject(config.device, load_model, load_prior, config.layer), report)
+    return _checked(
+        Subject(config.device, lambda: load_llm(config.llm, config.device), load_prior, config.layer), report
+    )
 
 
 def examine(
     model: nn.Module, tokenizer: Any, prior: GLP | None = None, *, layer: int | None = None, report: Report = silent
 ) -> list[Check]:
-    """`doctor` for a model in memory, which must be in evaluation mode; the model is left as it was.
+    """`doctor` for a model in memory, which must be in evaluation mode and is left as it was.
 
-    Args:
-        layer: the block whose output is recorded and edited; by default the prior's, else the middle one.
+    `layer` is the block whose output is recorded and edited; by default the prior's, else the middle one.
     """
 
     def load_prior() -> GLP:

@@ -28,8 +28,7 @@ from latentprior.utils.chips import device_memory
 from latentprior.utils.errors import InputError
 from latentprior.utils.random import normal
 
-Generated = tuple[Tensor, Tensor]
-"""New tokens [B, NEW] and their logits [B, NEW, V] in float32."""
+Generated = tuple[Tensor, Tensor]  # new tokens [B, NEW] and their logits [B, NEW, V] in float32
 
 TEXTS = (
     "The river had been low all summer, and by September the children could walk across it without getting their knees "
@@ -44,8 +43,7 @@ LENGTHS = (24, 13, 7)  # tokens of the prompts: different, so that a batch of th
 LONGEST = 64  # tokens of a text that is recorded
 NEW = 8  # tokens to generate
 PUSH = 2.0  # norm of the edit under which texts are compared, in median norms of the layer
-TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
-"""How far logits of equal generations may be apart."""
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}  # between logits of equal generations
 
 
 class Skipped(Exception):
@@ -56,13 +54,11 @@ class Skipped(Exception):
 class Subject:
     """A model, perhaps a prior, and what several checks need of them; made when first asked for."""
 
-    device: str
-    """As it was named; the model's own is `model.device`."""
+    device: str  # as it was named; the model's own is `model.device`
     load_llm: Callable[[], tuple[Any, Any]]
     load_prior: Callable[[], GLP]
     wanted_layer: int | None
-    prior: GLP | None = None
-    """The prior, once it is loaded."""
+    prior: GLP | None = None  # once it is loaded
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
@@ -91,7 +87,6 @@ class Subject:
 
     @cached_property
     def batch(self) -> TokenBatch:
-        """The texts, padded on the right."""
         documents = (Document(index, text) for index, text in enumerate(TEXTS))
         (batch,) = tokenize(documents, self.tokenizer, max_length=LONGEST, batch_tokens=LONGEST * len(TEXTS))
         return batch
