@@ -393,7 +393,7 @@ def test_layers_of_a_store_are_chosen(config, several, layers, normalizer):
         torch.testing.assert_close(glp.normalizer.mean[index].double(), x.mean(0), atol=1e-5, rtol=1e-5)
     training = glp.provenance["training"]
     assert training["distinct"] == 768 and "heldout_loss" in training
-    with pytest.raises(InputError, match="holds a finished run with other settings: (layers|hookpoints)"):
+    with pytest.raises(InputError, match="holds a finished run with other settings: (rows|layers)"):
         fit(config.changed(layers=[1]))
 
 
@@ -412,9 +412,9 @@ def test_a_layer_that_the_store_does_not_have_is_refused(config, several):
 
 
 def test_the_log_has_a_share_of_the_measured_peak_and_an_mfu_where_the_data_sheet_is_known(config, monkeypatch):
-    monkeypatch.setattr(logger, "matrix_peak", lambda *_: 2e9)
+    monkeypatch.setattr(trainer, "matrix_peak", lambda *_: 2e9)
     fit(short(config))
-    monkeypatch.setattr(logger, "data_sheet_peak", lambda *_: 4e9)
+    monkeypatch.setattr(trainer, "data_sheet_peak", lambda *_: 4e9)
     fit(short(config, output=config.run.output + "-2"))
     plain, known = (
         [line for line in read_log(Path(folder) / "log.jsonl") if "per_second" in line]
