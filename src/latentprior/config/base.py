@@ -24,31 +24,6 @@ SOLVERS: tuple[Solver, ...] = get_args(Solver)
 GRIDS: tuple[Grid, ...] = get_args(Grid)
 
 
-SHARED_DOCS = {
-    "device": 'Torch device; "auto" is this process\'s CUDA device if there is one, else the CPU.',
-    "precision": 'Precision of the denoiser; "auto" is bfloat16 where the device is fast at it.',
-    "layer": "Which layer of a multi-layer prior.",
-    "checkpoint": "Which of the prior's weights.",
-    "batch_tokens": "Most tokens of one forward pass of the language model, padding included.",
-    "subset": "Configuration name of the Hugging Face dataset.",
-    "split": "Split of the Hugging Face dataset.",
-    "d_model": "Width of the denoiser; by default twice the activations' width.",
-    "d_mlp": "Hidden units of each block; by default twice d_model.",
-    "blocks": "Residual blocks of the denoiser.",
-    "long_documents": 'Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being '
-    'counted ("cut"); "auto" is chunks, but for the embedded corpus, whose documents are cut.',
-    "sinks": "Attention sinks (norm over 10 times the median) are left out and counted, or kept.",
-    "side": "A block's output, its input, or the hidden units of its MLP.",
-    "max_length": "Most tokens of a document that the model sees at once, the beginning-of-sequence token included.",
-    "prior": "Folder or repository of the prior.",
-    "recipe": 'Fields of the preset\'s recipe to change, for example {"learning_rate": 1e-3}.',
-    "micro_batch": "Activations of one forward and backward pass; by default 1024 on a CPU, all on a GPU.",
-    "parallel": "With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "
-    '"auto" shards from a billion parameters on.',
-}
-"""What --help says of a field that several configurations share and that has no string below it."""
-
-
 def typed(owner: object) -> None:
     """Refuse fields of another type, which values from a file or from ``--recipe`` may have."""
     for name, kind in get_type_hints(type(owner)).items():

@@ -59,7 +59,9 @@ class TextSource:
     dataset: str
     """As `TextConfig.dataset`."""
     subset: str | None = None
+    """Configuration name of the Hugging Face dataset."""
     split: str = "train"
+    """Split of the Hugging Face dataset."""
     column: str | None = None
     """Column that holds the text."""
     weight: float = 1.0
@@ -90,7 +92,9 @@ class TextConfig:
     heldout: float = 0.05
     """Share of the documents that is held out, chosen by a hash of the text: equal texts fall on one side."""
     subset: str | None = None
+    """Configuration name of the Hugging Face dataset."""
     split: str = "train"
+    """Split of the Hugging Face dataset."""
     mix: list[TextSource] = field(default_factory=list)
     """Several sources instead of `dataset`, interleaved by their weights; every document is used once."""
 
@@ -111,12 +115,18 @@ class RecordConfig:
     max_activations: int | None = None
     """Stop at exactly this many activations of each layer; all of the text by default."""
     max_length: int = 2048
+    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
     resume: bool = beside(False)
     """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
     batch_tokens: int = 4096
+    """Most tokens of one forward pass of the language model, padding included."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     side: Side = "output"
+    """A block's output, its input, or the hidden units of its MLP."""
     long_documents: LongDocuments = "auto"
+    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
+    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     positions: Literal["all", "last", "random"] = "all"
     """Positions of a document to record; the first one never is."""
     positions_per_document: int = 8
@@ -124,6 +134,7 @@ class RecordConfig:
     chat: bool = False
     """Wrap every document as a user message in the tokenizer's chat template."""
     sinks: Literal["drop", "keep"] = "drop"
+    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage precision."""
     shard_rows: int = 65536
@@ -173,7 +184,9 @@ class StreamConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
     side: Side = "output"
+    """A block's output, its input, or the hidden units of its MLP."""
     max_length: int = 2048
+    """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
     buffer: Size = "65536"
     """Size of the buffer that batches are drawn from, over all processes: activations ("64k") or bytes ("2GB")."""
     batch_tokens: int = 4096
@@ -185,7 +198,10 @@ class StreamConfig:
     disk_budget: Size | None = beside(None)
     """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
     long_documents: LongDocuments = "auto"
+    """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
+    "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     sinks: Literal["drop", "keep"] = "drop"
+    """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
     buffer_device: Literal["auto", "cpu"] = beside("auto")
     """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
     document_shards: int | None = beside(None)

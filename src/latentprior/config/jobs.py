@@ -51,6 +51,7 @@ class DoctorConfig:
     layer: int | None = None
     """Block whose output is recorded and edited; by default the prior's, or the middle one."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     llm: LLMConfig = field(default_factory=LLMConfig)
 
 
@@ -59,6 +60,7 @@ class EvaluateConfig:
     """Measure a prior against real activations and in the language model."""
 
     prior: Folder
+    """Folder or repository of the prior."""
     heldout: Folder
     """Activation store of held-out documents; it needs a little over twice `samples` rows."""
     output: Folder = beside()
@@ -84,7 +86,9 @@ class EvaluateConfig:
     baseline: list[Literal["sae"]] = field(default_factory=list)
     """Further baselines beside the Gaussians: "sae" reconstructs held-out activations with a sparse autoencoder."""
     layer: int | None = None
+    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
+    """Which of the prior's weights."""
     projections: int = 512
     """Random directions of the sliced Wasserstein distance."""
     fit_rows: int = 100_000
@@ -92,8 +96,11 @@ class EvaluateConfig:
     max_length: int = 128
     """Tokens of a document in the delta LM loss."""
     batch_tokens: int = 1024
+    """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise, projections and resampling."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -115,6 +122,7 @@ class SampleConfig:
     """Draw activations from a prior into a safetensors file."""
 
     prior: Folder
+    """Folder or repository of the prior."""
     output: File = beside()
     """File to write: `activations` [n, d] float32."""
     n: int = 1024
@@ -126,10 +134,13 @@ class SampleConfig:
     grid: Grid = "uniform"
     """Times of the evaluations; "official" are those of the official sampler."""
     layer: int | None = None
+    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
+    """Which of the prior's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the denoiser."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -149,6 +160,7 @@ class ConvertConfig:
     to: Literal["latentprior", "official"] = "latentprior"
     """Format to write."""
     checkpoint: str = "final"
+    """Which of the prior's weights."""
     model: str = ""
     """Model that official activations, which do not say, come from; by default none is noted."""
     layer: int | None = None
@@ -187,6 +199,7 @@ class DemoConfig:
     new_tokens: int = 20
     """Tokens to generate after each prompt."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of everything."""
     llm: LLMConfig = field(default_factory=LLMConfig)

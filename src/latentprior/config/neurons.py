@@ -16,6 +16,7 @@ class NeuronsConfig:
     """Show what each meta-neuron of a prior responds to: top documents, statistics, tokens, nearest units, tasks."""
 
     prior: Folder
+    """Folder or repository of the prior."""
     output: Folder = beside()
     """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
     tokens: int = 2_000_000
@@ -27,7 +28,9 @@ class NeuronsConfig:
     describe: int = beside(0)
     """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
     layer: int | None = None
+    """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
+    """Which of the prior's weights."""
     t: float = 0.1
     """Noise level at which the meta-neurons are read."""
     noises: int = 1
@@ -43,8 +46,11 @@ class NeuronsConfig:
     neighbours: int = 8
     """Most correlated units to name."""
     batch_tokens: int = beside(4096)
+    """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise and of the random documents."""
     judge: JudgeConfig = beside(default_factory=JudgeConfig)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from latentprior.config.base import SHARED_DOCS, count_of, dashed, from_dict, full_name, groups, moved, written
+from latentprior.config.base import count_of, dashed, from_dict, full_name, groups, moved, written
 from latentprior.utils.errors import InputError, unknown
 
 SHOWN = {"int": "INT", "float": "NUMBER", "bool": "yes|no", "str": "TEXT"}  # others by their name in capitals
@@ -70,7 +70,7 @@ def docs_of(cls: type) -> dict[str, str]:
         for node, below in pairwise([*definition.body, ast.Pass()]):
             if isinstance(node, ast.AnnAssign):
                 name = ast.unparse(node.target)
-                text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else SHARED_DOCS.get(name, "")
+                text = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
                 docs[name] = " ".join(text.split())
     return docs
 

@@ -23,18 +23,26 @@ class PlanConfig:
     max_length: int = StreamConfig.max_length
     """Tokens of a document, the first included, which is never an activation."""
     batch_tokens: int = StreamConfig.batch_tokens
+    """Most tokens of one forward pass of the language model, padding included."""
     buffer: Size = StreamConfig.buffer
     """Size of the mixing buffer over all processes: activations, or bytes with a unit ("2GB", "512MiB")."""
     blocks: int = PriorOptions.blocks
+    """Residual blocks of the denoiser."""
     d_model: int | None = None
+    """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
+    """Hidden units of each block; by default twice d_model."""
     activations: int = 1_000_000_000
     """Activations to train on in all."""
     preset: str = TrainConfig.preset
     """Recipe, which sets batch size, time sampling, optimizer and averaging: "official" is the paper's."""
     recipe: dict[str, Any] = changes_of(Recipe)
+    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
     micro_batch: int | None = None
+    """Activations of one forward and backward pass; by default 1024 on a CPU, all on a GPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
+    from a billion parameters on."""
     chip: str = "H100"
     """Chip of the vendor's data sheet, such as "A100-80" or "H200"; "measured" is this machine's own device."""
     chips: int = 1

@@ -29,7 +29,9 @@ class ProbeConfig:
     recording: Folder | None = beside(None)
     """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
     checkpoint: str = "final"
+    """Which of the prior's weights."""
     layer: int | None = None
+    """Which layer of a multi-layer prior."""
     sources: list[str] = field(default_factory=lambda: [name for name in SOURCES if name != "sae"])
     """Features to compare: layer (the layer's output), rotation (that through a random rotation), mlp-neurons (hidden
     units of the MLPs of all blocks up to the layer), sae (latents of `sae`), random-denoiser (an untrained denoiser of
@@ -60,8 +62,11 @@ class ProbeConfig:
     max_test: int | None = None
     """Most test rows of a task, the first of the protocol's random order; by default all."""
     batch_tokens: int = beside(4096)
+    """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 42
     """Seed of the split (the protocol's is 42), of noise, controls and resampling."""
     llm: LLMConfig = beside(default_factory=LLMConfig)

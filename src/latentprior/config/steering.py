@@ -117,6 +117,7 @@ class SteerConfig:
     new_tokens: int = 20
     """Tokens to generate after each prompt, greedily."""
     layer: int | None = None
+    """Which layer of a multi-layer prior."""
     positions: Literal["all", "last", "generated"] = "last"
     """Which positions are steered; "last" is the paper's: the prompt's last and every new one."""
     task: str = "92_glue_sst2"
@@ -136,7 +137,9 @@ class SteerConfig:
     examples: int = beside(3)
     """Prompts whose texts are on the page."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of noise, controls and resampling."""
     repair: RepairConfig = field(default_factory=RepairConfig)

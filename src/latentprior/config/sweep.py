@@ -34,6 +34,7 @@ class SweepConfig:
     preset: str = "quick"
     """Recipe of all runs, as in `train`."""
     recipe: dict[str, Any] = changes_of(Recipe)
+    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
     layer: int | None = None
     """Which layer of a store of several the Fréchet distance and the delta LM loss are measured at."""
     samples: int = 4000
@@ -47,9 +48,11 @@ class SweepConfig:
     max_length: int = 128
     """Tokens of a document in the delta LM loss."""
     batch_tokens: int = 1024
+    """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; "auto" is bfloat16 where the device is fast at it."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise and resampling."""
     llm: LLMConfig = field(default_factory=LLMConfig)

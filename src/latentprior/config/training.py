@@ -153,8 +153,11 @@ class PriorOptions:
     """Shape of the denoiser."""
 
     blocks: int = 3
+    """Residual blocks of the denoiser."""
     d_model: int | None = None
+    """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
+    """Hidden units of each block; by default twice d_model."""
 
     def __post_init__(self) -> None:
         positive(self, "blocks", "d_model", "d_mlp")
@@ -176,6 +179,7 @@ class RunOptions:
     seed: int = 0
     """Seed of initial weights, order of the data, noise and times."""
     device: str = beside("auto")
+    """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
     save_seconds: float = beside(120.0)
@@ -187,7 +191,10 @@ class RunOptions:
     heldout_activations: int = beside(4096)
     """Activations of the held-out loss."""
     micro_batch: int | None = None
+    """Activations of one forward and backward pass; by default 1024 on a CPU, all on a GPU."""
     parallel: Literal["auto", "ddp", "fsdp"] = beside("auto")
+    """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
+    from a billion parameters on."""
     compile: Literal["auto", "on", "off"] = beside("auto")
     """Compile the denoiser's blocks; "auto" does on a GPU."""
     float8: bool = False
@@ -215,7 +222,9 @@ class TrainConfig:
     store: StoreOptions = field(default_factory=StoreOptions)
     stream: StreamConfig = field(default_factory=StreamConfig)
     prior: PriorOptions = field(default_factory=PriorOptions)
+    """Folder or repository of the prior."""
     recipe: dict[str, Any] = changes_of(Recipe)
+    """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
 
     def __post_init__(self) -> None:
         choices(self)
