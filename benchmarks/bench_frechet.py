@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from latentprior.evaluation import frechet_distance, frechet_from_moments
+from latentprior.stats.frechet import frechet_distance, frechet_from_moments
 
 
 def with_sqrtm(a: np.ndarray, b: np.ndarray) -> float:

@@ -27,12 +27,13 @@ from latentprior.data import text as texts
 from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.record import record
 from latentprior.data.tokens import tokenize
-from latentprior.evaluation import GaussianMoments, GaussianPrior, frechet_distance
 from latentprior.evaluation.evaluate import document_halves, heldout_by_t, lm_replacements
 from latentprior.evaluation.lm_loss import delta, lm_losses
 from latentprior.lm.loading import load_llm
 from latentprior.prior.files import WEIGHTS
 from latentprior.prior.glp import GLP
+from latentprior.stats.frechet import GaussianMoments, frechet_distance
+from latentprior.stats.gaussian import GaussianPrior
 from latentprior.training.fit import fit
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from latentprior.data.store.reader import ActivationStore
-from latentprior.evaluation import GaussianPrior, classifier_two_sample
 from latentprior.evaluation.evaluate import document_halves
+from latentprior.stats.distances import classifier_two_sample
+from latentprior.stats.gaussian import GaussianPrior
 
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

@@ -281,7 +281,7 @@ def test_no_model_is_loaded_for_a_complete_store_or_one_of_other_settings(config
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, r"source\.seed is 0 in the store and 1 now"),
+        ({"seed": 1}, r"source\.seed is 0 there and 1 now"),
         ({"layers": [2]}, "layer"),
         ({"max_length": 20}, r"source\.max_length is 40"),
         ({"dtype": "bfloat16"}, "dtype is 'float32'"),

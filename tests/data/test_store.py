@@ -449,12 +449,12 @@ def test_a_store_is_not_written_over(folder):
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ((7,), {}, "hookpoints.0.layer is 15 in the store and 7 now"),
-        ((15, 16), {}, "hookpoints.1 is None in the store and {.*'layer': 16"),
-        ((15,), {"dtype": "float32"}, "dtype is 'bfloat16' in the store and 'float32' now"),
-        ((15,), {"shard_rows": 17}, "shard_rows is 16 in the store and 17 now"),
-        ((15,), {"source": {**SOURCE, "llm": {"model": "b"}}}, "source.llm.model is 'tiny' in the store and 'b' now"),
-        ((15,), {"source": {**SOURCE, "new": 1}}, "source.new is None in the store and 1 now"),
+        ((7,), {}, "hookpoints.0.layer is 15 there and 7 now"),
+        ((15, 16), {}, "hookpoints.1 is None there and {.*'layer': 16"),
+        ((15,), {"dtype": "float32"}, "dtype is 'bfloat16' there and 'float32' now"),
+        ((15,), {"shard_rows": 17}, "shard_rows is 16 there and 17 now"),
+        ((15,), {"source": {**SOURCE, "llm": {"model": "b"}}}, "source.llm.model is 'tiny' there and 'b' now"),
+        ((15,), {"source": {**SOURCE, "new": 1}}, "source.new is None there and 1 now"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_and_touches_nothing(folder, layers, options, message):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentprior.evaluation import bootstrap_interval
 from latentprior.stats import bootstrap as module
+from latentprior.stats.bootstrap import bootstrap_interval
 from latentprior.utils.errors import InputError
 
 

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance_nd
 from sklearn.metrics import roc_auc_score
 
-from latentprior.evaluation import classifier_two_sample, sliced_wasserstein
 from latentprior.stats.auc import auc_by_group
-from latentprior.stats.distances import _sorted_projections
+from latentprior.stats.distances import _sorted_projections, classifier_two_sample, sliced_wasserstein
 from latentprior.utils.errors import InputError
 
 

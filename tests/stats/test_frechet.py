@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from latentprior.evaluation import GaussianMoments, frechet_distance, frechet_from_moments, frechet_parts
 from latentprior.stats import frechet as module
+from latentprior.stats.frechet import GaussianMoments, frechet_distance, frechet_from_moments, frechet_parts
 from latentprior.utils.errors import InputError
 
 

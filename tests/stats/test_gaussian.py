@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from latentprior.evaluation import GaussianPrior, frechet_distance
+from latentprior.stats.frechet import frechet_distance
+from latentprior.stats.gaussian import GaussianPrior
 from latentprior.utils.errors import InputError
 
 D = 4

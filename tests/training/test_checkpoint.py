@@ -127,8 +127,8 @@ def test_incomplete_states_are_ignored_and_cleared_away(tmp_path):
 def test_other_settings_are_refused(tmp_path):
     save_state(tmp_path / "steps", new_state(), SETTINGS)
     for settings, message in [
-        (SETTINGS | {"seed": 1}, "seed is 0 in the store and 1 now"),
-        (SETTINGS | {"blocks": 3}, "blocks is None in the store and 3 now"),
+        (SETTINGS | {"seed": 1}, "seed is 0 there and 1 now"),
+        (SETTINGS | {"blocks": 3}, "blocks is None there and 3 now"),
         ({"seed": 0}, "recipe.* now"),
     ]:
         state = new_state(seed=1)

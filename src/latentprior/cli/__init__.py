@@ -1,4 +1,7 @@
-"""The command line: `commands` says what there is to call, `usage` what was wrong with a call, `console` shows it."""
+"""The command line: `parser` takes it apart, `commands` runs it, `help` says what there is, `console` shows results.
+
+`main` is given the words of a command line and returns the exit status; every option is a field of `config`.
+"""
 
 from latentprior.cli.commands import main
 

@@ -161,9 +161,9 @@ def moved(option: str) -> InputError | None:
     return InputError(f"{option} has become {new}: --{new} says where all of a command computes") if new else None
 
 
-def beside(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
+def changeable(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING) -> Any:
     """A field that does not decide results (see `settings_of`): a run that continues another may change it."""
-    return dataclasses.field(default=default, default_factory=default_factory, metadata={"beside": True})
+    return dataclasses.field(default=default, default_factory=default_factory, metadata={"changeable": True})
 
 
 def changes_of(cls: type) -> Any:
@@ -173,7 +173,7 @@ def changes_of(cls: type) -> Any:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The values that decide a result, JSON-ready, nested ones included: two runs that agree in them are one run."""
-    decisive = [f.name for f in dataclasses.fields(config) if not f.metadata.get("beside")]
+    decisive = [f.name for f in dataclasses.fields(config) if not f.metadata.get("changeable")]
     values = {name: getattr(config, name) for name in decisive}
     return {name: settings_of(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 

@@ -11,8 +11,8 @@ from latentprior.config.base import (
     Folder,
     Side,
     Size,
-    beside,
     bytes_of,
+    changeable,
     choices,
     meaningless,
     positive,
@@ -108,7 +108,7 @@ class TextConfig:
 class RecordConfig:
     """Record activations of a language model into a store on disk."""
 
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of the store."""
     layers: list[int] = field(default_factory=lambda: [15])
     """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
@@ -116,11 +116,11 @@ class RecordConfig:
     """Stop at exactly this many activations of each layer; all of the text by default."""
     max_length: int = 2048
     """Most tokens of a document that the model sees at once, the beginning-of-sequence token included."""
-    resume: bool = beside(False)
+    resume: bool = changeable(False)
     """Continue an interrupted recording in the same folder; nothing is lost or repeated."""
     batch_tokens: int = 4096
     """Most tokens of one forward pass of the language model, padding included."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     side: Side = "output"
     """A block's output, its input, or the hidden units of its MLP."""
@@ -139,11 +139,11 @@ class RecordConfig:
     """Storage precision."""
     shard_rows: int = 65536
     """A shard is closed once it holds at least this many rows."""
-    disk_budget: Size | None = beside(None)
+    disk_budget: Size | None = changeable(None)
     """Most bytes of the store ("20GB"), at least two shards; its oldest shards go first."""
-    wait: bool = beside(False)
+    wait: bool = changeable(False)
     """At the disk budget, wait for a trainer that follows (train --follow) instead of removing the oldest shard."""
-    wait_seconds: float = beside(600.0)
+    wait_seconds: float = changeable(600.0)
     """With `wait`: give up when no shard was released for this long; --resume continues."""
     seed: int = 0
     """Seed of the random positions."""
@@ -193,18 +193,18 @@ class StreamConfig:
     """Most tokens of one forward pass of the language model, padding included; fewer if the buffer is small."""
     statistics: int = 65536
     """Tokens, over all processes, of the warm-up pass for the normalizer's statistics; they are trained on later."""
-    record_to: Folder | None = beside(None)
+    record_to: Folder | None = changeable(None)
     """Also keep what is streamed in this activation store (with several processes: one for each, below this folder)."""
-    disk_budget: Size | None = beside(None)
+    disk_budget: Size | None = changeable(None)
     """Most bytes of `record_to` ("20GB"); its oldest shards go first."""
     long_documents: LongDocuments = "auto"
     """Longer documents come in chunks of `max_length` ("chunk") or are cut to it, what is cut being counted ("cut");
     "auto" is chunks, but for the embedded corpus, whose documents are cut."""
     sinks: Literal["drop", "keep"] = "drop"
     """Attention sinks (norm over 10 times the median) are left out and counted, or kept."""
-    buffer_device: Literal["auto", "cpu"] = beside("auto")
+    buffer_device: Literal["auto", "cpu"] = changeable("auto")
     """"auto" keeps the buffer on the trainer's device, "cpu" in (pinned) host memory."""
-    document_shards: int | None = beside(None)
+    document_shards: int | None = changeable(None)
     """Shards of the documents that make up every batch. A process serves some of them, so batches do not depend on the
     number of processes, which may be at most this; by default 24, or the least multiple that suffices."""
 

@@ -12,7 +12,7 @@ from latentprior.config.base import (
     Grid,
     Solver,
     at_least,
-    beside,
+    changeable,
     choices,
     meaningless,
     positive,
@@ -25,7 +25,7 @@ from latentprior.utils.errors import InputError
 class SAEConfig:
     """A TopK sparse autoencoder (SAE), trained on the activations that the Gaussian baselines are fitted to."""
 
-    path: Folder | None = beside(None)
+    path: Folder | None = changeable(None)
     """Folder of the SAE, this project's or SAELens's; trained if it has none. By default `sae` in the output folder."""
     expansion: int = 8
     """Latents for each dimension of the activations."""
@@ -50,7 +50,7 @@ class DoctorConfig:
     """Folder or repository of a prior to check as well."""
     layer: int | None = None
     """Block whose output is recorded and edited; by default the prior's, or the middle one."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     llm: LLMConfig = field(default_factory=LLMConfig)
 
@@ -63,7 +63,7 @@ class EvaluateConfig:
     """Folder or repository of the prior."""
     heldout: Folder
     """Activation store of held-out documents; it needs a little over twice `samples` rows."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of evaluate.json and report.html."""
     train: Folder | None = None
     """Store to which the Gaussian baselines are fitted; by default the half of the held-out rows that is left."""
@@ -99,7 +99,7 @@ class EvaluateConfig:
     """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise, projections and resampling."""
@@ -123,7 +123,7 @@ class SampleConfig:
 
     prior: Folder
     """Folder or repository of the prior."""
-    output: File = beside()
+    output: File = changeable()
     """File to write: `activations` [n, d] float32."""
     n: int = 1024
     """How many activations."""
@@ -139,7 +139,7 @@ class SampleConfig:
     """Which of the prior's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the denoiser."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise."""
@@ -155,7 +155,7 @@ class ConvertConfig:
 
     source: Folder
     """Folder (or repository, for a prior) to read."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder to write."""
     to: Literal["latentprior", "official"] = "latentprior"
     """Format to write."""
@@ -176,9 +176,9 @@ class ConvertConfig:
 class DemoConfig:
     """The main job end to end on the embedded model and corpus: record, train, evaluate, steer, report."""
 
-    output: Folder = beside("runs/demo")
+    output: Folder = changeable("runs/demo")
     """Folder of everything; a second run reuses what is there. The page is report.html, its data demo.json."""
-    tiny: bool = beside(False)
+    tiny: bool = changeable(False)
     """A run of under a minute that only shows that everything works."""
     layer: int = 15
     """Block whose output is modelled."""
@@ -198,7 +198,7 @@ class DemoConfig:
     """Steering strengths in units of the mean activation norm."""
     new_tokens: int = 20
     """Tokens to generate after each prompt."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of everything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, at_least, beside, choices, positive, unit_interval
+from latentprior.config.base import Folder, at_least, changeable, choices, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
 from latentprior.utils.errors import InputError
@@ -17,15 +17,15 @@ class NeuronsConfig:
 
     prior: Folder
     """Folder or repository of the prior."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
     tokens: int = 2_000_000
     """Stop after this many tokens that count: not the first of a document, no attention sinks."""
-    html: Folder | None = beside(None)
+    html: Folder | None = changeable(None)
     """Folder of a static site to look at the units in any browser; by default none."""
-    probe: Folder | None = beside(None)
+    probe: Folder | None = changeable(None)
     """Folder of a `latentprior probe` run of the same prior: names the tasks that a unit is among the best at."""
-    describe: int = beside(0)
+    describe: int = changeable(0)
     """Units to describe by the endpoint `judge.url`; the others are described by their tokens."""
     layer: int | None = None
     """Which layer of a multi-layer prior."""
@@ -45,16 +45,16 @@ class NeuronsConfig:
     """Tokens to name that a unit promotes, and as many that it suppresses."""
     neighbours: int = 8
     """Most correlated units to name."""
-    batch_tokens: int = beside(4096)
+    batch_tokens: int = changeable(4096)
     """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of the noise and of the random documents."""
-    judge: JudgeConfig = beside(default_factory=JudgeConfig)
-    llm: LLMConfig = beside(default_factory=LLMConfig)
+    judge: JudgeConfig = changeable(default_factory=JudgeConfig)
+    llm: LLMConfig = changeable(default_factory=LLMConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:

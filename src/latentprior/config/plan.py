@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import File, Size, at_least, beside, changes_of, choices, positive, size_of
+from latentprior.config.base import File, Size, at_least, changeable, changes_of, choices, positive, size_of
 from latentprior.config.data import LLMConfig, StreamConfig
 from latentprior.config.training import PriorOptions, Recipe, TrainConfig, recipe_of
 from latentprior.utils.errors import InputError
@@ -53,7 +53,7 @@ class PlanConfig:
     """Assumption: share of the chip's matrix peak that the language model's forward pass reaches."""
     prior_mfu: float = 0.4
     """Assumption: share of the chip's matrix peak that training the prior reaches."""
-    output: File | None = beside(None)
+    output: File | None = changeable(None)
     """JSON file to write."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, at_least, beside, choices, known, positive
+from latentprior.config.base import Folder, at_least, changeable, choices, known, positive
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError
 
@@ -18,15 +18,15 @@ class ProbeConfig:
 
     priors: list[Folder]
     """Priors of one hookpoint: the first is compared with the baselines, all show how AUC follows the held-out loss."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command continues."""
-    tasks: list[str] = beside(default_factory=list)
+    tasks: list[str] = changeable(default_factory=list)
     """Names of embedded tasks of SAE-Probes, or paths of CSV files; by default its 113 binary tasks."""
     text_column: str | None = None
     """Column of a CSV file that holds the texts; by default "text", "prompt" or "content", or the only text column."""
     label_column: str | None = None
     """Column of a CSV file with the two classes; by default "target", "label", "class", or the only one left."""
-    recording: Folder | None = beside(None)
+    recording: Folder | None = changeable(None)
     """Folder of the recorded activations, so that several runs share them; by default `recording` in the output."""
     checkpoint: str = "final"
     """Which of the prior's weights."""
@@ -61,15 +61,15 @@ class ProbeConfig:
     """Tokens of a text, the beginning-of-sequence token included; longer texts keep their last, as in SAE-Probes."""
     max_test: int | None = None
     """Most test rows of a task, the first of the protocol's random order; by default all."""
-    batch_tokens: int = beside(4096)
+    batch_tokens: int = changeable(4096)
     """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 42
     """Seed of the split (the protocol's is 42), of noise, controls and resampling."""
-    llm: LLMConfig = beside(default_factory=LLMConfig)
+    llm: LLMConfig = changeable(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
         choices(self)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, Solver, at_least, beside, choices, known, positive, unit_interval
+from latentprior.config.base import Folder, Solver, at_least, changeable, choices, known, positive, unit_interval
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError
 
@@ -94,17 +94,19 @@ class JudgeConfig:
 class SteerConfig:
     """Steer a language model along directions at many strengths, repair, judge, and compare the methods' frontiers."""
 
-    priors: list[Folder] = beside()
+    priors: list[Folder] = changeable()
     """Folders or repositories of the priors that repair; the first also scores how far activations are off the data."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of everything: results.parquet with every text, steer.json, report.html. The same command continues."""
     experiment: Experiment = "sentiment"
     """"sentiment" (directions from labelled sentences, neutral news beginnings as prompts); "sae" (features of a sparse
     autoencoder); "persona" (traits of a chat model); or "files" (directions from files, judged by `task`)."""
-    directions: list[str] = beside(default_factory=list)
+    directions: list[str] = changeable(default_factory=list)
     """For "sentiment": difference_of_means, probe, pca, persona, shuffled; for "persona": names of traits; for "files":
     their paths; for "sae": numbers of latents. By default the experiment's own choice."""
-    methods: list[str] = beside(default_factory=lambda: ["plain", "repaired", "paired", "random", "random-repaired"])
+    methods: list[str] = changeable(
+        default_factory=lambda: ["plain", "repaired", "paired", "random", "random-repaired"]
+    )
     """What to compare; "none" (unsteered) and "plain", with which the others are compared, are always there."""
     strengths: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
     """Strengths in mean activation norms."""
@@ -132,19 +134,19 @@ class SteerConfig:
     """Activation store in which the top activations of the autoencoder's features are looked for."""
     features: int = 8
     """How many features of the autoencoder to draw, if `directions` names none."""
-    batch_rows: int = beside(256)
+    batch_rows: int = changeable(256)
     """Texts generated together."""
-    examples: int = beside(3)
+    examples: int = changeable(3)
     """Prompts whose texts are on the page."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the denoiser; "auto" is bfloat16 where the device is fast at it."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of noise, controls and resampling."""
     repair: RepairConfig = field(default_factory=RepairConfig)
     """The repair; `methods` change parts of it."""
-    judge: JudgeConfig = beside(default_factory=JudgeConfig)
+    judge: JudgeConfig = changeable(default_factory=JudgeConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, beside, changes_of, choices, positive
+from latentprior.config.base import Folder, changeable, changes_of, choices, positive
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.training import Recipe, TrainConfig
 from latentprior.utils.errors import InputError
@@ -19,7 +19,7 @@ class SweepConfig:
     """Activation store to train on."""
     heldout: Folder
     """Activation store of held-out documents, for the loss and the Fréchet distance."""
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of everything. The same command continues; one with more sizes or budgets trains only the new ones."""
     widths: list[int] = field(default_factory=lambda: [288, 576, 1152])
     """Widths of the denoiser (d_model). One below the activations' width is a bottleneck that raises E."""
@@ -51,7 +51,7 @@ class SweepConfig:
     """Most tokens of one forward pass of the language model, padding included."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; "auto" is bfloat16 where the device is fast at it."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     seed: int = 0
     """Seed of samples, noise and resampling."""

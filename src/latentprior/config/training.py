@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from latentprior.config.base import (
     Folder,
-    beside,
+    changeable,
     changes_of,
     choices,
     from_dict,
@@ -135,13 +135,13 @@ def recipe_of(preset: str, changes: Mapping[str, Any]) -> Recipe:
 class StoreOptions:
     """Activations on disk: those to train on with --from store, and those of held-out documents."""
 
-    path: Folder | None = beside(None)
+    path: Folder | None = changeable(None)
     """Activation store to train on."""
-    heldout: Folder | None = beside(None)
+    heldout: Folder | None = changeable(None)
     """Activation store of held-out documents, for the held-out loss; a stream holds some of its text out by itself."""
-    follow: bool = beside(False)
+    follow: bool = changeable(False)
     """The store is still being recorded: use every row once, in the order of the shards, and wait for more."""
-    wait_seconds: float = beside(600.0)
+    wait_seconds: float = changeable(600.0)
     """With `follow`: give up when nothing new was recorded for this long."""
 
     def __post_init__(self) -> None:
@@ -172,30 +172,30 @@ class PriorOptions:
 class RunOptions:
     """How long, where and on what is trained, and what is kept of it."""
 
-    output: Folder = beside()
+    output: Folder = changeable()
     """Folder of the prior, its checkpoints and its log. The same command continues an interrupted run in it."""
     activations: int = 4_000_000
     """Activations to train on in all; a store is gone through as often as that takes."""
     seed: int = 0
     """Seed of initial weights, order of the data, noise and times."""
-    device: str = beside("auto")
+    device: str = changeable("auto")
     """Torch device; "auto" is this process's CUDA device if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix work; weights stay float32. "auto" is bfloat16 where the device is fast at it."""
-    save_seconds: float = beside(120.0)
+    save_seconds: float = changeable(120.0)
     """Seconds between two saved training states."""
-    log_every: int = beside(20)
+    log_every: int = changeable(20)
     """Steps between two lines of the log."""
-    track: Literal["none", "wandb", "trackio"] = beside("none")
+    track: Literal["none", "wandb", "trackio"] = changeable("none")
     """Also log to one of these; log.jsonl is always written."""
-    heldout_activations: int = beside(4096)
+    heldout_activations: int = changeable(4096)
     """Activations of the held-out loss."""
     micro_batch: int | None = None
     """Activations of one forward and backward pass; by default 1024 on a CPU, all on a GPU."""
-    parallel: Literal["auto", "ddp", "fsdp"] = beside("auto")
+    parallel: Literal["auto", "ddp", "fsdp"] = changeable("auto")
     """With several processes (torchrun): a copy of the prior in each, or its weights sharded over them. "auto" shards
     from a billion parameters on."""
-    compile: Literal["auto", "on", "off"] = beside("auto")
+    compile: Literal["auto", "on", "off"] = changeable("auto")
     """Compile the denoiser's blocks; "auto" does on a GPU."""
     float8: bool = False
     """Matrix products of the blocks in float8 (needs torchao and a GPU that has it)."""

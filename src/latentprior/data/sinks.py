@@ -18,6 +18,6 @@ def sink_threshold(median_norm: Norm) -> Norm:
     return SINK_FACTOR * median_norm
 
 
-def sinks_in(hidden: Float[Tensor, "*n d"], median_norm: float) -> Bool[Tensor, "*n"]:
+def sinks_in(hidden: Float[Tensor, "*n d"], typical_norm: float) -> Bool[Tensor, "*n"]:
     """Which activations are attention sinks, by `sink_threshold`."""
-    return hidden.float().norm(dim=-1) > sink_threshold(median_norm)
+    return hidden.float().norm(dim=-1) > sink_threshold(typical_norm)

@@ -18,7 +18,7 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
         for key in stored | given:
             yield from differences(stored.get(key), given.get(key), f"{name}.{key}".lstrip("."))
     elif stored != given and not (stored is None and name.endswith(".weights")):  # older stores hold no digest
-        yield f"{name} is {stored!r} in the store and {given!r} now"
+        yield f"{name} is {stored!r} there and {given!r} now"
 
 
 def check_settings(folder: str | Path, what: str, stored: Any, given: Any) -> None:

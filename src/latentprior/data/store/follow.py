@@ -20,7 +20,7 @@ from latentprior.data.store import manifest as files
 from latentprior.data.store.reader import ActivationStore, Shard
 from latentprior.utils.errors import InputError, Stopped
 
-Batch = tuple[Tensor, Tensor | None]
+Rows = tuple[Tensor, Tensor | None]
 """Activations x [B, d] in the stored dtype, and layer [B] int64, or None for a store of one layer."""
 
 POLL = 0.2  # seconds before the second look; then doubling
@@ -49,7 +49,7 @@ def wait_for_rows(
                     break  # there is progress: wait anew
 
 
-class Follower(Iterator[Batch]):
+class Follower(Iterator[Rows]):
     """Batches of every row of a store once, also of what is recorded meanwhile.
 
     The rows of a shard come in a random order, a function of the seed and the shard's number alone, one shard after
@@ -101,11 +101,11 @@ class Follower(Iterator[Batch]):
         if not self._manifest["complete"]:  # else nobody waits
             backpressure.write_consumed(self.folder, state["shard"])
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Rows:
         if not self._is_ready():
             self._wait(self.on_wait)
         shard, row = self._shard, self._row
-        pieces: list[Batch] = []
+        pieces: list[Rows] = []
         missing = self._batch_size
         while missing and (opened := self._open(shard)) is not None:
             piece = opened.rows(row, row + missing)
@@ -181,7 +181,7 @@ class _Opened:
     def __len__(self) -> int:
         return len(self._shard)
 
-    def rows(self, begin: int, end: int) -> Batch:
+    def rows(self, begin: int, end: int) -> Rows:
         chosen = self._order[begin:end]
         return self._shard.rows(chosen), None if self._layer is None else self._layer[chosen]
 

@@ -152,7 +152,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def check_file(folder: Path, entry: Mapping[str, Any], *, checksum: bool) -> Path:
+def verified_file(folder: Path, entry: Mapping[str, Any], *, checksum: bool) -> Path:
     """The path of a file that a manifest lists, its size and, if asked for, its SHA-256 checked."""
     path = folder / entry["file"]
     if not path.is_file():

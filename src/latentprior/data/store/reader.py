@@ -41,8 +41,8 @@ class Shard:
         self, folder: Path, entry: Mapping[str, Any], width: int, dtype: torch.dtype, *, checksum: bool = False
     ) -> None:
         self._rows, self._width, self._dtype = entry["rows"], width, dtype
-        self._activations = self._open_activations(files.check_file(folder, entry["activations"], checksum=checksum))
-        self._metadata = files.check_file(folder, entry["metadata"], checksum=checksum)
+        self._activations = self._open_activations(files.verified_file(folder, entry["activations"], checksum=checksum))
+        self._metadata = files.verified_file(folder, entry["metadata"], checksum=checksum)
         with _reading(self._metadata):
             footer = pq.read_metadata(self._metadata)
             rows, columns = footer.num_rows, {footer.schema.column(i).name for i in range(footer.num_columns)}
@@ -109,7 +109,7 @@ class ActivationStore:
         self.width: int = self.manifest["width"]
         self.dtype = files.DTYPES[self.manifest["dtype"]]
         shards, checksum = self.manifest["shards"], verify == "full"
-        files.check_file(self.folder, self.manifest["statistics"], checksum=checksum)
+        files.verified_file(self.folder, self.manifest["statistics"], checksum=checksum)
         self._shards = [Shard(self.folder, shard, self.width, self.dtype, checksum=checksum) for shard in shards]
         self._starts = np.array([0, *itertools.accumulate(shard["rows"] for shard in shards)])
         self._columns: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class ActivationStore:
     def moments(self) -> Moments:
         """Moments of all rows for each layer, also of those that a disk budget has removed since."""
         if self._statistics is None:  # read once: a recorder that goes on replaces the file
-            path = files.check_file(self.folder, self.manifest["statistics"], checksum=True)
+            path = files.verified_file(self.folder, self.manifest["statistics"], checksum=True)
             with _reading(path):
                 moments = Moments.from_state_dict(load_file(path))
             rows = len(self) + self.manifest["evicted"]
