@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latentprior.config import TrainConfig
 from latentprior.data.partition import BatchPartition, shards_for
 from latentprior.prior.glp import GLP
@@ -38,14 +40,15 @@ def fit(config: TrainConfig, *, report: Report = silent) -> GLP:
         Stopped: SIGTERM was received; the state was saved.
     """
     with joined(config.run.device) as world, ExitStack() as held, _sigterm_noted() as stop:
+        device = resolve_device(config.run.device)
         for folder in filter(None, (config.run.output, config.stream.record_to)):
             held.enter_context(locked_by_first(folder, world))
-        return _fit(config, world, report if world.main else silent, stop)
+        return _fit(config, world, device, report if world.main else silent, stop)
 
 
-def _fit(config: TrainConfig, world: World, report: Report, stop: Callable[[], bool]) -> GLP:
+def _fit(config: TrainConfig, world: World, device: torch.device, report: Report, stop: Callable[[], bool]) -> GLP:
     began = time.perf_counter()
-    device, output = resolve_device(config.run.device), Path(config.run.output)
+    output = Path(config.run.output)
     partition = _partition(config, world)
     if config.run.float8:
         check_float8(device)

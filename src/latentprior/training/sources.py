@@ -23,7 +23,7 @@ from latentprior.data.store.writer import StoreWriter
 from latentprior.data.stream.buffer import MixingBuffer, buffered_batches, check_memory
 from latentprior.data.stream.live import LiveActivations
 from latentprior.data.text_files import text_settings
-from latentprior.lm.hooks import Hookpoint, check_recorded, drop_blocks_after, same_places
+from latentprior.lm.hooks import Hookpoint, drop_blocks_after, same_places
 from latentprior.lm.loading import load_llm
 from latentprior.prior.normalizer import Normalizer
 from latentprior.utils.errors import InputError
@@ -101,8 +101,8 @@ class StoreSource(ActivationSource):
         super().__init__(config, partition)
         self.store = store = ActivationStore(_path(config))
         self.source: dict[str, Any] = store.manifest["source"]
-        self.layers = _chosen(store, config.layers)
-        self.hookpoints = tuple(h for h in store.hookpoints if h.layer in self.layers)
+        self.hookpoints = store.hookpoints_at(config.layers)
+        self.layers = [hookpoint.layer for hookpoint in self.hookpoints]
         self._rows = len(store.rows_at(self.layers))
         # By its rows: the folder may move.
         self.identity = {"store": store.manifest["statistics"]["sha256"], "rows": self._rows}
@@ -137,9 +137,9 @@ class FollowedStoreSource(ActivationSource):
             raise InputError("a store that is being recorded is followed by one process: train with --from llm instead")
         self._stop = stop
         self.store = wait_for_rows(_path(config), config.stream.statistics, config.store.wait_seconds, stop=stop)
-        if len(_chosen(self.store, config.layers)) < len(self.store.layers):
+        self.hookpoints = self.store.hookpoints_at(config.layers)
+        if len(self.hookpoints) < len(self.store.layers):
             raise InputError(f"a store that is followed gives all its layers, {list(self.store.layers)}: omit --layers")
-        self.hookpoints = tuple(self.store.hookpoints)
         self.source: dict[str, Any] = self.store.manifest["source"]
         self.identity = {"source_of_rows": self.source, "statistics": config.stream.statistics}
         self._follower: Follower | None = None
@@ -269,7 +269,8 @@ def stored_heldout(config: TrainConfig, hookpoints: Sequence[Hookpoint]) -> Batc
 
 def stream_source(config: TrainConfig) -> dict[str, Any]:
     """Where the rows of a stream come from, as far as that is known before the language model is loaded."""
-    source = settings_of(config.stream) | {"layers": config.layers, "text": text_settings(config.stream.text)}
+    rows = {"layers": config.layers, "text": text_settings(config.stream.text)}
+    source = settings_of(config.stream) | rows
     if config.stream.chunks:
         source["long_documents"] = "chunk"
     else:
@@ -281,9 +282,3 @@ def stream_source(config: TrainConfig) -> dict[str, Any]:
 def _path(config: TrainConfig) -> str:
     assert config.store.path is not None  # `TrainConfig` refuses a source "store" without one
     return config.store.path
-
-
-def _chosen(store: ActivationStore, layers: Sequence[int]) -> list[int]:
-    """The store's layers that are named, in its order; all of them if none is."""
-    check_recorded(layers, store.layers)
-    return [layer for layer in store.layers if not layers or layer in layers]

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from latentprior.data.activations import ActivationBatch
 from latentprior.data.moments import Moments
 from latentprior.data.store import manifest as files
-from latentprior.lm.hooks import check_recorded
+from latentprior.lm.hooks import Hookpoint, check_recorded
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.random import keyed_generator
 
@@ -178,6 +178,11 @@ class ActivationStore:
     def batch(self, indices: Tensor) -> ActivationBatch:
         """Rows [n] int64 and their metadata, as recorded."""
         return ActivationBatch(self.rows(indices), *self.metadata(indices))
+
+    def hookpoints_at(self, layers: Sequence[int]) -> tuple[Hookpoint, ...]:
+        """The hookpoints of `layers`, in the store's order; all of them if none is named."""
+        check_recorded(layers, self.layers)
+        return tuple(hookpoint for hookpoint in self.hookpoints if not layers or hookpoint.layer in layers)
 
     def rows_at(self, layers: Sequence[int]) -> Tensor:
         """Numbers [n] int64 of the rows of `layers`, in the store's order."""
