@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, changeable, changes_of, choices, positive
+from latentprior.config.base import Folder, changeable, changes_of, choices, known, positive
 from latentprior.config.data import LLMConfig, TextConfig
-from latentprior.config.training import Recipe, TrainConfig
+from latentprior.config.training import PRESETS, Recipe, TrainConfig
 from latentprior.utils.errors import InputError
 
 
@@ -60,6 +60,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         choices(self)
+        known("preset", [self.preset], PRESETS)
         positive(self, "mlp_ratio", "samples", "steps", "lm_documents", "max_length", "batch_tokens")
         for name in ("widths", "blocks", "budgets", "seeds"):
             values = getattr(self, name)
