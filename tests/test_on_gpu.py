@@ -243,15 +243,18 @@ def test_the_lines_of_the_readme_run_on_both(
     device, tiny_glp, tiny_llm, tiny_tokenizer, tmp_path, monkeypatch, gpu, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    tiny_glp(32, (1,), "tiny-llama").save_pretrained("runs/demo/prior")
 
-    def load_llm(config: LLMConfig) -> tuple[Any, Any]:
+    def load_llm(name: str) -> tuple[Any, Any]:
         return tiny_llm("llama").to(device), tiny_tokenizer
 
     monkeypatch.setattr(latentprior.lm.loading, "load_llm", load_llm)
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    exec(lines, {})
-    assert capsys.readouterr().out.startswith("<|im_start|>The weather today")
+    small = f'preset="fast", activations=512, d_model=16, blocks=1, device="{device}"'
+    lines = lines.replace('preset="fast"', small).replace("[15]", "[1]").replace("layer=15", "layer=1")
+    texts = [f"{word} fox jumps over the lazy dog, {i} times." for i in range(24) for word in ("A quick", "The slow")]
+    names = {"texts": texts, "positive": ["A good day.", "Fine words."], "negative": ["A bad day.", "Poor words."]}
+    exec(lines, names)
+    assert names["ids"].shape[1] > 1
     assert gpu["linear", device] and not gpu["linear", "cpu" if device == "cuda" else "cuda"]
 
 
@@ -259,7 +262,7 @@ def test_the_lines_of_the_readme_run_on_both(
 def bench(monkeypatch) -> ModuleType:
     """`bench_commands`, which knows every command's arguments; no peak is measured by large products."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for module in ("training.run", "scaling.plan"):
+    for module in ("training.trainer", "scaling.plan"):
         monkeypatch.setattr(f"latentprior.{module}.matrix_peak", lambda *_: 1e12)
     import bench_commands
 

@@ -167,7 +167,7 @@ def prior(tiny_glp, tmp_path) -> str:
 def commands(out: str, prior: str) -> dict[str, Callable[[], object]]:
     return {
         "record": lambda: record(RecordConfig(output=out)),
-        "train": lambda: fit(TrainConfig.of(output=out)),
+        "train": lambda: fit(TrainConfig.of(store="somewhere", output=out)),
         "train --from llm": lambda: fit(TrainConfig.of(source="llm", output=out)),
         "train --record-to": lambda: fit(TrainConfig.of(source="llm", output=out + "-2", record_to=out)),
         "steer": lambda: steer(SteerConfig(output=out, priors=[prior], experiment="persona")),
@@ -206,6 +206,6 @@ def test_every_command_says_that_its_output_is_a_file(name, prior, tmp_path, not
 
 
 def test_all_ranks_end_if_the_first_is_refused(holder, run_ranks, tmp_path):
-    assert all(run_ranks(2, fit, TrainConfig.of(output=str(tmp_path / "out"), device="cpu"), timeout=60.0))
+    assert all(run_ranks(2, fit, TrainConfig.of(store="somewhere", output=str(tmp_path / "out"), device="cpu"), timeout=60.0))
     holder.kill()
     holder.join()

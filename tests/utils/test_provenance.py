@@ -17,9 +17,9 @@ from latentprior.utils import provenance
 
 
 def test_stamp_has_all_that_repeats_a_result():
-    stamp = provenance.stamp(to_dict(TrainConfig.of(seed=3)), seed=3, wall_seconds=1.23456)
+    stamp = provenance.stamp(to_dict(TrainConfig.of(store="s", output="o", seed=3)), seed=3, wall_seconds=1.23456)
     assert stamp.keys() == {"config", "versions", "git", "seed", "wall_seconds"}
-    assert stamp["config"]["seed"] == stamp["seed"] == 3 and stamp["wall_seconds"] == 1.23
+    assert stamp["config"]["run"]["seed"] == stamp["seed"] == 3 and stamp["wall_seconds"] == 1.23
     assert json.loads(json.dumps(stamp))["versions"] == stamp["versions"]
     assert stamp["git"] is None or re.fullmatch(r"[0-9a-f]{40,64}\+?", stamp["git"])
 
