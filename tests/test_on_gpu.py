@@ -21,7 +21,7 @@ import latentprior.demo
 import latentprior.lm.loading
 from latentprior import GLP, InputError, record_activations
 from latentprior.cli import commands as cli
-from latentprior.config import LLMConfig, RepairConfig
+from latentprior.config import RepairConfig
 from latentprior.data.prompts import tokenized
 from latentprior.data.text import Document
 from latentprior.data.tokens import tokenize

@@ -206,6 +206,8 @@ def test_every_command_says_that_its_output_is_a_file(name, prior, tmp_path, not
 
 
 def test_all_ranks_end_if_the_first_is_refused(holder, run_ranks, tmp_path):
-    assert all(run_ranks(2, fit, TrainConfig.of(store="somewhere", output=str(tmp_path / "out"), device="cpu"), timeout=60.0))
+    assert all(
+        run_ranks(2, fit, TrainConfig.of(store="somewhere", output=str(tmp_path / "out"), device="cpu"), timeout=60.0)
+    )
     holder.kill()
     holder.join()
