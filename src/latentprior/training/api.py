@@ -27,6 +27,7 @@ def train(
     The same call continues an interrupted run, and opens a finished one.
 
     Args:
+        store: an open store, or its folder.
         output: folder of the prior, its checkpoints and its log.
         preset: "official" (the paper's recipe), "quick" or "fast" (docs/recipes.md).
         activations: how many to train on in all; the store is gone through as often as that takes.
