@@ -29,11 +29,11 @@ from latentprior.report import write_report
 from latentprior.steer.experiment import experiment
 from latentprior.training.fit import fit
 from latentprior.training.tracking import read_log
-from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_json
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, unseen
 from latentprior.utils.provenance import stamp
+from latentprior.utils.settings import check_settings
 
 MAX_LENGTH = 128
 LABELLED = 2000  # SST-2 sentences for direction and classifier
@@ -83,11 +83,10 @@ class _Parts:
 
     def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a part, from its file if there is one."""
-        path, settings = self.folder / f"{name}.json", settings_of(self.config) | {"llm": to_dict(self.config.llm)}
+        path, settings = self.folder / f"{name}.json", settings_of(self.config)
         if path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
-            if saved["settings"] != settings:
-                raise InputError(f"{self.folder} holds a demo of other settings: choose another --output")
+            check_settings(self.folder, "a demo", saved["settings"], settings)
             return saved["result"]
         began = time.perf_counter()
         result = make() | {"seconds": round(time.perf_counter() - began, 1)}

@@ -285,3 +285,8 @@ def test_what_is_no_size(size):
     with pytest.raises(InputError, match="^buffer must be a number of activations or a size"):
         size_of("buffer", size)
     assert count_of(size) in (None, 0)
+
+
+def test_settings_are_json_with_groups_in_lists():
+    mixed = config.TextConfig(mix=[config.TextSource(dataset="a"), config.TextSource(dataset="b", weight=2.0)])
+    assert json.loads(json.dumps(config.settings_of(mixed))) == config.to_dict(mixed)  # all of it decides

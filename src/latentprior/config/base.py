@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
+from functools import cache
 from operator import attrgetter
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -173,9 +174,14 @@ def changes_of(cls: type) -> Any:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The values that decide a result, JSON-ready, nested ones included: two runs that agree in them are one run."""
-    decisive = [f.name for f in dataclasses.fields(config) if not f.metadata.get("changeable")]
-    values = {name: getattr(config, name) for name in decisive}
-    return {name: settings_of(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("changeable")}
+    return {name: _settings_within(value) for name, value in values.items()}
+
+
+def _settings_within(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_settings_within(item) for item in value]
+    return settings_of(value) if dataclasses.is_dataclass(value) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -203,9 +209,11 @@ def full_name(cls: type, name: str) -> str | None:
     return found[0] if found else None
 
 
+@cache  # every option of a command line asks
 def groups(cls: type) -> dict[str, type]:
     """The fields of `cls` that are groups of options, and the dataclass that says what is in each."""
-    kinds = {f.name: f.metadata.get("changes") or get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    kinds = {f.name: f.metadata.get("changes") or hints[f.name] for f in dataclasses.fields(cls)}
     return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 
 

@@ -103,7 +103,7 @@ def finished(
 
 def keep_settings(config: SteerConfig, tasks: Sequence[SteeringTask], folder: Path) -> None:
     """Refuse a folder of other settings than those of `config`; write them if it is new."""
-    settings = settings_of(config) | {"llm": to_dict(config.llm)}
+    settings = settings_of(config)
     if config.store is None:
         del settings["store"]  # older folders name one that no experiment but "sae" reads
     if config.experiment == "files":  # a file may change under its name; other directions follow from the settings
