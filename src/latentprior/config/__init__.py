@@ -20,7 +20,7 @@ from latentprior.config.data import (
     TextConfig,
     TextSource,
 )
-from latentprior.config.embedded import EMBEDDED, GEMMA3, SMOLLM2, EmbeddedLLM, default_layer, near_embedded
+from latentprior.config.embedded import EMBEDDED, GEMMA3, SMOLLM2, default_layer, near_embedded
 from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
@@ -52,7 +52,6 @@ __all__ = [
     "DemoConfig",
     "DenoiserConfig",
     "DoctorConfig",
-    "EmbeddedLLM",
     "EvaluateConfig",
     "Grid",
     "JudgeConfig",

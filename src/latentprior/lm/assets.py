@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import cached_assets_path
 from huggingface_hub.utils import WeakFileLock
 
-from latentprior.config import EMBEDDED, GEMMA3, EmbeddedLLM
+from latentprior.config.embedded import EMBEDDED, GEMMA3, EmbeddedLLM
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import sync_files
 
