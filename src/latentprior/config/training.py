@@ -45,11 +45,30 @@ class DenoiserConfig:
     """Residual blocks."""
     multi_layer_n_layers: int | None = None
     """Blocks of the language model if one denoiser serves several of its layers, else None."""
+    skip: Literal["none", "normal"] = "none"
+    """"normal" adds ``(2t - 1) / ((1 - t)^2 + t^2) z_t``, the velocity if the data were standard normal, to what the
+    network gives: it is then right at both ends of the path from the start. "none" is the paper's network."""
+    modulation: Literal["gate", "norm"] = "gate"
+    """What time, and layer, act on: the gates of the hidden units, inside the SiLU ("gate", the paper's network), or
+    the output of each layer norm, which they scale and shift ("norm")."""
 
     def __post_init__(self) -> None:
+        typed(self)
+        choices(self)
         positive(self, "d_input", "d_model", "d_mlp", "n_layers", "multi_layer_n_layers")
         if self.d_model % 2:
             raise InputError(f"DenoiserConfig.d_model must be even (half cosines, half sines), got {self.d_model}")
+
+    def departures(self) -> dict[str, str]:
+        """Options that make it another network than the paper's, which neither official files nor old readers know."""
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {name: getattr(self, name) for name in ("skip", "modulation")}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Shape and departures, as ``config.json`` holds them."""
+        shape = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("skip", "modulation")}
+        return shape | self.departures()
 
 
 @dataclass(frozen=True)
