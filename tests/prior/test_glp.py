@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -33,15 +34,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def glp(tiny_glp) -> GLP:
-    return tiny_glp(D)
+NETWORKS = {"paper": {}, "skip and norms": {"skip": "normal", "modulation": "norm"}}
 
 
-@pytest.fixture(scope="module")
-def several(tiny_glp) -> GLP:
+@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+def glp(request, tiny_glp) -> GLP:
+    return tiny_glp(D, **request.param)
+
+
+@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+def several(request, tiny_glp) -> GLP:
     """A prior of layers 0, 2 and 3 of four."""
-    return tiny_glp(D, (0, 2, 3))
+    return tiny_glp(D, (0, 2, 3), **request.param)
 
 
 @pytest.fixture
@@ -97,8 +101,8 @@ def test_results_have_the_dtype_of_the_activations(glp, dtype):
     torch.testing.assert_close(glp.project(x, generator=0), exact.to(dtype), atol=1e-5, rtol=1e-2)
 
 
-def test_low_precision_weights(tiny_glp, glp):
-    rounded = tiny_glp(D).cast(torch.bfloat16)
+def test_low_precision_weights(glp):
+    rounded = copy.deepcopy(glp).cast(torch.bfloat16)
     assert rounded.denoiser.dtype == torch.bfloat16 and rounded.normalizer.mean.dtype == torch.float32
     x = draw(64, D)
     assert rounded.project(x).dtype == rounded.sample(3).dtype == torch.float32
@@ -136,8 +140,8 @@ def test_casts_reach_the_denoiser_and_leave_the_statistics_exact(tiny_glp, cast,
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-5), (torch.bfloat16, 1e-3), (torch.float64, 1e-9)])
-def test_cast_priors_compute_what_the_exact_one_does(tiny_glp, glp, dtype, tolerance):
-    x, rounded = draw(64, D), tiny_glp(D).to(dtype)
+def test_cast_priors_compute_what_the_exact_one_does(glp, dtype, tolerance):
+    x, rounded = draw(64, D), copy.deepcopy(glp).to(dtype)
     found, expected = (prior.project(x, generator=0) for prior in (rounded, glp))
     assert F.mse_loss(found, expected) < tolerance * F.mse_loss(x, expected)
     assert rounded.score(x, generator=0).dtype == torch.float32

@@ -155,9 +155,9 @@ def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int
     Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
     (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
     hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, the projections ``s m`` and ``s d``, and the loss
-    ``4 d``. A norm that time modulates keeps its output, too, and its gathered scale and shift, ``(4 + 2 s) m``; no gate is
-    multiplied then, which saves two of the hidden vectors. Working space: gradients of three hidden vectors of one
-    block, ``3 s h``. This is eager execution with few distinct times.
+    ``4 d``. A norm that time modulates keeps its output, too, and its gathered scale and shift, ``(4 + 2 s) m``; no
+    gate is multiplied then, which saves two of the hidden vectors. Working space: gradients of three hidden vectors of
+    one block, ``3 s h``. This is eager execution with few distinct times.
     """
     d, m, h, n = _shape(config)
     modulated = config.modulation == "norm"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentprior.config import DenoiserConfig, from_dict
+from latentprior.config import DenoiserConfig, from_dict, settings_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.normalizer import Normalizer
@@ -77,7 +77,7 @@ def write(folder: Path, parts: Parts) -> None:
         raise InputError("float16 storage is refused: cast the prior to bfloat16 or float32 before saving it")
     config = {
         "format": FORMAT if parts.normalizer.basis is None else WHITENED_FORMAT,
-        "denoiser": parts.denoiser.config.to_dict(),
+        "denoiser": settings_of(parts.denoiser.config),
         "hookpoints": [h.to_dict() for h in parts.hookpoints],
         "provenance": parts.provenance,
     }

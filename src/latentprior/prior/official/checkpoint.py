@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentprior.config import DenoiserConfig, Side, from_dict
+from latentprior.config import DenoiserConfig, Side, from_dict, settings_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.official.activations import STATISTICS, read_statistics
@@ -97,7 +97,7 @@ def write_checkpoint(
         "rep_statistic": STATISTICS,
         "glp_kwargs": {
             "normalizer_config": {"rep_statistic": "${rep_statistic}"},
-            "denoiser_config": config.to_dict(),
+            "denoiser_config": settings_of(config),
             "tracedict_config": _tracedict(hookpoints),
         },
     }
