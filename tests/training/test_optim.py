@@ -240,7 +240,7 @@ def test_scaled_blocks_start_at_unit_size(width):
 
 
 def test_principal_initial_weights():
-    """The stream starts as coordinates along the directions, the output leads back, and the first prediction is zero."""
+    """The stream starts as coordinates along the directions, the output leads back; the first prediction is zero."""
     spread = torch.tensor([3.0, 0.1, 2.0, 1.0, 0.5, 0.2, 4.0, 1.5])
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0]
     z = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(4)) * spread @ turn

@@ -146,7 +146,7 @@ PRESETS: dict[str, Recipe] = {
         schedule="linear",
         init="principal",
         times="logit_normal",
-        logit_scale=0.8,
+        logit_scale=0.9,
     ),
 }
 _NETWORKS: dict[str, dict[str, Any]] = {"fast": {"skip": "normal", "modulation": "norm"}}  # others have the paper's
