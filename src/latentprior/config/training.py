@@ -140,7 +140,7 @@ PRESETS: dict[str, Recipe] = {
     "fast": replace(
         _QUICK,
         batch_size=256,
-        learning_rate=2.5e-3,
+        learning_rate=2e-3,
         time_rate=0.1,
         base_width=576,
         schedule="linear",

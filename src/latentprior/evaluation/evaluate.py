@@ -15,6 +15,7 @@ from latentprior.config import EvaluateConfig, Solver, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.store.reader import ActivationStore
 from latentprior.evaluation.lm_loss import Replacement, delta, lm_losses
+from latentprior.evaluation.velocity import velocity_errors
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
@@ -65,6 +66,7 @@ def evaluate(
         sae = _sae(config, hookpoint, glp.device, phase("train the SAE")) if "sae" in config.baseline else None
         result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
         result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+        result["velocity"] = velocity_errors(glp, gaussians["full"], real, layer, seed=config.seed)
         result["distribution"], generated = compare_distributions(
             config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
         )
