@@ -35,7 +35,7 @@ from latentprior.utils.formatting import decimals, number
 Json = dict[str, Any]
 
 HERE = Path(__file__).resolve().parent
-REQUIREMENTS = HERE.parent / "requirements-assets.txt"
+REQUIREMENTS, APACHE = HERE.parent / "requirements-assets.txt", HERE.parent / "LICENSE"
 STORED = torch.bfloat16
 MOST_BYTES = 40_000_000
 MOST_ROUNDING = 1e-3  # of the held-out loss
@@ -50,17 +50,26 @@ class License:
     spdx: str
     text: str  # what the model card says, with the name of the language model
     notice: str | None = None  # what has to be handed on
+    file: Path | None = None  # with the licence's own text
 
     @property
     def hub(self) -> str:
         """Its name in the Hub's model cards."""
         return self.spdx.removeprefix("LicenseRef-").lower()
 
+    def files(self) -> dict[str, str]:
+        """The texts that go into the package, by the names of their files."""
+        notice = {"NOTICE": f"{self.notice}\n"} if self.notice else {}
+        return notice | ({self.file.name: self.file.read_text(encoding="utf-8")} if self.file else {})
 
-GEMMA = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+
+GEMMA = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. They, in section"
+    " 3.2, and ai.google.dev/gemma/prohibited_use_policy restrict its use."
+)
 LICENSES = {  # by how the names of language models begin
-    "smollm2": License("Apache-2.0", "This prior is under Apache-2.0, as is the language model, {model}."),
-    "gemma": License("LicenseRef-Gemma", f"Trained on activations of {{model}}, and under its terms. {GEMMA}.", GEMMA),
+    "smollm2": License("Apache-2.0", "This prior is under Apache-2.0, as is the language model, {model}.", file=APACHE),
+    "gemma": License("LicenseRef-Gemma", f"Trained on activations of {{model}}, and under its terms. {GEMMA}", GEMMA),
 }
 PYPROJECT = """\
 [build-system]
@@ -98,6 +107,7 @@ def pack(
     heldout: str | None = None,
     evaluations: Sequence[Path] = (),
     license: str | None = None,
+    license_file: Path | None = None,
 ) -> Path:
     """Write the package of the prior in the folder of a training `run` into ``output/name``, which is returned.
 
@@ -105,6 +115,7 @@ def pack(
         heldout: store of held-out activations; by default the one that the run was given.
         evaluations: files ``evaluate.json`` of this prior, of one layer each, for the model card.
         license: SPDX expression of the weights' licence, by default known from the language model (`LICENSES`).
+        license_file: the licence's own text, to be handed on; known of Apache-2.0 as long as `license` is left out.
     """
     if not re.fullmatch(NAME, name):
         raise InputError(f"the name {name!r} must be lower-case letters and digits, in parts joined by '-'")
@@ -119,6 +130,7 @@ def pack(
     found = [figures(path, glp, (run, folder, Path(name))) for path in evaluations]
     glp.hookpoints = tuple(replace(h, model=portable(h.model)) for h in glp.hookpoints)
     terms = license_of(glp.hookpoints[0].model, license)
+    terms = replace(terms, file=license_file or terms.file)
     glp.provenance = portable(glp.provenance) | {
         "package": {"name": f"latentprior-{name}", "version": version, "prior": name},
         "storage": rounding(glp, rows),
@@ -133,23 +145,19 @@ def pack(
 def write_package(folder: Path, glp: GLP, license: License) -> None:
     """Write a prior's folder that is a Python package as well: one module, which is the folder itself."""
     package, model = glp.provenance["package"], glp.hookpoints[0].model
-    files = {"__init__.py": MODULE}
-    if license.spdx == "Apache-2.0":
-        files["LICENSE"] = (HERE.parent / "LICENSE").read_text(encoding="utf-8")
-    if license.notice:
-        files["NOTICE"] = f"{license.notice}.\n"
-    files["pyproject.toml"] = PYPROJECT.format(
+    legal = license.files()
+    project = PYPROJECT.format(
         package=package["name"],
         version=package["version"],
         name=package["prior"],
         module=package["name"].replace("-", "_"),
         group=GROUP,
         license=license.spdx,
-        license_files=json.dumps([file for file in files if file.isupper()]),
+        license_files=json.dumps(list(legal)),
         places=f"{model}, layer {', '.join(str(h.layer) for h in glp.hookpoints)}",
     )
     glp.save_pretrained(folder, dtype=STORED)
-    for file, text in files.items():
+    for file, text in ({"pyproject.toml": project, "__init__.py": MODULE} | legal).items():
         replace_text(folder / file, text)
 
 
@@ -272,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", default="0.1.0", help="of the package (%(default)s)")
     parser.add_argument("--heldout", help="store of held-out activations; by default the run's")
     parser.add_argument("--license", help="SPDX expression, if the language model's is not known here")
+    parser.add_argument("--license-file", type=Path, help="the licence's text, if the package has to hold it")
     parser.add_argument("--evaluation", type=Path, nargs="+", default=[], help="evaluate.json, one for each layer")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the package's folder (priors)")
     given = parser.parse_args(arguments)
@@ -284,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             heldout=given.heldout,
             evaluations=given.evaluation,
             license=given.license,
+            license_file=given.license_file,
         )
-    except InputError as error:
+    except (OSError, ValueError) as error:  # an `InputError`, or a file that cannot be read
         sys.exit(f"error: {error}")
     if given.output.resolve() == HERE:
         list_requirement(folder)

@@ -256,10 +256,14 @@ def test_several_layers(pack, tmp_path, llm_folder, sentences):
 
 def test_gemmas_terms_are_handed_on(pack, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "LICENSES", {"tiny": pack.LICENSES["gemma"]})
-    folder = pack.pack(runs / "blind", "gemma", output=tmp_path, heldout=str(runs / "heldout"))
+    terms = tmp_path / "TERMS.md"
+    terms.write_text("The terms.")
+    options = {"heldout": str(runs / "heldout"), "license_file": terms}
+    folder = pack.pack(runs / "blind", "gemma", output=tmp_path / "packages", **options)
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    assert project["license"] == "LicenseRef-Gemma" and project["license-files"] == ["NOTICE"]
+    assert project["license"] == "LicenseRef-Gemma" and project["license-files"] == ["NOTICE", "TERMS.md"]
     assert "Gemma Terms of Use" in (folder / "NOTICE").read_text() and not (folder / "LICENSE").exists()
+    assert (folder / "TERMS.md").read_text() == "The terms."
     assert "license: gemma" in (folder / "README.md").read_text()
 
 
