@@ -513,6 +513,20 @@ def whitened(glp: GLP) -> GLP:
 
 
 @pytest.mark.compat
+@pytest.mark.parametrize(("own", "stored"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_weights_stored_in_another_precision_are_read_in_their_own(tiny_glp, tmp_path, own, stored):
+    glp = tiny_glp(D, (0, 2), "someone/model").cast(own)
+    loaded = GLP.from_pretrained(glp.save_pretrained(tmp_path, dtype=stored))
+    state = load_file(tmp_path / "model.safetensors")
+    assert {weight.dtype for name, weight in state.items() if name.startswith("denoiser")} == {stored}
+    assert state["normalizer.mean"].dtype == torch.float32
+    assert_equal(loaded, glp.cast(stored).cast(own))
+    assert f"stored in {str(stored).removeprefix('torch.')}" in (tmp_path / "README.md").read_text()
+    with pytest.raises(InputError, match="float16"):
+        glp.save_pretrained(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.compat
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_whitened_priors_are_saved_and_loaded(tiny_glp, tmp_path, layers):
     glp = whitened(tiny_glp(D, layers, "someone/model"))
@@ -645,6 +659,7 @@ DAMAGE = {
     "truncated config": (lambda f: truncate(f / "config.json", 40), "holds no readable prior"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "holds no readable prior"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "format None"),
+    "unknown precision": (lambda f: rewrite_config(f, load_dtype="float8"), "config.json.*load_dtype 'float8'"),
     "other format": (lambda f: rewrite_config(f, format=3), "format 3"),
     "no basis": (lambda f: rewrite_config(f, format=2), "basis"),
     "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json.*denoiser"),

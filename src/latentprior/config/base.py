@@ -15,6 +15,7 @@ from latentprior.utils.errors import InputError, unknown
 
 Folder = str  # what --help shows as the type of an option
 File = str
+Prior = str  # the name of an installed one, a folder or a repository
 Size = str
 
 Solver = Literal["euler", "midpoint", "heun", "ab2"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, at_least, changeable, choices, known, positive
+from latentprior.config.base import Folder, Prior, at_least, changeable, choices, known, positive
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError
 
@@ -16,8 +16,9 @@ SOURCES = ("layer", "rotation", "mlp-neurons", "sae", "random-denoiser", "meta-n
 class ProbeConfig:
     """Measure how well single features, meta-neurons among them, tell the classes of labelled texts apart."""
 
-    priors: list[Folder]
-    """Priors of one hookpoint: the first is compared with the baselines, all show how AUC follows the held-out loss."""
+    priors: list[Prior]
+    """Priors of one hookpoint, by name, folder or repository: the first is compared with the baselines, all show
+    how AUC follows the held-out loss."""
     output: Folder = changeable()
     """Folder of probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command continues."""
     tasks: list[str] = changeable(default_factory=list)

@@ -268,7 +268,7 @@ class TrainConfig:
     store: StoreOptions = field(default_factory=StoreOptions)
     stream: StreamConfig = field(default_factory=StreamConfig)
     prior: PriorOptions = field(default_factory=PriorOptions)
-    """Folder or repository of the prior."""
+    """Shape of the denoiser."""
     recipe: dict[str, Any] = changes_of(Recipe)
     """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
 

@@ -19,6 +19,7 @@ from latentprior.evaluation.velocity import velocity_errors
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
+from latentprior.prior.loading import packages_of
 from latentprior.prior.repair import hookpoints_on
 from latentprior.sae.sae import SAE, described
 from latentprior.sae.training import prepare_sae
@@ -76,7 +77,8 @@ def evaluate(
         if config.delta_lm and llm is not None:
             report = phase("delta LM loss")
             result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        spent, packages = time.perf_counter() - began, packages_of([glp])
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         replace_json(folder / "evaluate.json", result)
         return Result(result, table="distribution")
 

@@ -19,7 +19,7 @@ from latentprior.data.store.manifest import MANIFEST
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import heldout_loss, priors_of
+from latentprior.prior.loading import heldout_loss, packages_of, priors_of
 from latentprior.probe.benchmark import probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
 from latentprior.probe.sources import Source, meta_neurons, sources_of
@@ -81,7 +81,8 @@ def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result
             "rows": [_by_source(task) for task in results],
             "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
         }
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        spent, packages = time.perf_counter() - began, packages_of(priors.values())
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         write_tables(folder, results)
         replace_json(folder / "probe.json", result)
         return Result(result, table="summary.scores")
