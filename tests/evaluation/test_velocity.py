@@ -22,7 +22,8 @@ def test_a_prior_of_the_normal_velocity_equals_the_gaussian_on_normal_data(tiny_
         assert row["prior"] == pytest.approx(1 / ((1 - t) ** 2 + t**2), rel=0.05)
         assert row["gaussian"] == pytest.approx(row["prior"], abs=2e-3)
         low, high = row["interval"]
-        assert low <= row["difference"] == pytest.approx(row["prior"] - row["gaussian"], abs=1e-9) <= high
+        assert row["difference"] == pytest.approx(row["prior"] - row["gaussian"], abs=1e-9)
+        assert low <= row["difference"] <= high
     assert "0.999" in velocity({"velocity": rows}) and not velocity({})
 
 

@@ -262,8 +262,8 @@ class TrainConfig:
     layers: list[int] = field(default_factory=list)
     """Blocks that are modelled, counted from 0, by one prior; by default 15 of a language model, all of a store."""
     preset: Literal["official", "quick", "fast"] = "quick"
-    """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
-    activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
+    """"official" is the paper's recipe, and "quick" one for runs of minutes to hours, both of the paper's network;
+    "fast", with a network that is conditioned better, gets the most out of an activation (docs/recipes.md)."""
     run: RunOptions
     store: StoreOptions = field(default_factory=StoreOptions)
     stream: StreamConfig = field(default_factory=StreamConfig)
