@@ -527,7 +527,6 @@ def test_weights_stored_in_another_precision_are_read_in_their_own(tiny_glp, tmp
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_files_of_the_papers_network_are_as_before_and_others_say_what_departs(tiny_glp, tmp_path):
     shape = {"d_input": D, "d_model": 2 * D, "d_mlp": 4 * D, "n_layers": 2, "multi_layer_n_layers": None}
     for network in NETWORKS.values():
@@ -537,6 +536,7 @@ def test_files_of_the_papers_network_are_as_before_and_others_say_what_departs(t
         assert torch.equal(GLP.from_pretrained(folder).velocity(draw(5, D), 0.3), glp.velocity(draw(5, D), 0.3))
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_whitened_priors_are_saved_and_loaded(tiny_glp, tmp_path, layers):
     glp = whitened(tiny_glp(D, layers, "someone/model"))
     loaded = GLP.from_pretrained(glp.save_pretrained(tmp_path))
