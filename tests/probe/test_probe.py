@@ -255,10 +255,8 @@ def synthetic(features: int = 60) -> tuple[Task, Source]:
     """A task of 160 texts, numbers, and a source of three blocks that looks their features up."""
     generator = torch.Generator().manual_seed(3)
     labels = np.arange(160) % 2
-    x = (
-        torch.randn(160, features, generator=generator)
-        + torch.linspace(0, 0.4, features) * torch.tensor(labels)[:, None]
-    )
+    x = torch.randn(160, features, generator=generator)
+    x[torch.from_numpy(labels) == 1] += torch.linspace(0, 0.4, features)
     x[:, ::7] = x[:, ::7].round()
     texts = [str(i) for i in range(160)]
     task = Task("numbers", "own", texts, labels, np.arange(100), np.arange(100, 160))
