@@ -47,6 +47,9 @@ class ProbeConfig:
     """Noises over which a meta-neuron is averaged."""
     noise: Literal["shared", "own"] = "shared"
     """"shared": the same noises for every text: a feature depends on the activation alone; "own": others for each."""
+    mlp_draws: int = changeable(10)
+    """Random draws of as many MLP neurons as the first prior has meta-neurons, each picked from by the same protocol: a
+    comparison at equal numbers. Made where both are compared and MLP neurons are more; none with 0."""
     method: Literal["rank", "logistic"] = "rank"
     """"rank" finds each feature's AUC by rank statistics, exactly; "logistic" fits scikit-learn's LogisticRegressionCV
     to each of the candidates, the reference, hundreds of times as slow."""
@@ -77,6 +80,7 @@ class ProbeConfig:
         positive(self, "noises", "candidates", "max_test", "batch_tokens")
         known("source of features", self.sources, SOURCES)
         at_least(2, self, "folds", "max_length")
+        at_least(0, self, "mlp_draws")
         if not self.chosen_sources():
             raise InputError("ProbeConfig.sources is empty: name at least one")
         if "sae" in self.sources and not self.sae:
