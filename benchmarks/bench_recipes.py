@@ -1,4 +1,4 @@
-"""Training recipes at a fixed budget of activations, each one change away from a tuned baseline.
+"""Training recipes at a fixed budget of activations, each one change away from the preset "fast".
 
 python benchmarks/bench_recipes.py --store STORE --heldout HELDOUT --output DIR [--figure recipes.png]
 
@@ -27,7 +27,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from latentprior.config import PRESETS, TrainConfig, to_dict
+from latentprior.config import TrainConfig
 from latentprior.data.store.reader import ActivationStore
 from latentprior.prior.cost import training_flops
 from latentprior.stats.frechet import GaussianMoments, frechet_distance
@@ -37,69 +37,66 @@ from latentprior.utils.errors import InputError
 from latentprior.utils.files import replace_json
 from latentprior.utils.provenance import stamp
 
-BASELINE: dict[str, Any] = to_dict(PRESETS["quick"]) | {
-    "batch_size": 512,
-    "learning_rate": 2e-3,
-    "final_rate": 0.0,
-    "betas": (0.9, 0.95),
+PAPER = {
+    "skip": "none",
+    "modulation": "gate",
+    "init": "default",
+    "time_rate": 1.0,
+    "learning_rate": 4e-3,
     "times": "stratified",
 }
-OFFICIAL = to_dict(PRESETS["official"])
-# Name -> changes to the baseline. The part before the first dash is the panel of the figure.
+# Name -> changes to the preset "fast". The part before the first dash is the panel of the figure.
 RECIPES: dict[str, dict[str, Any]] = {
     "baseline": {},
-    "rate-5e-4": {"learning_rate": 5e-4},
+    "paper": PAPER,  # the paper's network with its best recipe of 2026-11-22
+    "paper-skip": PAPER | {"skip": "normal"},
+    "paper-noises-2": PAPER | {"noise_samples": 2},
+    "official": {"preset": "official"},
+    "official-4e-3": {"preset": "official", "learning_rate": 4e-3},
+    "network-no-skip": {"skip": "none"},
+    "network-gate": {"modulation": "gate"},
+    "init-default": {"init": "default"},
+    "init-scaled": {"init": "scaled"},
+    "time-rate-0.3": {"time_rate": 0.3},
+    "time-rate-1": {"time_rate": 1.0},
+    "times-stratified": {"times": "stratified"},
+    "times-scale-0.7": {"logit_scale": 0.7},
+    "times-scale-1.2": {"logit_scale": 1.2},
+    "times-unbiased": {"weighting": "unbiased"},
     "rate-1e-3": {"learning_rate": 1e-3},
     "rate-4e-3": {"learning_rate": 4e-3},
-    "batch-256": {"batch_size": 256},
+    "batch-128": {"batch_size": 128},
+    "batch-512": {"batch_size": 512},
     "batch-1024": {"batch_size": 1024},
-    "batch-256-rate-4e-3": {"batch_size": 256, "learning_rate": 4e-3},
-    "batch-256-linear": {"batch_size": 256, "learning_rate": 4e-3, "schedule": "linear"},
-    "batch-4096": {"batch_size": 4096},
-    "muon-0.005": {"optimizer": "muon", "matrix_rate": 0.005},
-    "muon-0.01": {"optimizer": "muon", "matrix_rate": 0.01},
-    "muon-0.02": {"optimizer": "muon", "matrix_rate": 0.02},
-    "muon-0.05": {"optimizer": "muon", "matrix_rate": 0.05},
+    "noises-2": {"noise_samples": 2},
     "muon-0.02-batch-1024": {"optimizer": "muon", "matrix_rate": 0.02, "batch_size": 1024},
-    "times-uniform": {"times": "uniform"},
-    "times-grid": {"times": "grid"},
-    "times-logit_normal": {"times": "logit_normal"},
-    "weighting-unbiased": {"times": "logit_normal", "weighting": "unbiased"},
-    "weighting-snr": {"weighting": "snr"},
+    "schedule-cosine": {"schedule": "cosine"},
     "ema-0.999": {"ema": 0.999},
-    "ema-0.9999": {"ema": 0.9999},
-    "init-scaled": {"init": "scaled"},
-    "init-scaled-rate-4e-3": {"init": "scaled", "learning_rate": 4e-3},
-    "schedule-linear": {"schedule": "linear"},
-    "schedule-constant": {"schedule": "constant"},
-    "draws-2": {"noise_samples": 2},
-    "draws-4": {"noise_samples": 4},
-    "decay-0": {"weight_decay": 0.0},
     "decay-0.1": {"weight_decay": 0.1},
-    "betas-0.9-0.99": {"betas": (0.9, 0.99)},
-    "betas-0.9-0.999": {"betas": (0.9, 0.999)},
-    "betas-0.95-0.95": {"betas": (0.95, 0.95)},
-    "warmup-0": {"warmup": 0.0},
-    "warmup-0.1": {"warmup": 0.1},
+    "betas-0.95-0.99": {"betas": (0.95, 0.99)},
     "whitened": {"normalizer": "whitened"},
-    "official": OFFICIAL,
-    "official-2e-3": OFFICIAL | {"learning_rate": 2e-3},
+    "shape-1-block": {"blocks": 1, "d_mlp": 3456},  # as many hidden units as three blocks of 1152
+    "shape-2-blocks": {"blocks": 2, "d_mlp": 1728},
+    "shape-6-blocks": {"blocks": 6, "d_mlp": 576},
 }
 OTHER_SPACE = ("whitened",)  # losses that do not compare
+HELDOUT = 16384  # activations of the held-out loss
 SAMPLES = 8192  # of the Fréchet distance, 20 evaluations each
 
 
 def run_config(name: str, seed: int, options: argparse.Namespace) -> TrainConfig:
-    return TrainConfig.of(
-        store=options.store,
-        heldout=options.heldout,
-        output=str(Path(options.output) / f"{name}-{seed}"),
-        activations=options.activations,
-        recipe=BASELINE | RECIPES[name],
-        blocks=options.blocks,
-        d_model=options.d_model,
-        seed=seed,
-    )
+    given = {
+        "preset": "fast",
+        "store": options.store,
+        "heldout": options.heldout,
+        "output": str(Path(options.output) / f"{name}-{seed}"),
+        "activations": options.activations,
+        "heldout_activations": HELDOUT,
+        "blocks": options.blocks,
+        "d_model": options.d_model,
+        "seed": seed,
+    }
+    return TrainConfig.of(**given | RECIPES[name])
 
 
 def measure(config: TrainConfig, heldout: ActivationStore) -> dict[str, Any]:

@@ -350,12 +350,19 @@ def on_store(config, **changes):
 
 
 def build_glp(
-    width: int = WIDTH, layers: tuple[int, ...] = (1,), model: str = "", *, llm_layers: int | None = None, seed: int = 0
+    width: int = WIDTH,
+    layers: tuple[int, ...] = (1,),
+    model: str = "",
+    *,
+    llm_layers: int | None = None,
+    seed: int = 0,
+    **network: str,
 ):
     """A random prior of two blocks over `layers` of `model`: N(0, 1)-sized statistics, sinks from a norm of 1000 on.
 
     Args:
         llm_layers: blocks of the language model, which makes a multi-layer prior; `LAYERS` if there are several layers.
+        **network: options of the denoiser that depart from the paper's network.
     """
     from latentprior.config import DenoiserConfig
     from latentprior.lm.hooks import Hookpoint
@@ -367,7 +374,7 @@ def build_glp(
         llm_layers = LAYERS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        denoiser = Denoiser(DenoiserConfig(width, 2 * width, 4 * width, 2, llm_layers))
+        denoiser = Denoiser(DenoiserConfig(width, 2 * width, 4 * width, 2, llm_layers, **network))
         normalizer = Normalizer(
             torch.randn(len(layers), width),
             torch.rand(len(layers), width) + 0.5,

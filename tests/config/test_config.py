@@ -215,6 +215,7 @@ def test_shape_of_the_denoiser():
         (ProbeConfig, {"times": [0.1, 1.2]}, "noise levels must lie in"),
         (ProbeConfig, {"t": []}, "ProbeConfig.t is empty"),
         (ProbeConfig, {"folds": 1}, "ProbeConfig.folds must be at least 2"),
+        (ProbeConfig, {"mlp_draws": -1}, "ProbeConfig.mlp_draws must be at least 0"),
         (ProbeConfig, {"sparse": [0]}, "ProbeConfig.sparse must be positive"),
         (ProbeConfig, {"max_test": 0}, "ProbeConfig.max_test must be positive"),
         (ProbeConfig, {"method": "ranks"}, "unknown ProbeConfig.method 'ranks'"),

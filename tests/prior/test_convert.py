@@ -167,3 +167,10 @@ def test_messages(tmp_path):
         convert(ConvertConfig(source=str(tmp_path / "unnamed"), output=str(tmp_path / "x"), to="official"))
     with pytest.raises(InputError, match="holds no prior"):
         convert(ConvertConfig(source=str(tmp_path), output=str(tmp_path / "x")))
+
+
+def test_networks_that_the_official_format_cannot_hold_are_refused(tmp_path, tiny_glp):
+    tiny_glp(8, skip="normal", modulation="norm").save_pretrained(tmp_path / "prior")
+    with pytest.raises(InputError, match="the paper's network only, not skip 'normal' and modulation 'norm'"):
+        convert(ConvertConfig(source=str(tmp_path / "prior"), output=str(tmp_path / "official"), to="official"))
+    assert not (tmp_path / "official" / "config.yaml").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from latentprior.utils.errors import InputError
 
 SINGLE = DenoiserConfig(d_input=6, d_model=12, d_mlp=20, n_layers=3)
 MULTI = DenoiserConfig(d_input=6, d_model=12, d_mlp=20, n_layers=2, multi_layer_n_layers=5)
+SKIP = replace(SINGLE, skip="normal")
+NORM = replace(SINGLE, modulation="norm", skip="normal")
+NORM_MULTI = replace(MULTI, modulation="norm")
 
 
 def make(config: DenoiserConfig, dtype: torch.dtype = torch.float64) -> Denoiser:
@@ -38,7 +42,7 @@ def features(value: float, width: int) -> Tensor:
 
 
 def reference_row(w: dict[str, Tensor], config: DenoiserConfig, z: Tensor, t: float, layer: int | None) -> Tensor:
-    """The paper's denoiser for one activation [d], from the weights alone."""
+    """The denoiser for one activation [d], from the weights alone: the paper's, or with skip and modulated norms."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
@@ -52,12 +56,23 @@ def reference_row(w: dict[str, Tensor], config: DenoiserConfig, z: Tensor, t: fl
     e = embed("time_embed", 1000 * t)
     if layer is not None:
         e = e + embed("layer_embed", layer / (config.multi_layer_n_layers - 1))
+
+    def adapted(name: str, h: Tensor) -> Tensor:
+        scale, shift = linear(name, e).split(config.d_model)
+        return h * (1 + scale) + shift
+
     x = linear("in_proj", z)
     for i in range(config.n_layers):
-        h = norm(f"layers.{i}.ln", x)
-        gate = F.silu(linear(f"layers.{i}.gate_proj", h) * linear(f"layers.{i}.time_proj", e))
+        h, factor = norm(f"layers.{i}.ln", x), 1.0
+        if config.modulation == "norm":
+            h = adapted(f"layers.{i}.time_proj", h)
+        else:
+            factor = linear(f"layers.{i}.time_proj", e)
+        gate = F.silu(linear(f"layers.{i}.gate_proj", h) * factor)
         x = x + linear(f"layers.{i}.down_proj", gate * linear(f"layers.{i}.up_proj", h))
-    return linear("out_proj", norm("ln", x))
+    h = norm("ln", x)
+    u = linear("out_proj", adapted("time_proj", h) if config.modulation == "norm" else h)
+    return u + (2 * t - 1) / ((1 - t) ** 2 + t**2) * z if config.skip == "normal" else u
 
 
 def reference(denoiser: Denoiser, z: Tensor, t: Tensor, layer: Tensor | None) -> Tensor:
@@ -76,6 +91,13 @@ CASES = {
     "one layer": (MULTI, torch.tensor(0.375), torch.tensor(3)),
     "layer for each row": (MULTI, torch.tensor(0.375), torch.tensor([0, 4, 2, 2, 0])),
     "t and layer for each row": (MULTI, torch.tensor([0.5, 0.125, 0.5, 0.125, 0.5]), torch.tensor([4, 4, 1, 0, 1])),
+    "skip, scalar t": (SKIP, torch.tensor(0.375), None),
+    "skip, t for each row": (SKIP, torch.tensor([0.0, 1.0, 0.25, 0.25, 0.125]), None),
+    "norms, scalar t": (NORM, torch.tensor(0.375), None),
+    "norms, t for each row": (NORM, torch.tensor([0.0, 1.0, 0.25, 0.25, 0.125]), None),
+    "norms, t and layer for each row": (
+        *(NORM_MULTI, torch.tensor([0.5, 0.125, 0.5, 0.125, 0.5]), torch.tensor([4, 4, 1, 0, 1])),
+    ),
 }
 
 
@@ -128,7 +150,7 @@ def test_meta_neurons_are_the_inputs_of_down_proj():
     for block in denoiser.layers:
         block.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     factors = denoiser.factors(torch.tensor([0.1]))
-    velocity = denoiser.run(z, factors)
+    velocity = denoiser.run(z, torch.tensor(0.1), factors)
     taken = list(seen)  # the units are asked for with the same hooks in place
     hidden = list(denoiser.units(z, factors))
     assert [tuple(h.shape) for h in hidden] == [(5, 20)] * 3
@@ -140,10 +162,10 @@ def test_block_called_alone_adds_its_hidden_units():
     block, x, e = make(SINGLE).layers[0], draw(5, 12), draw(2, 12)
     index = torch.tensor([0, 1, 1, 0, 1])
     expected = x + block.down_proj(block.hidden(x, block.time_proj(e[index])))
-    torch.testing.assert_close(block(x, Condition(e, index)), expected)
+    torch.testing.assert_close(block(x, Condition(torch.tensor([0.2, 0.4]), e, index)), expected)
 
 
-@pytest.mark.parametrize("config", [SINGLE, MULTI], ids=["one layer", "several layers"])
+@pytest.mark.parametrize("config", [SINGLE, MULTI, NORM, NORM_MULTI], ids=str)
 def test_distinct_times_and_layers_with_an_index_are_times_and_layers_of_each_row(config: DenoiserConfig):
     denoiser, z = make(config), draw(6, config.d_input)
     t, index = torch.tensor([0.1, 0.7]).double(), torch.tensor([1, 0, 1, 1, 0, 0])
@@ -153,7 +175,7 @@ def test_distinct_times_and_layers_with_an_index_are_times_and_layers_of_each_ro
     torch.testing.assert_close(
         denoiser(z, t, layer, time_index=index, layer_index=None if layer is None else index), expected
     )
-    torch.testing.assert_close(denoiser.run(z, denoiser.row_factors(t[index], rows)), expected)
+    torch.testing.assert_close(denoiser.run(z, t[index], denoiser.row_factors(t[index], rows)), expected)
 
 
 def test_low_precision_weights_keep_the_dtype_of_the_state():

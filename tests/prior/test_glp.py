@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentprior.config import GRIDS, SOLVERS
+from latentprior.config import EMBEDDED, GRIDS, SOLVERS
 from latentprior.data.moments import Covariance, Moments
 from latentprior.prior import flow
 from latentprior.prior.files import fetch
@@ -33,15 +34,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def glp(tiny_glp) -> GLP:
-    return tiny_glp(D)
+NETWORKS = {"paper": {}, "skip and norms": {"skip": "normal", "modulation": "norm"}}
 
 
-@pytest.fixture(scope="module")
-def several(tiny_glp) -> GLP:
+@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+def glp(request, tiny_glp) -> GLP:
+    return tiny_glp(D, **request.param)
+
+
+@pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS)
+def several(request, tiny_glp) -> GLP:
     """A prior of layers 0, 2 and 3 of four."""
-    return tiny_glp(D, (0, 2, 3))
+    return tiny_glp(D, (0, 2, 3), **request.param)
 
 
 @pytest.fixture
@@ -97,8 +101,8 @@ def test_results_have_the_dtype_of_the_activations(glp, dtype):
     torch.testing.assert_close(glp.project(x, generator=0), exact.to(dtype), atol=1e-5, rtol=1e-2)
 
 
-def test_low_precision_weights(tiny_glp, glp):
-    rounded = tiny_glp(D).cast(torch.bfloat16)
+def test_low_precision_weights(glp):
+    rounded = copy.deepcopy(glp).cast(torch.bfloat16)
     assert rounded.denoiser.dtype == torch.bfloat16 and rounded.normalizer.mean.dtype == torch.float32
     x = draw(64, D)
     assert rounded.project(x).dtype == rounded.sample(3).dtype == torch.float32
@@ -136,8 +140,8 @@ def test_casts_reach_the_denoiser_and_leave_the_statistics_exact(tiny_glp, cast,
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-5), (torch.bfloat16, 1e-3), (torch.float64, 1e-9)])
-def test_cast_priors_compute_what_the_exact_one_does(tiny_glp, glp, dtype, tolerance):
-    x, rounded = draw(64, D), tiny_glp(D).to(dtype)
+def test_cast_priors_compute_what_the_exact_one_does(glp, dtype, tolerance):
+    x, rounded = draw(64, D), copy.deepcopy(glp).to(dtype)
     found, expected = (prior.project(x, generator=0) for prior in (rounded, glp))
     assert F.mse_loss(found, expected) < tolerance * F.mse_loss(x, expected)
     assert rounded.score(x, generator=0).dtype == torch.float32
@@ -509,6 +513,29 @@ def whitened(glp: GLP) -> GLP:
 
 
 @pytest.mark.compat
+@pytest.mark.parametrize(("own", "stored"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_weights_stored_in_another_precision_are_read_in_their_own(tiny_glp, tmp_path, own, stored):
+    glp = tiny_glp(D, (0, 2), "someone/model").cast(own)
+    loaded = GLP.from_pretrained(glp.save_pretrained(tmp_path, dtype=stored))
+    state = load_file(tmp_path / "model.safetensors")
+    assert {weight.dtype for name, weight in state.items() if name.startswith("denoiser")} == {stored}
+    assert state["normalizer.mean"].dtype == torch.float32
+    assert_equal(loaded, glp.cast(stored).cast(own))
+    assert f"stored in {str(stored).removeprefix('torch.')}" in (tmp_path / "README.md").read_text()
+    with pytest.raises(InputError, match="float16"):
+        glp.save_pretrained(tmp_path, dtype=torch.float16)
+
+
+@pytest.mark.compat
+def test_files_of_the_papers_network_are_as_before_and_others_say_what_departs(tiny_glp, tmp_path):
+    shape = {"d_input": D, "d_model": 2 * D, "d_mlp": 4 * D, "n_layers": 2, "multi_layer_n_layers": None}
+    for network in NETWORKS.values():
+        glp = tiny_glp(D, **network)
+        folder = glp.save_pretrained(tmp_path / str(len(network)))
+        assert json.loads((folder / "config.json").read_text())["denoiser"] == shape | network
+        torch.testing.assert_close(GLP.from_pretrained(folder).velocity(draw(5, D), 0.3), glp.velocity(draw(5, D), 0.3))
+
+
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_whitened_priors_are_saved_and_loaded(tiny_glp, tmp_path, layers):
     glp = whitened(tiny_glp(D, layers, "someone/model"))
@@ -554,6 +581,12 @@ def test_the_cards_code_runs(tiny_glp, tiny_llm, tiny_tokenizer, tmp_path, layer
     names["model"].generation_config.max_new_tokens = 3
     exec(code.replace("this folder or repository", str(folder)), names)
     assert names["activations"].shape == (16, 32) and ("attach" in code) == hookpoints
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_card_loads_an_embedded_model(tiny_glp, tmp_path, name):
+    card = (tiny_glp(32, (1,), name).save_pretrained(tmp_path) / "README.md").read_text()
+    assert "from latentprior import GLP, load_llm\n" in card and f'load_llm("{name}")' in card
 
 
 def test_a_prior_without_provenance(glp, tmp_path):
@@ -641,6 +674,7 @@ DAMAGE = {
     "truncated config": (lambda f: truncate(f / "config.json", 40), "holds no readable prior"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "holds no readable prior"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "format None"),
+    "unknown precision": (lambda f: rewrite_config(f, load_dtype="float8"), "config.json.*load_dtype 'float8'"),
     "other format": (lambda f: rewrite_config(f, format=3), "format 3"),
     "no basis": (lambda f: rewrite_config(f, format=2), "basis"),
     "no denoiser": (lambda f: rewrite_config(f, denoiser=None), "config.json.*denoiser"),

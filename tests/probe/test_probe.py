@@ -10,15 +10,21 @@ import pytest
 import torch
 
 from conftest import build_glp, build_llm, build_tokenizer
-from latentprior.config import ProbeConfig
+from latentprior.config import DenoiserConfig, ProbeConfig
 from latentprior.lm.hooks import Hookpoint
+from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.glp import GLP
 from latentprior.probe import experiment as module
+from latentprior.probe.benchmark import probe_task
 from latentprior.probe.experiment import benchmark
 from latentprior.probe.recording import record_texts
-from latentprior.probe.sources import meta_neurons, sources_of
+from latentprior.probe.sources import Draws, Source, equal_draws, meta_neurons, sources_of
+from latentprior.probe.tasks import Task
 from latentprior.report import write_report
 from latentprior.sae.sae import SAE
 from latentprior.utils.errors import InputError
+
+DRAWN = "mlp-neurons-drawn"
 
 
 @pytest.fixture
@@ -232,3 +238,125 @@ def test_what_does_not_belong_together_is_refused(bench, tmp_path):
         )
     (tmp_path / "run" / "tasks" / "again.json").write_text('{"task"')
     assert "damaged" in benchmark(config, llm)["skipped"][0]["reason"]
+
+
+@pytest.fixture
+def fewer(bench, tmp_path):
+    """`bench` with one prior, of 48 meta-neurons beside 128 MLP neurons, and nothing but one-unit probes."""
+    config, llm, loads = bench
+    like = build_glp(model="tiny")
+    narrow = Denoiser(DenoiserConfig(32, 16, 24, 2)).eval().requires_grad_(False)
+    GLP(narrow, like.normalizer, like.hookpoints).save_pretrained(tmp_path / "narrow")
+    changes = {"priors": [str(tmp_path / "narrow")], "times": [], "sparse": [], "dense": False}
+    return dataclasses.replace(config, **changes), llm, loads
+
+
+def synthetic(features: int = 60) -> tuple[Task, Source]:
+    """A task of 160 texts, numbers, and a source of three blocks that looks their features up."""
+    generator = torch.Generator().manual_seed(3)
+    labels = np.arange(160) % 2
+    x = torch.randn(160, features, generator=generator)
+    x[torch.from_numpy(labels) == 1] += torch.linspace(0, 0.4, features)
+    x[:, ::7] = x[:, ::7].round()
+    texts = [str(i) for i in range(160)]
+    task = Task("numbers", "own", texts, labels, np.arange(100), np.arange(100, 160))
+    return task, Source("mlp-neurons", "MLP", "mlp", lambda texts: x[list(map(int, texts))], 3, features // 3)
+
+
+def rows_of(result, source, draw=None):
+    found = [row for row in result["rows"] if row["source"] == source and row.get("draw") == draw]
+    return {row["selection"]: {k: v for k, v in row.items() if k not in ("source", "draw")} for row in found}
+
+
+@pytest.mark.parametrize("method", ["rank", "logistic"])
+def test_a_draw_is_the_protocol_on_its_features_alone(fewer, method):
+    config = dataclasses.replace(fewer[0], candidates=4, method=method)
+    task, source = synthetic(21 if method == "logistic" else 60)
+    every = Draws(DRAWN, "all", source, source.units, 2, 0)
+    result = probe_task(task, [source], [], config, every)
+    alone = probe_task(task, [source], [], config)
+    assert len(rows_of(result, DRAWN, 0)) == {"rank": 3, "logistic": 1}[method]
+    assert rows_of(result, DRAWN, 0) == rows_of(result, DRAWN, 1) == rows_of(result, "mlp-neurons")
+    some = Draws(DRAWN, "some", source, 11, 3, 0)
+    result = probe_task(task, [source], [], config, some)
+    for name in ("winners", "blocks"):
+        assert result[name] == alone[name]
+    assert rows_of(result, "mlp-neurons") == rows_of(alone, "mlp-neurons")
+    for draw, subset in enumerate(some.subsets()):
+        units = subset.nonzero().squeeze(1)
+        sliced = Source("sliced", "s", "mlp", lambda texts, units=units: source.features(texts)[:, units], 1, 11)
+        expected = rows_of(probe_task(task, [sliced], [], config), "sliced")
+        for row in expected.values():
+            _, row["block"], row["index"] = source.locate(int(units[row["index"]]))
+        assert rows_of(result, DRAWN, draw) == expected
+
+
+def test_draws_are_of_all_blocks_and_do_not_depend_on_their_number(fewer):
+    source = synthetic()[1]
+    prior = Source("meta-neurons", "Meta-neurons", "prior", source.features, 1, 20, (0.1, 0.5))
+    draws = equal_draws(dataclasses.replace(fewer[0], mlp_draws=5), [source, prior])
+    assert draws and (draws.size, draws.number) == (40, 5)  # a unit counts once at each noise level
+    subsets = draws.subsets()
+    assert subsets.sum(dim=1).tolist() == [40] * 5 and len({tuple(row.tolist()) for row in subsets}) == 5
+    assert (subsets.view(5, 3, 20).sum(dim=2) > 0).all()
+    assert torch.equal(subsets[:2], dataclasses.replace(draws, number=2).subsets())
+    assert not torch.equal(subsets, dataclasses.replace(draws, seed=draws.seed + 1).subsets())
+    config, as_many = fewer[0], dataclasses.replace(prior, width=30)
+    assert equal_draws(dataclasses.replace(config, mlp_draws=0), [source, prior]) is None
+    assert all(equal_draws(config, sources) is None for sources in ([source], [prior], [source, as_many]))
+
+
+def test_a_run_compares_as_many_mlp_neurons(fewer, tmp_path):
+    config, llm, _ = fewer
+    result = benchmark(config, llm)
+    names = [source["name"] for source in result["sources"]]
+    assert names == ["layer", "rotation", "mlp-neurons", DRAWN, "random-denoiser", "meta-neurons"]
+    drawn = result["sources"][3]
+    assert (drawn["units"], drawn["draws"], drawn["kind"]) == (48, 10, "mlp")
+    assert drawn["label"] == "MLP neurons, as many as meta-neurons (10 draws)"
+    table = pq.read_table(tmp_path / "run" / "probes.parquet").to_pylist()
+    picked = [row for row in table if (row["source"], row["selection"]) == (DRAWN, "screened")]
+    aucs = np.array([[r["test_auc"] for r in picked if r["task"] == task] for task in ("colours", "again")])
+    assert aucs.shape == (2, 10) and [row["draw"] for row in picked] == 2 * [*range(10)]
+    assert {row["draw"] for row in table if row["source"] != DRAWN} == {None}
+    assert [row["scores"][DRAWN] for row in result["rows"]] == pytest.approx(aucs.mean(axis=1))
+    assert [row["sd"][DRAWN] for row in result["rows"]] == pytest.approx(aucs.std(axis=1, ddof=1))
+    scores = {(row["source"], row["selection"]): row for row in result["summary"]["scores"]}
+    score, means = scores[DRAWN, "screened"], aucs.mean(axis=0)
+    assert score["auc"] == pytest.approx(aucs.mean()) and score["interval"][0] <= score["auc"] <= score["interval"][1]
+    assert score["draws"] == pytest.approx({
+        "number": 10, "sd": means.std(ddof=1), "sd_within_task": aucs.std(axis=1, ddof=1).mean(),
+        "lowest": means.min(), "highest": means.max(),
+    })  # fmt: skip
+    assert "draws" not in scores["mlp-neurons", "screened"]
+    (row,) = [r for r in result["summary"]["paired"] if (r["b"], r["selection"]) == (DRAWN, "screened")]
+    meta = np.array([task["scores"]["meta-neurons"] for task in result["rows"]])
+    assert row["difference"] == pytest.approx((meta - aucs.mean(axis=1)).mean())
+    assert (row["wins"], row["tasks"]) == ((meta > aucs.mean(axis=1) + 1e-12).sum(), 2)
+    assert {row["source"] for row in pq.read_table(tmp_path / "run" / "winners.parquet").to_pylist()} == {
+        name for name in names if name != DRAWN
+    }
+    assert drawn["label"] in write_report(result, tmp_path / "report.html").read_text()
+
+
+def test_a_finished_run_gets_the_draws_that_it_lacks(fewer, monkeypatch):
+    config, llm, loads = fewer
+    fresh = benchmark(config, llm)
+    older = dataclasses.replace(config, output=config.output + "2", recording=config.output + "/recording")
+    without = benchmark(dataclasses.replace(older, mlp_draws=0), llm)
+    assert DRAWN not in {row["source"] for row in without["summary"]["scores"]}
+    assert all("sd" not in row and DRAWN not in row["scores"] for row in without["rows"])
+    monkeypatch.setattr(module, "probe_task", lambda *_: pytest.fail("a finished task was probed again"))
+    benchmark(dataclasses.replace(older, mlp_draws=3), llm)
+    for number, expected in ((10, fresh), (0, without), (10, fresh)):
+        again = benchmark(dataclasses.replace(older, mlp_draws=number), llm)
+        assert (again["summary"], again["rows"]) == (expected["summary"], expected["rows"])
+    assert len(loads) == 1
+
+
+def test_one_draw_of_one_task_has_no_spread(fewer):
+    config, llm, _ = fewer
+    result = benchmark(dataclasses.replace(config, mlp_draws=1, tasks=config.tasks[:1]), llm)
+    (score,) = [r for r in result["summary"]["scores"] if (r["source"], r["selection"]) == (DRAWN, "screened")]
+    assert score["interval"] is None and (score["draws"]["sd"], score["draws"]["sd_within_task"]) == (None, None)
+    assert score["draws"]["lowest"] == score["draws"]["highest"] == score["auc"]

@@ -402,3 +402,28 @@ def test_tables_for_a_terminal(result):
 def test_terminal_tables_need_no_drawing():
     code = "import sys, latentprior.probe.tables; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_draws_are_a_row_with_their_spread(result, page):
+    assert "SD of draws" not in page and "are drawn at random" not in page
+    label = "MLP neurons, as many as meta-neurons (10 draws)"
+    drawn = {"name": "mlp-neurons-drawn", "label": label, "units": 3456, "draws": 10}
+    result["sources"].insert(3, result["sources"][2] | drawn)
+    spread = {"number": 10, "sd": 0.00234, "sd_within_task": 0.01, "lowest": 0.681, "highest": 0.694}
+    score = {"source": drawn["name"], "selection": "screened", "auc": 0.688, "interval": ends(0.688), "validation": 0.7}
+    result["summary"]["scores"].append(score | {"draws": spread})
+    row = row_of(result, "mlp-neurons") | {"b": drawn["name"], "difference": 0.023, "interval": [0.01, 0.03]}
+    result["summary"]["paired"].append(row)
+    parsed = check_page(render(result))
+    assert "3,456 are drawn at random, 10 times, the same for every task" in parsed.text
+    assert "the standard deviation of the 10 draws' means, which lie between 0.681 and 0.694" in parsed.text
+    cells = parsed.row("All sources", label)
+    assert cells[:2] == ["3,456", "0.688"] and cells[-1] == "0.0023"
+    assert parsed.row("All sources", "Meta-neurons")[-1] == "–"
+    assert f"The paired difference from {label} is +0.0230 [+0.0100, +0.0300]: above zero" in told(result)
+    assert headlines_of(render(result))[f"Against {label}"] == "+0.023"
+    _, header, rows = tables(result)[0]
+    assert header[-1] == "SD of draws" and all(len(row) == len(header) for row in rows)
+    assert [row[-1] for row in rows if row[0] == label] == ["0.0023"]
+    spread.update(number=1, sd=None)
+    assert "which lie between" not in check_page(render(result)).text

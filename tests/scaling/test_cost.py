@@ -28,6 +28,8 @@ SHAPES = [
     DenoiserConfig(10, 8, 4, 5),
     DenoiserConfig(6, 12, 20, 2, multi_layer_n_layers=5),
     DenoiserConfig(16, 32, 64, 1, multi_layer_n_layers=1),
+    DenoiserConfig(6, 12, 20, 2, skip="normal", modulation="norm"),
+    DenoiserConfig(6, 12, 20, 2, multi_layer_n_layers=5, modulation="norm"),
 ]
 PAPER_8B = DenoiserConfig(4096, 8192, 16384, 6)
 
@@ -78,23 +80,27 @@ def test_the_papers_priors_of_the_1b_model(blocks, billions):
     assert round(cost.parameters(DenoiserConfig(2048, 4096, 8192, blocks)) / 1e9, 1) == billions
 
 
-def test_muon_flops_are_those_of_the_optimizer():
-    muon, _ = optimizers(Denoiser(SMALL), Recipe(optimizer="muon"))
+@pytest.mark.parametrize("modulation", ["gate", "norm"])
+def test_muon_flops_are_those_of_the_optimizer(modulation):
+    config = dataclasses.replace(SMALL, modulation=modulation)
+    muon, _ = optimizers(Denoiser(config), Recipe(optimizer="muon"))
     (group,) = muon.param_groups
     total = 0
     for m, n in (sorted(p.shape) for p in group["params"]):
         total += group["ns_steps"] * 2 * (m * n * m + m**3 + m * m * n)  # Gram matrix, its square, the product back
-    assert cost.muon_flops_per_step(SMALL) == total
+    assert cost.muon_flops_per_step(config) == total
 
 
+@pytest.mark.parametrize("modulation", ["gate", "norm"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_bytes_of_weights_gradients_optimizer_and_average(optimizer):
-    denoiser = Denoiser(SMALL)
+def test_bytes_of_weights_gradients_optimizer_and_average(optimizer, modulation):
+    config = dataclasses.replace(SMALL, modulation=modulation)
+    denoiser = Denoiser(config)
     made = optimizers(denoiser, Recipe(optimizer=optimizer))
-    denoiser(*inputs(SMALL, 8, 2)).square().mean().backward()
+    denoiser(*inputs(config, 8, 2)).square().mean().backward()
     for one in made:
         one.step()
-    counted = cost.training_bytes(SMALL, rows=8, micro_batch=8, optimizer=optimizer, average=True, item=4)
+    counted = cost.training_bytes(config, rows=8, micro_batch=8, optimizer=optimizer, average=True, item=4)
     moments = [v for one in made for state in one.state.values() for v in state.values() if v.numel() > 1]
     assert counted["weights"] == counted["gradients"] == held(denoiser.parameters())
     assert counted["optimizer"] == held(moments)
@@ -107,9 +113,10 @@ def held(tensors) -> int:
 
 
 @pytest.mark.parametrize(("item", "dtype"), [(4, torch.float32), (2, torch.bfloat16)])
-def test_activation_bytes_bound_what_autograd_saves(item, dtype):
+@pytest.mark.parametrize("modulation", ["gate", "norm"])
+def test_activation_bytes_bound_what_autograd_saves(item, dtype, modulation):
     """Exact but for few distinct times; a CPU autocasts LayerNorm to bf16, whose input is then smaller than CUDA's."""
-    config, rows = dataclasses.replace(SMALL, d_model=64, d_mlp=128), 512
+    config, rows = dataclasses.replace(SMALL, d_model=64, d_mlp=128, modulation=modulation), 512
     denoiser = Denoiser(config)
     weights = {p.untyped_storage().data_ptr() for p in denoiser.parameters()}
     saved: dict[int, torch.Tensor] = {}

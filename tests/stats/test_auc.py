@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,27 @@ def test_the_probe_follows_the_protocol_by_hand():
         assert probes.test_auc(torch.tensor([place]), x_test, y_test).item() == pytest.approx(test, abs=1e-12)
     assert probes.best() == int(probes.validation_auc.argmax())
     assert probes.best(2) == int(probes.validation_auc[:2].argmax())
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 5, 12, None]))
+@settings(deadline=None, max_examples=40)
+def test_choosing_from_a_subset_is_probing_it_alone(seed, candidates):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(80, 40, generator=generator), labels(80, seed)
+    x[:, 5:20] = x[:, 5:20].round()  # ties in order and in AUC
+    x[:, 20:24] = 1.0
+    subsets = torch.rand(3, 40, generator=generator) < torch.tensor([[0.2], [0.6], [1.1]])
+    subsets[0, 3] = True
+    kept = [probe_1d(x, y, candidates=n, folds=2, subsets=subsets) for n in {candidates, None}]
+    for probes, subset in itertools.product(kept, subsets):
+        units = subset.nonzero().squeeze(1)
+        alone = probe_1d(x[:, units], y, candidates=candidates, folds=2)
+        here, there = probes.best(candidates, subset), alone.best()
+        assert probes.units[here] == units[alone.units[there]]
+        assert (probes.validation_auc[here], probes.sign[here]) == (alone.validation_auc[there], alone.sign[there])
+        test = [p.test_auc(torch.tensor([i]), z, y) for p, i, z in ((probes, here, x), (alone, there, x[:, units]))]
+        assert torch.equal(*test)
+    assert all(probes.best(candidates) == probes.best(candidates, subsets[2]) for probes in kept)  # of all features
 
 
 def test_a_constant_feature_says_nothing():

@@ -68,6 +68,20 @@ def test_rank_statistics_equal_fitted_probes(seed, rows, dtype):
     assert float(auc[~varying]) == 0.5 and float(auc.max()) == 1
 
 
+def test_fitted_probes_choose_from_a_subset_what_they_choose_from_it_alone():
+    x, y = kinds_of_features(200, 5, torch.float32)
+    subsets = torch.zeros(2, x.shape[1], dtype=torch.bool)
+    subsets[0, [0, 1, 2, 8]] = subsets[1, [2, 3, 4, 9, 11]] = True
+    fitted = logistic_1d(x, y, candidates=2, folds=3, Cs=[1e-2], subsets=subsets)
+    assert len(fitted.units) == 6  # the candidates of all features and of each subset, not more
+    for subset in subsets:
+        units = subset.nonzero().squeeze(1)
+        alone = logistic_1d(x[:, units], y, candidates=2, folds=3, Cs=[1e-2])
+        here, there = fitted.best(2, subset), alone.best()
+        assert fitted.units[here] == units[alone.units[there]]
+        assert fitted.validation_auc[here] == alone.validation_auc[there]
+
+
 def test_fitted_probes_keep_the_candidates_of_the_largest_difference():
     x, y = kinds_of_features(200, 3, torch.float32)
     fitted = logistic_1d(x, y, candidates=3, folds=4, Cs=[1e-3, 1.0])

@@ -12,7 +12,15 @@ from torch import nn
 from latentprior.config import PRESETS, DenoiserConfig, Recipe
 from latentprior.prior import flow
 from latentprior.prior.denoiser import Block, Denoiser
-from latentprior.training.optim import AveragedWeights, initialise, optimizers, rate_share, set_rates
+from latentprior.training.optim import (
+    AveragedWeights,
+    initialise,
+    optimizers,
+    principal_directions,
+    rate_share,
+    set_rates,
+)
+from latentprior.utils.errors import InputError
 
 RECIPE = Recipe(learning_rate=2.0, warmup=0.1, final_rate=0.25)
 MATRICES = [f"layers.{i}.{name}_proj.weight" for i in range(2) for name in ("up", "gate", "time", "down")]
@@ -229,6 +237,43 @@ def test_scaled_blocks_start_at_unit_size(width):
         assert isinstance(block, Block)
         size[init] = float(block.hidden(x, model.factors(t)[0]).detach().square().mean().sqrt())
     assert 0.3 < size["scaled"] < 1.5 and size["default"] < 0.05
+
+
+def test_principal_initial_weights():
+    """The stream starts as coordinates along the directions, the output leads back; the first prediction is zero."""
+    spread = torch.tensor([3.0, 0.1, 2.0, 1.0, 0.5, 0.2, 4.0, 1.5])
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(3)))[0]
+    z = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(4)) * spread @ turn
+    directions = principal_directions(z)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(8), atol=1e-5, rtol=0)
+    assert (z @ directions).std(0).tolist() == pytest.approx(sorted(spread.tolist(), reverse=True), rel=0.05)
+    for width in (4, 8, 16):
+        model = Denoiser(DenoiserConfig(8, width, 32, 2, modulation="norm"))
+        initialise(model, Recipe(init="principal"), torch.Generator().manual_seed(5), directions)
+        assert not model(z[:3], torch.rand(3)).any()
+        stream = model.in_proj(z[:5])
+        torch.testing.assert_close(stream[:, :8], (z[:5] @ directions)[:, :width], atol=1e-5, rtol=1e-5)
+        assert not stream[:, 8:].any()
+        kept = directions[:, :width]
+        torch.testing.assert_close(model.out_proj(stream), z[:5] @ kept @ kept.T, atol=1e-4, rtol=1e-4)
+        assert all(
+            float(b.up_proj.weight.detach().std()) == pytest.approx(0.3 * width**-0.5, rel=0.3) for b in model.layers
+        )
+    with pytest.raises(InputError, match="principal directions"):
+        initialise(model, Recipe(init="principal"), torch.Generator())
+
+
+def test_what_time_alone_passes_through_has_its_own_rate():
+    config = DenoiserConfig(8, 16, 32, 2, multi_layer_n_layers=4, modulation="norm")
+    model = Denoiser(config)
+    (adamw,) = optimizers(model, Recipe(learning_rate=0.1, time_rate=0.5, base_width=8))
+    rate = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    rates = {name: rate[id(p)] for name, p in model.named_parameters()}
+    assert len(rate) == len(rates)
+    for name, found in rates.items():
+        of_time = any(part in name for part in ("time_embed", "layer_embed", "time_proj"))
+        wide = name.endswith("weight") and "ln" not in name and name != "in_proj.weight"
+        assert found == pytest.approx(0.1 * (0.5 if of_time else 1.0) * (0.5 if wide else 1.0)), name
 
 
 def test_average_is_the_exponential_one():

@@ -89,6 +89,7 @@ def sample(options: config.SampleConfig) -> None:
     from safetensors.torch import save_file
 
     from latentprior.prior.glp import GLP
+    from latentprior.prior.loading import packages_of
     from latentprior.utils.devices import resolve_device
     from latentprior.utils.files import check_file, replaced
 
@@ -100,7 +101,8 @@ def sample(options: config.SampleConfig) -> None:
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as partial:
-        save_file({"activations": x.float().cpu()}, partial, metadata={"prior": options.prior, "nfe": str(nfe)})
+        metadata = {"prior": options.prior, "nfe": str(nfe), **packages_of([glp])}
+        save_file({"activations": x.float().cpu()}, partial, metadata=metadata)
     rows = {"file": path, "activations": len(x), "width": x.shape[1], "NFE": nfe}
     table("Samples", rows | {"mean norm": number(float(x.norm(dim=1).mean()))})
 

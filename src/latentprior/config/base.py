@@ -15,11 +15,14 @@ from latentprior.utils.errors import InputError, unknown
 
 Folder = str  # what --help shows as the type of an option
 File = str
+Prior = str  # the name of an installed one, a folder or a repository
 Size = str
 
 Solver = Literal["euler", "midpoint", "heun", "ab2"]
 Grid = Literal["uniform", "official"]
 Side = Literal["output", "input", "mlp"]
+
+_NEVER = object()  # equal to no value
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 GRIDS: tuple[Grid, ...] = get_args(Grid)
@@ -167,6 +170,12 @@ def changeable(default: Any = dataclasses.MISSING, *, default_factory: Any = dat
     return dataclasses.field(default=default, default_factory=default_factory, metadata={"changeable": True})
 
 
+def added(default: Any, *, before: Any) -> Any:
+    """A field that the first version had not, and that meant `before` then: with that value it is not among the
+    settings, so that older runs are continued and older files read."""
+    return dataclasses.field(default=default, metadata={"before": before})
+
+
 def changes_of(cls: type) -> Any:
     """A field of type ``dict[str, Any]``: new values by name for some of the fields of `cls`, by default none."""
     return dataclasses.field(default_factory=dict, metadata={"changes": cls})
@@ -174,7 +183,8 @@ def changes_of(cls: type) -> Any:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The values that decide a result, JSON-ready, nested ones included: two runs that agree in them are one run."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata.get("changeable")}
+    fields = [f for f in dataclasses.fields(config) if not f.metadata.get("changeable")]
+    values = {f.name: value for f in fields if (value := getattr(config, f.name)) != f.metadata.get("before", _NEVER)}
     return {name: _settings_within(value) for name, value in values.items()}
 
 

@@ -10,6 +10,7 @@ from latentprior.config.base import (
     File,
     Folder,
     Grid,
+    Prior,
     Solver,
     at_least,
     changeable,
@@ -46,8 +47,8 @@ class SAEConfig:
 class DoctorConfig:
     """Check that language model, prior and machine work together. Paste what it prints into a bug report."""
 
-    prior: Folder | None = None
-    """Folder or repository of a prior to check as well."""
+    prior: Prior | None = None
+    """Name, folder or repository of a prior to check as well."""
     layer: int | None = None
     """Block whose output is recorded and edited; by default the prior's, or the middle one."""
     device: str = changeable("auto")
@@ -59,8 +60,8 @@ class DoctorConfig:
 class EvaluateConfig:
     """Measure a prior against real activations and in the language model."""
 
-    prior: Folder
-    """Folder or repository of the prior."""
+    prior: Prior
+    """Name of an installed prior, a folder or a repository."""
     heldout: Folder
     """Activation store of held-out documents; it needs a little over twice `samples` rows."""
     output: Folder = changeable()
@@ -121,8 +122,8 @@ class EvaluateConfig:
 class SampleConfig:
     """Draw activations from a prior into a safetensors file."""
 
-    prior: Folder
-    """Folder or repository of the prior."""
+    prior: Prior
+    """Name of an installed prior, a folder or a repository."""
     output: File = changeable()
     """File to write: `activations` [n, d] float32."""
     n: int = 1024
@@ -154,7 +155,7 @@ class ConvertConfig:
     """Convert a prior or recorded activations between this project's files and the official ones."""
 
     source: Folder
-    """Folder (or repository, for a prior) to read."""
+    """Folder (or name or repository, for a prior) to read."""
     output: Folder = changeable()
     """Folder to write."""
     to: Literal["latentprior", "official"] = "latentprior"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, at_least, changeable, choices, positive, unit_interval
+from latentprior.config.base import Folder, Prior, at_least, changeable, choices, positive, unit_interval
 from latentprior.config.data import LLMConfig, TextConfig
 from latentprior.config.steering import JudgeConfig
 from latentprior.utils.errors import InputError
@@ -15,8 +15,8 @@ from latentprior.utils.errors import InputError
 class NeuronsConfig:
     """Show what each meta-neuron of a prior responds to: top documents, statistics, tokens, nearest units, tasks."""
 
-    prior: Folder
-    """Folder or repository of the prior."""
+    prior: Prior
+    """Name of an installed prior, a folder or a repository."""
     output: Folder = changeable()
     """Folder of the store: neurons.json, units.parquet, examples.parquet, descriptions.parquet."""
     tokens: int = 2_000_000

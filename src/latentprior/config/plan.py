@@ -32,6 +32,10 @@ class PlanConfig:
     """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
     """Hidden units of each block; by default twice d_model."""
+    skip: Literal["preset", "none", "normal"] = PriorOptions.skip
+    """Velocity that is added to what the network gives, as in `train`."""
+    modulation: Literal["preset", "gate", "norm"] = PriorOptions.modulation
+    """What time and layer act on, as in `train`."""
     activations: int = 1_000_000_000
     """Activations to train on in all."""
     preset: str = TrainConfig.preset
@@ -68,8 +72,8 @@ class PlanConfig:
             raise InputError(f"{self.chips} chips do not divide the batch of {batch} activations")
 
     def prior(self) -> PriorOptions:
-        """The prior's shape."""
-        return PriorOptions(self.blocks, self.d_model, self.d_mlp)
+        """The prior's shape and network."""
+        return PriorOptions(self.blocks, self.d_model, self.d_mlp, self.skip, self.modulation).of_preset(self.preset)
 
     def resolved_recipe(self) -> Recipe:
         """The preset with this configuration's changes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latentprior.config.base import Folder, at_least, changeable, choices, known, positive
+from latentprior.config.base import Folder, Prior, at_least, changeable, choices, known, positive
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError
 
@@ -16,8 +16,9 @@ SOURCES = ("layer", "rotation", "mlp-neurons", "sae", "random-denoiser", "meta-n
 class ProbeConfig:
     """Measure how well single features, meta-neurons among them, tell the classes of labelled texts apart."""
 
-    priors: list[Folder]
-    """Priors of one hookpoint: the first is compared with the baselines, all show how AUC follows the held-out loss."""
+    priors: list[Prior]
+    """Priors of one hookpoint, by name, folder or repository: the first is compared with the baselines, all show
+    how AUC follows the held-out loss."""
     output: Folder = changeable()
     """Folder of probe.json, report.html, probes.csv, winners.parquet, one file a task. The same command continues."""
     tasks: list[str] = changeable(default_factory=list)
@@ -46,6 +47,9 @@ class ProbeConfig:
     """Noises over which a meta-neuron is averaged."""
     noise: Literal["shared", "own"] = "shared"
     """"shared": the same noises for every text: a feature depends on the activation alone; "own": others for each."""
+    mlp_draws: int = changeable(10)
+    """Random draws of as many MLP neurons as the first prior has meta-neurons, each picked from by the same protocol: a
+    comparison at equal numbers. Made where both are compared and MLP neurons are more; none with 0."""
     method: Literal["rank", "logistic"] = "rank"
     """"rank" finds each feature's AUC by rank statistics, exactly; "logistic" fits scikit-learn's LogisticRegressionCV
     to each of the candidates, the reference, hundreds of times as slow."""
@@ -76,6 +80,7 @@ class ProbeConfig:
         positive(self, "noises", "candidates", "max_test", "batch_tokens")
         known("source of features", self.sources, SOURCES)
         at_least(2, self, "folds", "max_length")
+        at_least(0, self, "mlp_draws")
         if not self.chosen_sources():
             raise InputError("ProbeConfig.sources is empty: name at least one")
         if "sae" in self.sources and not self.sae:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from latentprior.config.base import Folder, Solver, at_least, changeable, choices, known, positive, unit_interval
+from latentprior.config.base import Folder, Prior, Solver, at_least, changeable, choices, known, positive, unit_interval
 from latentprior.config.data import LLMConfig
 from latentprior.utils.errors import InputError
 
@@ -94,8 +94,9 @@ class JudgeConfig:
 class SteerConfig:
     """Steer a language model along directions at many strengths, repair, judge, and compare the methods' frontiers."""
 
-    priors: list[Folder] = changeable()
-    """Folders or repositories of the priors that repair; the first also scores how far activations are off the data."""
+    priors: list[Prior] = changeable()
+    """The priors that repair, by name, folder or repository; the first also scores how far activations are off the
+    data."""
     output: Folder = changeable()
     """Folder of everything: results.parquet with every text, steer.json, report.html. The same command continues."""
     experiment: Experiment = "sentiment"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from latentprior.config.base import (
     Folder,
+    added,
     changeable,
     changes_of,
     choices,
@@ -45,11 +46,23 @@ class DenoiserConfig:
     """Residual blocks."""
     multi_layer_n_layers: int | None = None
     """Blocks of the language model if one denoiser serves several of its layers, else None."""
+    skip: Literal["none", "normal"] = added("none", before="none")
+    """"normal" adds ``(2t - 1) / ((1 - t)^2 + t^2) z_t``, the velocity if the data were standard normal, to what the
+    network gives: it is then right at both ends of the path from the start. "none" is the paper's network."""
+    modulation: Literal["gate", "norm"] = added("gate", before="gate")
+    """What time, and layer, act on: the gates of the hidden units, inside the SiLU ("gate", the paper's network), or
+    the output of each layer norm, which they scale and shift ("norm")."""
 
     def __post_init__(self) -> None:
+        typed(self)
+        choices(self)
         positive(self, "d_input", "d_model", "d_mlp", "n_layers", "multi_layer_n_layers")
         if self.d_model % 2:
             raise InputError(f"DenoiserConfig.d_model must be even (half cosines, half sines), got {self.d_model}")
+
+    def departures(self) -> dict[str, Any]:
+        """Options that make it another network than the paper's, which official files cannot hold."""
+        return {name: value for name, value in settings_of(self).items() if name in ("skip", "modulation")}
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,11 @@ class Recipe:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
     matrix_rate: float = 0.02
     """Peak learning rate of Muon; it needs no width transfer."""
-    init: Literal["default", "scaled"] = "default"
-    """Initial weights: torch's, or normal ones scaled by fan-in with a zero output and open gates."""
+    init: Literal["default", "scaled", "principal"] = "default"
+    """Initial weights: torch's; normal ones scaled by fan-in with a zero output and open gates; or input and output
+    along the principal directions of the activations, around small blocks ("principal")."""
+    time_rate: float = added(1.0, before=1.0)
+    """Share of AdamW's rate that the embeddings of time and layer, and the linears behind them, have."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rates fall from their peak to their end; "constant" falls only in the last share `cooldown`, linearly."""
     cooldown: float = 0.2
@@ -106,7 +122,7 @@ class Recipe:
         typed(self)
         choices(self)
         positive(self, "batch_size", "learning_rate", "matrix_rate", "base_width", "clip", "distinct_times")
-        positive(self, "noise_samples", "logit_scale")
+        positive(self, "noise_samples", "logit_scale", "time_rate")
         unit_interval(self, "warmup", "final_rate", "cooldown")
         if not math.isfinite(self.logit_mean):
             raise InputError(f"Recipe.logit_mean must be finite, got {self.logit_mean}")
@@ -121,14 +137,31 @@ PRESETS: dict[str, Recipe] = {
     "official": Recipe(),
     "quick": replace(_QUICK, batch_size=1024, learning_rate=2e-3),
     # The winners of docs/recipes.md.
-    "fast": replace(_QUICK, batch_size=256, learning_rate=4e-3, base_width=576, schedule="linear", noise_samples=2),
+    "fast": replace(
+        _QUICK,
+        batch_size=256,
+        learning_rate=2e-3,
+        time_rate=0.1,
+        base_width=576,
+        schedule="linear",
+        init="principal",
+        times="logit_normal",
+        logit_scale=0.9,
+    ),
 }
+_NETWORKS: dict[str, dict[str, Any]] = {"fast": {"skip": "normal", "modulation": "norm"}}  # others have the paper's
 
 
 def recipe_of(preset: str, changes: Mapping[str, Any]) -> Recipe:
     """The recipe of a preset, with some of its fields changed."""
     known("preset", [preset], PRESETS)
     return replace(PRESETS[preset], **grouped(Recipe, changes))
+
+
+def network_of(preset: str) -> dict[str, Any]:
+    """The options of the denoiser that a preset sets."""
+    known("preset", [preset], PRESETS)
+    return {"skip": "none", "modulation": "gate"} | _NETWORKS.get(preset, {})
 
 
 @dataclass(frozen=True)
@@ -158,14 +191,27 @@ class PriorOptions:
     """Width of the denoiser; by default twice the activations' width."""
     d_mlp: int | None = None
     """Hidden units of each block; by default twice d_model."""
+    skip: Literal["preset", "none", "normal"] = added("preset", before="none")
+    """"normal" adds the velocity of a standard normal to what the network gives; "none" is the paper's network."""
+    modulation: Literal["preset", "gate", "norm"] = added("preset", before="gate")
+    """What time and layer act on: the gates of the hidden units ("gate", the paper's network), or the output of each
+    layer norm, which they scale and shift ("norm")."""
 
     def __post_init__(self) -> None:
+        choices(self)
         positive(self, "blocks", "d_model", "d_mlp")
 
+    def of_preset(self, preset: str) -> PriorOptions:
+        """These options, with the preset's network where they leave it to that."""
+        open_ = {name: value for name, value in network_of(preset).items() if getattr(self, name) == "preset"}
+        return replace(self, **open_)
+
     def denoiser(self, width: int, multi_layer_n_layers: int | None = None) -> DenoiserConfig:
-        """The denoiser's shape for activations of `width`."""
+        """The denoiser's shape for activations of `width`; what is left to the preset is the paper's."""
+        chosen: Any = self.of_preset("official")
         d_model = self.d_model or 2 * width
-        return DenoiserConfig(width, d_model, self.d_mlp or 2 * d_model, self.blocks, multi_layer_n_layers)
+        d_mlp = self.d_mlp or 2 * d_model
+        return DenoiserConfig(width, d_model, d_mlp, self.blocks, multi_layer_n_layers, chosen.skip, chosen.modulation)
 
 
 @dataclass(frozen=True)
@@ -217,13 +263,13 @@ class TrainConfig:
     """Blocks that are modelled, counted from 0, by one prior; by default all of a store, of a language model 15
     (of gemma-3-270m 9)."""
     preset: Literal["official", "quick", "fast"] = "quick"
-    """"official" is the paper's recipe; "quick" suits runs of minutes to hours; "fast" gets the most out of few
-    activations, with smaller batches and two noises for each activation (docs/recipes.md)."""
+    """"official" is the paper's recipe, and "quick" one for runs of minutes to hours, both of the paper's network;
+    "fast", with a network that is conditioned better, gets the most out of an activation (docs/recipes.md)."""
     run: RunOptions
     store: StoreOptions = field(default_factory=StoreOptions)
     stream: StreamConfig = field(default_factory=StreamConfig)
     prior: PriorOptions = field(default_factory=PriorOptions)
-    """Folder or repository of the prior."""
+    """Shape of the denoiser."""
     recipe: dict[str, Any] = changes_of(Recipe)
     """Fields of the preset's recipe to change, for example {"learning_rate": 1e-3}."""
 
@@ -265,10 +311,14 @@ class TrainConfig:
         """The preset with this configuration's changes."""
         return recipe_of(self.preset, self.recipe)
 
+    def resolved_prior(self) -> PriorOptions:
+        """The denoiser's options, with those that are left out as the preset has them."""
+        return self.prior.of_preset(self.preset)
+
     def settings(self) -> dict[str, Any]:
         """What decides the weights, but for the rows, as training states and provenance hold it: without groups."""
         recipe = old_names(Recipe, settings_of(self.resolved_recipe()))
-        return settings_of(self.prior) | settings_of(self.run) | {"recipe": recipe}
+        return settings_of(self.resolved_prior()) | settings_of(self.run) | {"recipe": recipe}
 
     def without_groups(self) -> dict[str, Any]:
         """All options by the names that they have in ``train.json`` and its like; `from_dict` reads them again."""

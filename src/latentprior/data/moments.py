@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from latentprior.lm.hooks import check_recorded
@@ -180,3 +181,14 @@ class Covariance(_PerLayer):
     def covariance(self) -> Tensor:
         """Population covariance [L, d, d]; nan for a layer without rows."""
         return self.comoment / self.count[:, None, None]
+
+
+def ordered_directions(covariance: Float[Tensor, "layers d d"]) -> tuple[Tensor, Tensor]:
+    """Variances [L, d], descending and none below 0, and the principal directions that have them, as columns [L, d, d].
+
+    The largest entry of each direction is positive.
+    """
+    variance, directions = torch.linalg.eigh(covariance.double())
+    variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
+    largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
+    return variance, directions * largest.sign()

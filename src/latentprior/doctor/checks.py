@@ -28,6 +28,7 @@ from latentprior.doctor.subject import (
     require_equal,
 )
 from latentprior.lm.hooks import Hookpoint, capture, find_blocks
+from latentprior.prior.loading import packages_of
 from latentprior.prior.repair import attach, hookpoints_on
 from latentprior.utils.chips import device_memory, time_on
 from latentprior.utils.devices import fast_dtype, resolve_device
@@ -73,7 +74,8 @@ def _blocks(subject: Subject) -> str:
 
 def _prior(subject: Subject) -> str:
     subject.prior = glp = subject.load_prior()
-    return f"{_millions(glp.denoiser)}; {', '.join(map(str, glp.hookpoints)) or 'no hookpoint'}"
+    packages = "".join(f"{name} {version}; " for name, version in packages_of([glp]).items())
+    return f"{packages}{_millions(glp.denoiser)}; {', '.join(map(str, glp.hookpoints)) or 'no hookpoint'}"
 
 
 def _prior_fits(subject: Subject) -> str:

@@ -15,9 +15,11 @@ from latentprior.config import EvaluateConfig, Solver, to_dict
 from latentprior.data import text, tokens
 from latentprior.data.store.reader import ActivationStore
 from latentprior.evaluation.lm_loss import Replacement, delta, lm_losses
+from latentprior.evaluation.velocity import velocity_errors
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
+from latentprior.prior.loading import packages_of
 from latentprior.prior.repair import hookpoints_on
 from latentprior.sae.sae import SAE, described
 from latentprior.sae.training import prepare_sae
@@ -65,6 +67,7 @@ def evaluate(
         sae = _sae(config, hookpoint, glp.device, phase("train the SAE")) if "sae" in config.baseline else None
         result: dict[str, Any] = {"kind": "evaluate", "hookpoint": hookpoint.to_dict() if hookpoint else None}
         result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
+        result["velocity"] = velocity_errors(glp, gaussians["full"], real, layer, seed=config.seed)
         result["distribution"], generated = compare_distributions(
             config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
         )
@@ -74,7 +77,8 @@ def evaluate(
         if config.delta_lm and llm is not None:
             report = phase("delta LM loss")
             result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        spent, packages = time.perf_counter() - began, packages_of([glp])
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         replace_json(folder / "evaluate.json", result)
         return Result(result, table="distribution")
 

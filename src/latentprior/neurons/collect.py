@@ -29,7 +29,7 @@ from latentprior.neurons.top_logits import top_logits
 from latentprior.neurons.top_probing_units import ProbedTask, read_top_probing_units
 from latentprior.neurons.unit_reader import UnitReader
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import heldout_loss, hookpoint_of, priors_of
+from latentprior.prior.loading import heldout_loss, hookpoint_of, packages_of, priors_of
 from latentprior.utils.errors import InputError
 from latentprior.utils.locks import locked
 from latentprior.utils.progress import Phase, Report, silent, unseen
@@ -110,7 +110,9 @@ def collect_units(
         "calibration_tokens": found.calibration_tokens,
         "reservoir": {"documents": len(sample.doc), "tokens": len(sample)},
         "quantiles": list(QUANTILES),
-        **stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began),
+        **stamp(
+            to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began, packages=packages_of([glp])
+        ),
     }
     write_store(Path(config.output), info, units, examples)
     report(3, 3, {})

@@ -17,25 +17,32 @@ def parameters(config: DenoiserConfig) -> int:
     """Parameters of `Denoiser(config)`.
 
     With ``d, m, h, n`` = d_input, d_model, d_mlp, blocks: in and out projection ``2 d m + m + d``; two square linears
-    for time, and two for layers, ``2 (m² + m)``; last LayerNorm ``2 m``; each block three linears in (up, gate, time)
-    ``3 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``.
+    for time, and two for layers, ``2 (m² + m)``; last LayerNorm ``2 m``; each block two linears in (up, gate)
+    ``2 (m h + h)``, one out ``h m + m`` and a LayerNorm ``2 m``; and the linears of time (`_time_outputs`).
     """
     d, m, h, n = _shape(config)
     embeddings = 2 if config.multi_layer_n_layers else 1
-    block = 4 * m * h + 3 * h + 3 * m
-    return 2 * d * m + d + m + embeddings * 2 * (m * m + m) + 2 * m + n * block
+    rest = (
+        2 * d * m
+        + d
+        + m
+        + embeddings * 2 * (m * m + m)
+        + 2 * m
+        + (m + 1) * (_time_outputs(config) - n * _time_width(config))
+    )
+    return rest + n * _block_parameters(config)
 
 
 def flops_per_activation(config: DenoiserConfig, *, distinct_times: float = 0.0, distinct_layers: float = 0.0) -> float:
     """FLOPs of one forward pass for one activation, as executed.
 
     Each row goes through in and out projection and three linears of each block; the time path (two square linears, and
-    one of each block) runs once for each *distinct* time and layer:
-    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + n m h)``. `distinct_times` of an activation are 1 if each has its
+    those with the ``o`` outputs of `_time_outputs`) runs once for each *distinct* time and layer:
+    ``2 (2 d m + 3 n m h) + 2 (times + layers) (2 m² + m o)``. `distinct_times` of an activation are 1 if each has its
     own (as in the official code), 0 if very many share one; `distinct_layers` are 0 for a prior of one layer.
     """
     d, m, h, n = _shape(config)
-    return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * (2 * m * m + n * m * h))
+    return 2.0 * (2 * d * m + 3 * n * m * h + (distinct_times + distinct_layers) * m * (2 * m + _time_outputs(config)))
 
 
 def training_flops_per_activation(
@@ -63,8 +70,8 @@ def muon_flops_per_step(config: DenoiserConfig) -> float:
     (``2 a³``) and multiplies back (``2 a² b``).
     """
     _, m, h, n = _shape(config)
-    a, b = min(m, h), max(m, h)
-    return 4 * n * 5 * 2.0 * (2 * a * a * b + a**3)
+    shapes = [sorted((m, width)) for width in (h, h, h, _time_width(config))]
+    return n * 5 * 2.0 * sum(2 * a * a * b + a**3 for a, b in shapes)
 
 
 class TrainingFlops(NamedTuple):
@@ -125,12 +132,12 @@ def training_bytes(
     whole = parameters(config)
     share = -(-whole // world) if parallel == "fsdp" else whole
     d, m, h, n = _shape(config)
-    block = 4 * m * h + 3 * h + 3 * m
+    block = _block_parameters(config)
     if parallel == "fsdp" and world > 1:
         copies = (whole - max(n - 2, 0) * block) * item + FLOAT32 * (block if rows <= micro_batch else whole)
     else:
         copies = 0 if item == FLOAT32 else whole * item
-    one_moment = 4 * n * m * h * share // whole if optimizer == "muon" else 0
+    one_moment = n * m * (3 * h + _time_width(config)) * share // whole if optimizer == "muon" else 0
     return {
         "weights": FLOAT32 * share,
         "gradients": FLOAT32 * share,
@@ -148,12 +155,30 @@ def activation_bytes(config: DenoiserConfig, rows: int, *, item: int = 2) -> int
     Saved for each row, with ``s`` = `item`: each block keeps its LayerNorm's input in float32 with mean and deviation
     (``4 m + 8``), the normalised input (``4 m``: float32 once, or once for each of two linears in bfloat16) and six
     hidden vectors (``6 s h``); the last LayerNorm keeps ``4 m + 8``, the projections ``s m`` and ``s d``, and the loss
-    ``4 d``. Working space: gradients of three hidden vectors of one block, ``3 s h``. This is eager execution with few
-    distinct times.
+    ``4 d``. A norm that time modulates keeps its output, too, and its gathered scale and shift, ``(4 + 2 s) m``; no
+    gate is multiplied then, which saves two of the hidden vectors. Working space: gradients of three hidden vectors of
+    one block, ``3 s h``. This is eager execution with few distinct times.
     """
     d, m, h, n = _shape(config)
-    block = 8 * m + 8 + 6 * item * h
-    return rows * (n * block + (4 + item) * m + 8 + (item + 4) * d + 3 * item * h)
+    modulated = config.modulation == "norm"
+    norm = (4 + 2 * item) * m if modulated else 0
+    block = 8 * m + 8 + norm + (4 if modulated else 6) * item * h
+    return rows * (n * block + (4 + item) * m + norm + 8 + (item + 4) * d + 3 * item * h)
+
+
+def _block_parameters(config: DenoiserConfig) -> int:
+    _, m, h, _ = _shape(config)
+    return 3 * m * h + 2 * h + 3 * m + (m + 1) * _time_width(config)
+
+
+def _time_width(config: DenoiserConfig) -> int:
+    """Outputs of a block's linear of time: one for each hidden unit, or scale and shift of the stream."""
+    return config.d_mlp if config.modulation == "gate" else 2 * config.d_model
+
+
+def _time_outputs(config: DenoiserConfig) -> int:
+    """Outputs of all linears of time: those of the blocks, and of the last norm if it is modulated."""
+    return (config.n_layers + (config.modulation == "norm")) * _time_width(config)
 
 
 def _shape(config: DenoiserConfig) -> tuple[int, int, int, int]:

@@ -1,7 +1,11 @@
 """The network: a gated MLP that predicts the flow's velocity at one noisy activation (paper, architecture).
 
-The time factor ``W_time e`` of a block depends on ``t`` alone and would be a quarter of the matrix work with one row
+What time does to a block, ``W_time e``, depends on ``t`` alone and would be a quarter of the matrix work with one row
 for each activation, so it is computed once for each *distinct* time (`Denoiser.factors`) and gathered.
+
+`DenoiserConfig` describes two departures from the paper's network: the velocity of a standard normal as a skip around
+the network, and time that scales and shifts the normalised stream in place of the gates (adaptive layer norm, Peebles
+and Xie, 2023).
 """
 
 from __future__ import annotations
@@ -35,41 +39,59 @@ def sinusoid(value: Float[Tensor, " n"], width: int, max_period: float = 10_000.
 
 
 class Condition(NamedTuple):
-    """Embeddings of a batch's distinct times and layers, and the index of each row's (None: all rows share one)."""
+    """A batch's distinct times, embeddings of them and of layers, and each row's index (None: all rows share one)."""
 
+    t: Float[Tensor, " u"]
     time: Float[Tensor, "u d_model"]
     time_index: Int[Tensor, " n"] | None = None
     layer: Float[Tensor, "v d_model"] | None = None
     layer_index: Int[Tensor, " n"] | None = None
 
 
-class Block(nn.Module):
-    """``x + W_down( SiLU( (W_gate h) * (W_time e) ) * (W_up h) )`` with ``h = LN(x)``."""
+def modulation(proj: nn.Linear, condition: Condition) -> Float[Tensor, "m k"]:
+    """``W e`` for every row, with ``e`` the sum of the embeddings of its time and layer."""
+    factor = _gather(proj(condition.time), condition.time_index)
+    if condition.layer is None:
+        return factor
+    # W is linear, so time and layer add up; the bias is in the first term.
+    return factor + _gather(F.linear(condition.layer, proj.weight), condition.layer_index)
 
-    def __init__(self, d_model: int, d_mlp: int) -> None:
+
+def modulated(h: Float[Tensor, "n d_model"], factor: Float[Tensor, "m k"]) -> Float[Tensor, "n d_model"]:
+    """``h (1 + scale) + shift``, the halves of `factor`."""
+    scale, shift = factor.chunk(2, dim=-1)
+    return torch.addcmul(h + shift, h, scale)
+
+
+class Block(nn.Module):
+    """``x + W_down( SiLU( (W_gate h) * (W_time e) ) * (W_up h) )`` with ``h = LN(x)``.
+
+    With modulation "norm" it is ``x + W_down( SiLU(W_gate h) * (W_up h) )`` with ``h = LN(x) (1 + scale) + shift``, the
+    two halves of ``W_time e``.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
+        d_model, d_mlp = config.d_model, config.d_mlp
+        self.gated = config.modulation == "gate"
         self.ln = nn.LayerNorm(d_model)
         self.up_proj = nn.Linear(d_model, d_mlp)
         self.gate_proj = nn.Linear(d_model, d_mlp)
-        self.time_proj = nn.Linear(d_model, d_mlp)
+        self.time_proj = nn.Linear(d_model, d_mlp if self.gated else 2 * d_model)
         self.down_proj = nn.Linear(d_mlp, d_model)
 
-    def hidden(self, x: Float[Tensor, "n d_model"], factor: Float[Tensor, "m d_mlp"]) -> Float[Tensor, "n d_mlp"]:
+    def hidden(self, x: Float[Tensor, "n d_model"], factor: Float[Tensor, "m k"]) -> Float[Tensor, "n d_mlp"]:
         """The meta-neurons: post-gate hidden units, the input of ``W_down``. `factor` has n rows or one."""
-        h = self.ln(x).to(self.up_proj.weight.dtype)
-        return F.silu(self.gate_proj(h) * factor) * self.up_proj(h)
-
-    def factor(self, condition: Condition) -> Float[Tensor, "m d_mlp"]:
-        """``W_time e`` for every row."""
-        factor = _gather(self.time_proj(condition.time), condition.time_index)
-        if condition.layer is None:
-            return factor
-        # W_time is linear, so time and layer add up; the bias is in the first term.
-        return factor + _gather(F.linear(condition.layer, self.time_proj.weight), condition.layer_index)
+        h = self.ln(x)
+        if not self.gated:
+            h = modulated(h, factor)
+        h = h.to(self.up_proj.weight.dtype)
+        gate = self.gate_proj(h)
+        return F.silu(gate * factor if self.gated else gate) * self.up_proj(h)
 
     def forward(self, x: Float[Tensor, "n d_model"], condition: Condition) -> Float[Tensor, "n d_model"]:
         """One whole block, so that its weights may be sharded or compiled together."""
-        return x + self.down_proj(self.hidden(x, self.factor(condition)))
+        return x + self.down_proj(self.hidden(x, modulation(self.time_proj, condition)))
 
 
 def _embedding(width: int) -> nn.Sequential:
@@ -85,8 +107,10 @@ class Denoiser(nn.Module):
         self.in_proj = nn.Linear(config.d_input, config.d_model)
         self.time_embed = _embedding(config.d_model)
         self.layer_embed = _embedding(config.d_model) if config.multi_layer_n_layers else None
-        self.layers = nn.ModuleList(Block(config.d_model, config.d_mlp) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln = nn.LayerNorm(config.d_model)
+        # The last norm is modulated like the blocks'.
+        self.time_proj = nn.Linear(config.d_model, 2 * config.d_model) if config.modulation == "norm" else None
         self.out_proj = nn.Linear(config.d_model, config.d_input)
         self._caching = 0  # contexts open
         self._cache: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -95,10 +119,10 @@ class Denoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.in_proj.weight.dtype
 
-    def factors(self, t: Float[Tensor, " u"]) -> list[Float[Tensor, "u d_mlp"]]:
-        """The time factor ``W_time e`` of each block at `t`: all that depends on time."""
+    def factors(self, t: Float[Tensor, " u"]) -> list[Float[Tensor, "u k"]]:
+        """``W_time e`` at `t` for each block, and for the last norm if it is modulated."""
         e = self.embedded_time(t)
-        return [block.time_proj(e) for block in self._blocks()]
+        return [proj(e) for proj in self._time_projections()]
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -141,12 +165,26 @@ class Denoiser(nn.Module):
         depth = layer.float() / max(self.config.multi_layer_n_layers - 1, 1)
         return self.layer_embed(sinusoid(depth, self.config.d_model).to(self.dtype))
 
-    def run(self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]) -> Float[Tensor, "n d"]:
-        """Velocity with given factors (n rows or one each)."""
-        x = self.in_proj(z_t.to(self.dtype))
-        for block, factor in zip(self._blocks(), factors, strict=True):
+    def run(
+        self, z_t: Float[Tensor, "n d"], t: Float[Tensor, " ..."], factors: list[Float[Tensor, "m k"]]
+    ) -> Float[Tensor, "n d"]:
+        """Velocity at time `t`, a scalar or [n], with its factors (n rows or one each)."""
+        x, blocks = self.in_proj(z_t.to(self.dtype)), self._blocks()
+        for block, factor in zip(blocks, factors, strict=False):
             x = x + block.down_proj(block.hidden(x, factor))
-        return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+        return self._velocity(x, z_t, t, factors[-1])
+
+    def _velocity(
+        self, x: Float[Tensor, "n d_model"], z_t: Float[Tensor, "n d"], t: Float[Tensor, " ..."], factor: Tensor | None
+    ) -> Float[Tensor, "n d"]:
+        """The velocity from the last stream; `factor` is of the last norm, if that is modulated."""
+        h = self.ln(x)
+        if self.time_proj is not None and factor is not None:
+            h = modulated(h, factor)
+        u = self.out_proj(h.to(self.dtype)).to(z_t.dtype)
+        if self.config.skip == "normal":
+            u = u + flow.normal_skip(t)[..., None].to(z_t.dtype) * z_t
+        return u
 
     def integrate(
         self,
@@ -172,7 +210,7 @@ class Denoiser(nn.Module):
                 factors = [table[i : i + 1] for table in tables]
                 if extra is not None:
                     factors = [a + b for a, b in zip(factors, extra, strict=True)]
-                return self.run(z_t, factors)
+                return self.run(z_t, torch.tensor(t, device=z_t.device), factors)
 
             return flow.integrate(flow.holding(velocity, *part_held) if part_held else velocity, part, schedule)
 
@@ -184,11 +222,11 @@ class Denoiser(nn.Module):
         )
 
     def units(
-        self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m d_mlp"]]
+        self, z_t: Float[Tensor, "n d"], factors: list[Float[Tensor, "m k"]]
     ) -> Iterator[Float[Tensor, "n d_mlp"]]:
         """Each block's meta-neurons with given factors, one block at a time; what follows the last is not computed."""
         blocks, x = self._blocks(), self.in_proj(z_t.to(self.dtype))
-        for block, factor in zip(blocks, factors, strict=True):
+        for block, factor in zip(blocks, factors, strict=False):
             hidden = block.hidden(x, factor)
             yield hidden
             if block is not blocks[-1]:
@@ -212,7 +250,8 @@ class Denoiser(nn.Module):
         x = self.in_proj(z_t.to(self.dtype))
         for block in self.layers:
             x = block(x, condition)
-        return self.out_proj(self.ln(x).to(self.dtype)).to(z_t.dtype)
+        factor = None if self.time_proj is None else modulation(self.time_proj, condition)
+        return self._velocity(x, z_t, _gather(condition.t, condition.time_index), factor)
 
     def _condition(
         self, t: Tensor, layer: Tensor | None, time_index: Tensor | None = None, layer_index: Tensor | None = None
@@ -223,23 +262,21 @@ class Denoiser(nn.Module):
             t, time_index = _distinct(t)
         time = self.embedded_time(t)
         if layer is None:
-            return Condition(time, time_index)
+            return Condition(t, time, time_index)
         if layer_index is None:
             layer, layer_index = self._distinct_layers(layer)
-        return Condition(time, time_index, self.embedded_layer(layer), layer_index)
+        return Condition(t, time, time_index, self.embedded_layer(layer), layer_index)
 
-    def row_factors(
-        self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None
-    ) -> list[Float[Tensor, "m d_mlp"]]:
-        """Each block's factor for every row (or one row for a scalar `t` and `layer`)."""
+    def row_factors(self, t: Float[Tensor, " ..."], layer: Int[Tensor, " ..."] | None) -> list[Float[Tensor, "m k"]]:
+        """`factors` for every row (or one row for a scalar `t` and `layer`)."""
         condition = self._condition(t, layer)
-        return [block.factor(condition) for block in self._blocks()]
+        return [modulation(proj, condition) for proj in self._time_projections()]
 
-    def layer_factors(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m d_mlp"]]:
-        """What its layer adds to every row's factor (or to all, for a scalar)."""
+    def layer_factors(self, layer: Int[Tensor, " ..."]) -> list[Float[Tensor, "m k"]]:
+        """What its layer adds to every row's factors (or to all, for a scalar)."""
         distinct, index = self._distinct_layers(layer)
         e = self.embedded_layer(distinct)
-        return [_gather(F.linear(e, block.time_proj.weight), index) for block in self._blocks()]
+        return [_gather(F.linear(e, proj.weight), index) for proj in self._time_projections()]
 
     def _distinct_layers(self, layer: Int[Tensor, " ..."]) -> tuple[Tensor, Tensor | None]:
         distinct, index = _distinct(layer)
@@ -247,6 +284,10 @@ class Denoiser(nn.Module):
         if n_layers is not None and distinct.numel() and not 0 <= int(distinct.min()) <= int(distinct.max()) < n_layers:
             raise InputError(f"layer must lie in 0..{n_layers - 1}, got {distinct.tolist()}")
         return distinct, index
+
+    def _time_projections(self) -> list[nn.Linear]:
+        last = [] if self.time_proj is None else [self.time_proj]
+        return [block.time_proj for block in self._blocks()] + last
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]

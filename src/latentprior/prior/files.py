@@ -1,4 +1,4 @@
-"""The folder of a prior, here or on the Hub, of this project's format or the official one."""
+"""The folder of a prior: here, in an installed package or on the Hub, of this project's format or the official one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from latentprior.config import DenoiserConfig, from_dict, to_dict
+from latentprior.config import DenoiserConfig, from_dict, settings_of
 from latentprior.lm.hooks import Hookpoint
+from latentprior.prior.card import model_card
 from latentprior.prior.denoiser import Denoiser
+from latentprior.prior.installed import installed_folder
 from latentprior.prior.normalizer import Normalizer
 from latentprior.prior.official import checkpoint as official
 from latentprior.utils.errors import InputError, unknown
@@ -27,6 +29,7 @@ FORMAT = 1
 WHITENED_FORMAT = 2  # with the normalizer's basis, which readers of format 1 do not know
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+LOADED = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # as "load_dtype" may name them
 CONFIGS = ("config.json", "config.yaml", "checkpoints/*/config.json")  # one of which a prior has
 
 
@@ -41,8 +44,14 @@ class Parts:
 
 
 def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) -> Path:
-    """The local folder of a prior, downloaded first, as far as it is needed, if `path_or_repo` is a repository."""
-    folder = Path(path_or_repo)
+    """The local folder of a prior: `path_or_repo` itself if it is one, or of the installed prior of that name.
+
+    A repository is downloaded first, as far as it is needed; its name has a slash, as those of installed priors have
+    not.
+    """
+    folder, name = Path(path_or_repo), str(path_or_repo)
+    if not folder.is_dir() and name == folder.name:
+        folder = installed_folder(name, revision=revision)
     if folder.is_dir():
         if not any(any(folder.glob(pattern)) for pattern in CONFIGS):
             raise InputError(f"{folder} holds no prior: neither config.json nor the official config.yaml is there")
@@ -51,7 +60,7 @@ def fetch(path_or_repo: str | Path, *, revision: str | None, checkpoint: str) ->
     weights = [own, f"{checkpoint}.safetensors", f"checkpoints/{checkpoint}.safetensors"]
     # All else, other weights above all, is large.
     patterns = [*CONFIGS, "rep_statistics.pt", *map(glob.escape, weights)]
-    folder = snapshot("prior", str(path_or_repo), revision=revision, allow_patterns=patterns)
+    folder = snapshot("prior", name, revision=revision, allow_patterns=patterns)
     official = not any(folder.glob(CONFIGS[0])) and not any(folder.glob(CONFIGS[2]))
     if official and not any((folder / name).is_file() for name in weights):
         raise InputError(f"{path_or_repo} has no checkpoint {checkpoint!r}: its files on the Hub show which there are")
@@ -71,20 +80,31 @@ def read(folder: Path, checkpoint: str) -> Parts:
     return _read_own(folders[checkpoint])
 
 
-def write(folder: Path, parts: Parts) -> None:
-    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all."""
-    if any(p.dtype == torch.float16 for p in parts.denoiser.parameters()):
+def write(folder: Path, parts: Parts, *, dtype: torch.dtype | None = None) -> None:
+    """Write ``config.json``, ``model.safetensors`` and a model card into `folder`, each whole or not at all.
+
+    The denoiser's weights are stored in `dtype`, by default their own, and read in their own again.
+    """
+    own = parts.denoiser.dtype
+    stored = dtype or own
+    if torch.float16 in (stored, *(p.dtype for p in parts.denoiser.parameters())):
         raise InputError("float16 storage is refused: cast the prior to bfloat16 or float32 before saving it")
     config = {
         "format": FORMAT if parts.normalizer.basis is None else WHITENED_FORMAT,
-        "denoiser": to_dict(parts.denoiser.config),
+        "denoiser": settings_of(parts.denoiser.config),
         "hookpoints": [h.to_dict() for h in parts.hookpoints],
         "provenance": parts.provenance,
     }
-    text, card = json.dumps(config, indent=2) + "\n", _model_card(parts)  # can fail, so before anything is written
+    if stored != own:
+        config["load_dtype"] = str(own).removeprefix("torch.")
+    # Both can fail, so before anything is written.
+    text = json.dumps(config, indent=2) + "\n"
+    layers = parts.normalizer.layers.tolist()
+    card = model_card(parts.denoiser, layers, parts.hookpoints, parts.provenance, stored=stored)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = nn.ModuleDict({"denoiser": parts.denoiser, "normalizer": parts.normalizer}).state_dict()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    weights = {f"denoiser.{name}": tensor.to(stored) for name, tensor in parts.denoiser.state_dict().items()}
+    statistics = {f"normalizer.{name}": tensor for name, tensor in parts.normalizer.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights | statistics).items()}
     with replaced(folder / WEIGHTS) as partial:
         save_file(state, partial, metadata={"format": "pt"})
     replace_text(folder / CONFIG, text)
@@ -108,8 +128,13 @@ def _read_own(folder: Path) -> Parts:
         raise InputError(f"{folder / CONFIG} lacks the key {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} is no configuration of a prior: {error}") from error
+    denoiser = _denoiser(shape, _below("denoiser.", state), folder)
+    if (given := config.get("load_dtype")) is not None:
+        if given not in LOADED:
+            raise InputError(f"{folder / CONFIG}: {unknown('load_dtype', given, LOADED)}")
+        denoiser.to(LOADED[given])
     return Parts(
-        _denoiser(shape, _below("denoiser.", state), folder),
+        denoiser,
         _normalizer(state, folder, whitened=found == WHITENED_FORMAT),
         hookpoints,
         provenance,
@@ -140,39 +165,3 @@ def _denoiser(config: DenoiserConfig, weights: dict[str, Tensor], folder: Path) 
     except RuntimeError as error:
         raise InputError(f"weights in {folder} do not fit its configuration: {shorten(str(error), 300)}") from error
     return denoiser
-
-
-def _model_card(parts: Parts) -> str:
-    """The README of a saved prior: what it was trained on and how to use it."""
-    hookpoints = "\n".join(f"| {h.model} | {h.layer} | {h.side} | {h.width} |" for h in parts.hookpoints)
-    config = parts.denoiser.config
-    size = sum(p.numel() for p in parts.denoiser.parameters())
-    layers = parts.normalizer.layers.tolist()
-    of_layer = f", layer={layers[0]}" if len(layers) > 1 else ""
-    attach = """
-with glp.attach(model):  # the language model of the table, as transformers loads it
-    model.generate(**tokenizer("The weather today", return_tensors="pt"))"""
-    return f"""---
-library_name: latentprior
-tags: [interpretability, activations, flow-matching]
----
-# Generative latent prior
-
-A flow-matching model of a language model's activations ([method](https://arxiv.org/abs/2602.06964)):
-{config.n_layers} blocks, d_model {config.d_model}, d_mlp {config.d_mlp}, {size / 1e6:.1f} M parameters.
-
-| language model | layer | side | width |
-|---|---|---|---|
-{hookpoints}
-
-```python
-from latentprior import GLP
-
-glp = GLP.from_pretrained("this folder or repository")
-activations = glp.sample(16{of_layer})  # [16, {config.d_input}]{attach if parts.hookpoints else ""}
-```
-
-```json
-{json.dumps(parts.provenance, indent=2)}
-```
-"""

@@ -35,6 +35,14 @@ def target(z_0: Float[Tensor, "*n d"], noise: Float[Tensor, "*n d"]) -> Float[Te
     return noise - z_0
 
 
+def normal_skip(t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """``c(t)`` such that ``c(t) z_t`` is the velocity where the data is standard normal: ``E[eps - z_0 | z_t]``.
+
+    ``c(t) = (2 t - 1) / ((1 - t)^2 + t^2)``, the covariance of velocity and `z_t` over the variance of `z_t`.
+    """
+    return (2 * t - 1) / ((1 - t) ** 2 + t**2)
+
+
 def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Uniform draws `u` in [0, 1) to the grid ``linspace(1, 0.001, 1000)[floor(1000 u)]``, so that times repeat."""
     index = (u * TRAIN_GRID).long().clamp_(0, TRAIN_GRID - 1)

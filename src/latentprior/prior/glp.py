@@ -272,9 +272,14 @@ class GLP(Attachable):
         schedule = flow.schedule(steps, t_start=t_start, solver=solver, grid=grid)
         return schedule.nfe if t_start > 0 else 0
 
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write ``config.json``, ``model.safetensors`` and a model card into the folder `path`."""
-        pretrained.write(Path(path), pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance))
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write ``config.json``, ``model.safetensors`` and a model card into the folder `path`.
+
+        `dtype` is that of the denoiser's weights in the file, their own by default: bfloat16 halves it, and
+        `from_pretrained` gives float32 again. Statistics stay float32.
+        """
+        parts = pretrained.Parts(self.denoiser, self.normalizer, self.hookpoints, self.provenance)
+        pretrained.write(Path(path), parts, dtype=dtype)
         return Path(path)
 
     @classmethod
@@ -286,10 +291,11 @@ class GLP(Attachable):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> GLP:
-        """Load a prior from a folder or a Hub repository, of this project's format or the official one.
+        """Load a prior by the name of an installed one, such as "smollm2-135m-layer15", from a folder, or from the Hub.
 
-        `checkpoint` is "final" or the name of one under ``checkpoints/``; `dtype` is that of the denoiser's weights, as
-        saved by default.
+        Folders and repositories may be of this project's format or the official one; an existing folder comes first.
+        `checkpoint` is "final" or the name of one under ``checkpoints/``; `dtype` is that of the denoiser's weights, by
+        default the one that they had when they were saved: float32 for this project's installed priors.
         """
         folder = pretrained.fetch(path_or_repo, revision=revision, checkpoint=checkpoint)
         parts = pretrained.read(folder, checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ def priors_of(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> tuple[dict[str, GLP], Hookpoint]:
-    """The priors by their folders or repositories, and their one hookpoint: that of `layer` if they have several."""
+    """The priors by their names, folders or repositories, and their one hookpoint: of `layer` if they have several."""
     place = resolve_device(device)
     dtype = fast_dtype(place) if precision == "auto" else getattr(torch, precision)
     priors = {name: GLP.from_pretrained(name, checkpoint, device=place, dtype=dtype) for name in names}
@@ -43,3 +43,9 @@ def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:
 def heldout_loss(glp: GLP) -> float | None:
     """The held-out loss at the end of its training, if known."""
     return glp.provenance.get("training", {}).get("heldout_loss")
+
+
+def packages_of(priors: Iterable[GLP]) -> dict[str, str]:
+    """The packages that priors are from, and their versions."""
+    packages = [glp.provenance["package"] for glp in priors if "package" in glp.provenance]
+    return {package["name"]: package["version"] for package in packages}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from latentprior.data.moments import Moments
+from latentprior.data.moments import Moments, ordered_directions
 from latentprior.data.sinks import sink_threshold
 from latentprior.lm.hooks import check_recorded
 from latentprior.utils.devices import to_device
@@ -94,11 +94,9 @@ class Normalizer(nn.Module):
             )
         if not covariance.isfinite().all():
             raise InputError("a covariance to whiten with must be finite, and of at least one row for each layer")
-        variance, directions = torch.linalg.eigh(covariance.double())
-        variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
-        largest = directions.gather(-2, directions.abs().argmax(dim=-2, keepdim=True))
+        variance, directions = ordered_directions(covariance)
         scale = variance.clamp(min=LEAST_VARIANCE * variance[:, :1]).sqrt()
-        return cls.from_moments(moments, directions * largest.sign() * scale[:, None, :])
+        return cls.from_moments(moments, directions * scale[:, None, :])
 
     @property
     def width(self) -> int:

@@ -19,11 +19,11 @@ from latentprior.data.store.manifest import MANIFEST
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import heldout_loss, priors_of
-from latentprior.probe.benchmark import probe_task
+from latentprior.prior.loading import heldout_loss, packages_of, priors_of
+from latentprior.probe.benchmark import add_draws, probe_task
 from latentprior.probe.recording import OUTPUT, Recording, record_texts
-from latentprior.probe.sources import Source, meta_neurons, sources_of
-from latentprior.probe.summary import summarise
+from latentprior.probe.sources import Draws, Source, equal_draws, meta_neurons, sources_of
+from latentprior.probe.summary import summarise, task_scores
 from latentprior.probe.tasks import Task, UnsuitableTask, find_task
 from latentprior.sae.saelens import sae_at
 from latentprior.utils.errors import InputError
@@ -63,10 +63,12 @@ def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result
         recording = recorded(config, tasks, hookpoint, llm, phase("record")).to(device)
         sources = sources_of(config, recording, priors, sae)
         maps = [meta_neurons(config, recording, priors[first], first, f"t = {t:g}", t) for t in config.times]
-        results = _probe_all(tasks, skipped, recording, sources, maps, config, phase("probe"))
+        draws = equal_draws(config, sources)
+        results = _probe_all(tasks, skipped, recording, sources, maps, draws, config, phase("probe"))
         if not results:
             task, reason = skipped[0]["task"], skipped[0]["reason"]
             raise InputError(f"no task could be probed; the first of them: {task}: {reason}")
+        shown = [each for s in sources for each in ((s, draws) if draws and draws.source is s else (s,))]
         protocol = ("candidates", "folds", "seed", "max_length", "max_test", "noise")
         described = ("family", "train", "test", "left_out")
         result = {
@@ -76,12 +78,13 @@ def benchmark(config: ProbeConfig, llm: LLM, *, phase: Phase = unseen) -> Result
             "protocol": {name: getattr(config, name) for name in protocol},
             "tasks": [{name: task[name] for name in described} | {"name": task["task"]} for task in results],
             "skipped": skipped,
-            "sources": [source.to_dict() for source in sources],
-            "summary": summarise(results, sources, maps, config.seed),
-            "rows": [_by_source(task) for task in results],
+            "sources": [source.to_dict() for source in shown],
+            "summary": summarise(results, shown, maps, config.seed),
+            "rows": [task_scores(task) for task in results],
             "seconds": dict(sum((Counter(task["seconds"]) for task in results), Counter())),
         }
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        spent, packages = time.perf_counter() - began, packages_of(priors.values())
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         write_tables(folder, results)
         replace_json(folder / "probe.json", result)
         return Result(result, table="summary.scores")
@@ -127,28 +130,52 @@ def _probe_all(
     recording: Recording,
     sources: Sequence[Source],
     maps: Sequence[Source],
+    draws: Draws | None,
     config: ProbeConfig,
     report: Report,
 ) -> list[Json]:
-    """What `probe_task` gives for each task, kept in a file each; adds the tasks that fail to `skipped`."""
+    """What `_probe_one` gives for each task; adds the tasks that fail to `skipped`."""
     folder = Path(config.output, "tasks")
     folder.mkdir(parents=True, exist_ok=True)
     results = []
     for done, task in enumerate(tasks, start=1):
         path = folder / f"{PurePosixPath(task.name).name}.json"
         try:
-            if path.exists():
-                results.append(_read(path))
-            else:
-                missing = ~recording.has(task.texts)
-                left_out = int(missing[task.train].sum() + missing[task.test].sum())
-                result = probe_task(task.without(missing), sources, maps, config) | {"left_out": left_out}
-                replace_json(path, result, indent=None)
-                results.append(result)
+            result = _probe_one(path, task, recording, sources, maps, draws, config)
+            results.append(result | {"rows": _wanted(result["rows"], draws)})
         except InputError as error:
             skipped.append({"task": task.name, "reason": str(error)})
         report(done, len(tasks), {"skipped": len(skipped)})
     return results
+
+
+def _probe_one(
+    path: Path,
+    task: Task,
+    recording: Recording,
+    sources: Sequence[Source],
+    maps: Sequence[Source],
+    draws: Draws | None,
+    config: ProbeConfig,
+) -> Json:
+    """What `probe_task` gives, kept in the file `path`; of an earlier run only the draws that it lacks are made."""
+    missing = ~recording.has(task.texts)
+    usable = task.without(missing)
+    if path.exists():
+        result = _read(path)
+        if draws is None or not add_draws(result, usable, draws, config):
+            return result
+    else:
+        left_out = int(missing[task.train].sum() + missing[task.test].sum())
+        result = probe_task(usable, sources, maps, config, draws) | {"left_out": left_out}
+    replace_json(path, result, indent=None)
+    return result
+
+
+def _wanted(rows: Sequence[Json], draws: Draws | None) -> list[Json]:
+    """A task's rows without the draws that an earlier run had and this one has not."""
+    number = draws.number if draws else 0
+    return [row for row in rows if row.get("draw") is None or row["draw"] < number]
 
 
 def _read(path: Path) -> Json:
@@ -169,15 +196,13 @@ def _keep_settings(folder: Path, config: ProbeConfig, priors: Mapping[str, GLP])
         replace_json(path, settings)
 
 
-def _by_source(task: Json) -> Json:
-    """A task's screened test AUC of each source."""
-    scores = {row["source"]: row["test_auc"] for row in task["rows"] if row["selection"] == "screened"}
-    return {"task": task["task"], "family": task["family"], "scores": scores}
-
-
 def write_tables(folder: Path, results: Sequence[Json]) -> None:
-    """A row for each task, source and selection (parquet and CSV), and the top units, ``winners.parquet``."""
-    probes = [{"task": task["task"], "family": task["family"], **row} for task in results for row in task["rows"]]
+    """A row for each task, source, draw and selection (parquet and CSV), and the top units, ``winners.parquet``."""
+    probes = [
+        {"task": task["task"], "family": task["family"], **row, "draw": row.get("draw")}
+        for task in results
+        for row in task["rows"]
+    ]
     top_units = [{"task": task["task"], **row} for task in results for row in task["winners"]]
     table = pa.Table.from_pylist(probes)
     for name, rows in (("probes", table), ("winners", pa.Table.from_pylist(top_units))):

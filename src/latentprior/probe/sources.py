@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latentprior.config import ProbeConfig
@@ -18,6 +18,7 @@ from latentprior.probe.names import short_names
 from latentprior.probe.recording import Recording
 from latentprior.sae.sae import SAE
 from latentprior.utils.errors import InputError
+from latentprior.utils.formatting import counted
 from latentprior.utils.random import keyed_generator, normal
 
 ROWS = 1024  # activations that pass through a denoiser together
@@ -29,7 +30,7 @@ LABELS = {
     "random-denoiser": "Untrained denoiser",
     "meta-neurons": "Meta-neurons",
 }
-_ROTATION, _DENOISER, _NOISE = 1, 2, 3  # streams of random numbers
+_ROTATION, _DENOISER, _NOISE, _DRAW = 1, 2, 3, 4  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,44 @@ class Source:
     def to_dict(self) -> dict[str, Any]:
         names = ("name", "label", "kind", "units", "blocks", "times", "prior", "heldout_loss", "activations")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random subsets of a source's features, as many of them as another source has, the same ones for every task."""
+
+    name: str
+    label: str
+    source: Source
+    size: int
+    """Features of a draw."""
+    number: int
+    seed: int
+
+    def subsets(self) -> Bool[Tensor, "s f"]:
+        """Which features each draw has; a draw does not depend on how many there are."""
+        drawn = torch.zeros(self.number, self.source.units, dtype=torch.bool)
+        for draw, features in enumerate(drawn):
+            generator = keyed_generator(self.seed, _DRAW, draw)
+            features[torch.randperm(self.source.units, generator=generator)[: self.size]] = True
+        return drawn
+
+    def to_dict(self) -> dict[str, Any]:
+        described = {"name": self.name, "label": self.label, "units": self.size, "draws": self.number}
+        return self.source.to_dict() | described
+
+
+def equal_draws(config: ProbeConfig, sources: Sequence[Source]) -> Draws | None:
+    """Draws of as many MLP neurons as the first prior has meta-neurons.
+
+    None if none are asked for, if either source is missing, or if there are no more MLP neurons than that.
+    """
+    named = {source.name: source for source in sources}
+    mlp, prior = named.get("mlp-neurons"), named.get("meta-neurons")
+    if not (config.mlp_draws and mlp and prior and prior.units < mlp.units):
+        return None
+    label = f"{mlp.label}, as many as meta-neurons ({counted(config.mlp_draws, 'draw')})"
+    return Draws("mlp-neurons-drawn", label, mlp, prior.units, config.mlp_draws, config.seed)
 
 
 def sources_of(

@@ -67,18 +67,29 @@ def best_of(aucs: Mapping[str, float | None]) -> list[str]:
     return [name for name, auc in shown.items() if auc == max(shown.values())]
 
 
+def draws_sd(score: Json) -> str:
+    """The standard deviation of the mean test AUC over draws; a dash for a source that is not drawn."""
+    return decimals((score.get("draws") or {}).get("sd"), 4)
+
+
+def has_draws(result: Json) -> bool:
+    return any(source.get("draws") for source in result["sources"])
+
+
 def _sources(result: Json) -> Table:
     found = scores(result)
-    rows = []
+    rows, drawn = [], has_draws(result)
     for source in result["sources"]:
         screened, every, chance = (found.get((source["name"], kind), {}) for kind in ("screened", "all", "chance"))
         units = MISSING if source.get("units") is None else f"{source['units']:,}"
         estimates = [estimate(score.get("auc"), score.get("interval"), decimals) for score in (screened, every)]
         plain = [decimals(screened.get("validation")), decimals(chance.get("auc"))]
-        rows.append([labels(result)[source["name"]], units, estimates[0], plain[0], estimates[1], plain[1]])
+        row = [labels(result)[source["name"]], units, estimates[0], plain[0], estimates[1], plain[1]]
+        rows.append(row + [draws_sd(screened)] * drawn)
     count = len(result["tasks"])
     title = f"Mean test AUC over {count} tasks, 95% intervals" if count > 1 else "Test AUC of the one task"
-    return Table(title, ("source", "units", "screened", "validation", "all units", "chance"), rows)
+    header = ("source", "units", "screened", "validation", "all units", "chance", *["SD of draws"] * drawn)
+    return Table(title, header, rows)
 
 
 def _paired(result: Json) -> Table:

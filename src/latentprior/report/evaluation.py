@@ -31,8 +31,9 @@ REPLACEMENTS = {
 }
 
 
-def training(train: Json, heldout: Json | None) -> Markup:
-    """Loss over training and by noise level, of an evaluation (`heldout`) rather than of training; or nothing."""
+def training(train: Json, evaluate: Json) -> Markup:
+    """Loss over training and by noise level, of an evaluation rather than of training; or nothing."""
+    heldout = evaluate.get("heldout_loss")
     log, summary = train.get("log", []), train.get("summary", {})
     drawn = []
     if any(row["activations"] > 0 for row in log):
@@ -44,7 +45,25 @@ def training(train: Json, heldout: Json | None) -> Markup:
             figure("Held-out loss by noise level", f"Mean in {len(by_t)} bins of t.{band}", figures.loss_by_t(by_t))
         )
     said = paragraph(_TEXTS.training(rate(train), heldout))
-    return stack(prose(said) if said else NOTHING, pair(*drawn))
+    return stack(prose(said) if said else NOTHING, pair(*drawn), velocity(evaluate))
+
+
+def velocity(evaluate: Json) -> Markup:
+    """The velocity's error at single noise levels beside the Gaussian's; nothing without them."""
+    if not (rows := evaluate.get("velocity")):
+        return NOTHING
+    header = ("t", "Prior", "Gaussian, full covariance", "Prior less Gaussian", "95% interval")
+    exact = [
+        [
+            f"{row['t']:g}",
+            number(row["prior"]),
+            number(row["gaussian"]),
+            *with_intervals((row["difference"], row["interval"])),
+        ]
+        for row in rows
+    ]
+    note = "Mean squared error on held-out activations, every time with the same noise; t = 0 is data, t = 1 is noise."
+    return table("Velocity at single noise levels", note, header, exact)
 
 
 def _bins(losses: Sequence[Number]) -> list[Json]:

@@ -72,7 +72,7 @@ def _title(parts: Json) -> str:
 def _sections(result: Json, parts: Json) -> dict[str, Markup]:
     evaluate, steer = parts.get("evaluate", {}), _steering(parts)
     return {
-        "Training": evaluation.training(parts.get("train", {}), evaluate.get("heldout_loss")),
+        "Training": evaluation.training(parts.get("train", {}), evaluate),
         "Distribution": evaluation.distribution(evaluate),
         "Language model loss": evaluation.language_model_loss(evaluate),
         "Steering": steering.section(steer),

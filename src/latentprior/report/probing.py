@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from latentprior.probe.names import short_names
-from latentprior.probe.tables import best_of, difference, labels, leading, scores, verdict
+from latentprior.probe.tables import best_of, difference, draws_sd, has_draws, labels, leading, scores, verdict
 from latentprior.report import probe_figures
 from latentprior.report.blocks import NOTHING, Headline, facts, figure, fold, pair, prose, stack, table
 from latentprior.report.templating import lines, macros, paragraph
@@ -20,7 +20,7 @@ from latentprior.utils.formatting import MISSING, counted, decimals, interval, n
 
 Json = Mapping[str, Any]
 
-REFERENCES = ("mlp-neurons", "random-denoiser")  # what meta-neurons must beat to mean something
+REFERENCES = ("mlp-neurons", "mlp-neurons-drawn", "random-denoiser")  # what meta-neurons must beat to mean something
 LEAST_SECONDS = 0.1  # below, a part of the run was not asked for
 EQUALS = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
 _TEXTS = macros("probing.html.jinja")
@@ -79,7 +79,8 @@ def headlines(result: Json) -> Iterator[Headline]:
 def _explained(result: Json) -> Markup:
     seconds = (result.get("seconds") or {}).items()
     spent = [(name, value) for name, value in seconds if value >= LEAST_SECONDS]
-    return paragraph(_TEXTS.explained(result["method"], result["protocol"], result["tasks"], spent))
+    drawn = [source for source in result["sources"] if source.get("draws")]
+    return paragraph(_TEXTS.explained(result["method"], result["protocol"], result["tasks"], drawn, spent))
 
 
 def _dots(result: Json, looks: Mapping[str, probe_figures.Look]) -> Markup:
@@ -106,7 +107,8 @@ def _height(source: probe_figures.Source) -> float:
 def _sources(result: Json) -> Markup:
     named, found = labels(result), scores(result)
     header = ["Source", "Units", "Screened", "95% interval", "Validation", "All units", "95% interval", "Validation"]
-    header += ["Chance"]
+    drawn = has_draws(result)
+    header += ["Chance", *["SD of draws"] * drawn]
     cells = []
     for source in result["sources"]:
         screened, every, chance = (found.get((source["name"], name), {}) for name in ("screened", "all", "chance"))
@@ -114,12 +116,23 @@ def _sources(result: Json) -> Markup:
         measured = [
             cell for score in (screened, every) for cell in (*_measured(score), decimals(score.get("validation")))
         ]
-        cells.append([named[source["name"]], units, *measured, decimals(chance.get("auc"))])
+        last = [decimals(chance.get("auc")), *[draws_sd(screened)] * drawn]
+        cells.append([named[source["name"]], units, *measured, *last])
     note = (
         "Mean AUC over tasks, of test texts unless it says validation. How far validation lies above test is the bias "
         "of picking the best of many units: it grows with their number."
     )
+    note += "".join(_spread(score) for (_, selection), score in found.items() if selection == "screened")
     return table("All sources", note, header, cells)
+
+
+def _spread(score: Json) -> str:
+    """How far apart the draws of a source are; nothing of one that is not drawn, or once."""
+    draws = score.get("draws") or {"number": 0}
+    if draws["number"] < 2:
+        return ""
+    ends = f"{decimals(draws['lowest'])} and {decimals(draws['highest'])}"
+    return f" SD of draws: the standard deviation of the {draws['number']} draws' means, which lie between {ends}."
 
 
 def _paired(result: Json) -> Iterator[Markup]:

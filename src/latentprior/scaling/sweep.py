@@ -109,7 +109,9 @@ class _Run:
     @classmethod
     def of(cls, config: TrainConfig, store: ActivationStore) -> _Run:
         layers, recipe = len(store.layers), config.resolved_recipe()
-        shape = config.prior.denoiser(store.width, store.manifest["source"].get("blocks") if layers > 1 else None)
+        shape = config.resolved_prior().denoiser(
+            store.width, store.manifest["source"].get("blocks") if layers > 1 else None
+        )
         cost, count = training_flops(shape, recipe, recipe.batch_size, layers=layers), config.run.activations
         flops = cost.activation * count + cost.update * math.ceil(count / recipe.batch_size)
         paper = paper_flops_per_activation(shape) * recipe.noise_samples

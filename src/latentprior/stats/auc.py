@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
@@ -69,25 +69,55 @@ class OneD:
     """Mean over the folds, each with the sign of its own training part."""
     scaler: Scaler
 
-    def best(self, candidates: int | None = None) -> int:
-        """Index of the highest validation AUC among the first `candidates` (None: all); the first on ties."""
-        return int(self.validation_auc[:candidates].argmax())
+    def best(self, candidates: int | None = None, among: Bool[Tensor, " f"] | None = None) -> int:
+        """Index of the highest validation AUC among the first `candidates` (None: all); the first on ties.
+
+        Of the features that are true in `among`, if given: a subset that `screened` was told of, if not all were kept.
+        """
+        if among is None:
+            return int(self.validation_auc[:candidates].argmax())
+        indices = among[self.units].nonzero().squeeze(1)[:candidates]
+        return int(indices[self.validation_auc[indices].argmax()])
 
     def test_auc(self, indices: Int[Tensor, " p"], x: Float[Tensor, "n f"], y: Int[Tensor, " n"]) -> Tensor:
         """AUC [p] of the candidates at `indices` on other rows, with the training rows' signs."""
         return _signed(aucs(x[:, self.units[indices]], y, self.scaler.select(indices)), self.sign[indices])
 
 
-def probe_1d(x: Float[Tensor, "n f"], y: Int[Tensor, " n"], *, candidates: int | None = 512, folds: int = 5) -> OneD:
+def screened(
+    difference: Float[Tensor, " f"], candidates: int | None, subsets: Bool[Tensor, "s f"] | None = None
+) -> Int[Tensor, " m"]:
+    """The features of the `candidates` (None: all) largest absolute class-mean differences, the largest first.
+
+    With `subsets`, the candidates of each of them as well: those that screening it alone would keep.
+    """
+    units = difference.abs().argsort(descending=True, stable=True)
+    if candidates is None or subsets is None:
+        return units[:candidates]
+    inside = subsets[:, units]
+    kept = (inside & (inside.cumsum(dim=1) <= candidates)).any(dim=0)
+    kept[:candidates] = True
+    return units[kept]
+
+
+def probe_1d(
+    x: Float[Tensor, "n f"],
+    y: Int[Tensor, " n"],
+    *,
+    candidates: int | None = 512,
+    folds: int = 5,
+    subsets: Bool[Tensor, "s f"] | None = None,
+) -> OneD:
     """Probe features on their own (paper, 1-D probing): screened by class-mean difference, validated in folds.
 
     Args:
         candidates: how many features with the largest absolute difference of class means to keep; None: all.
         folds: stratified, not shuffled.
+        subsets: features among which `OneD.best` is to choose as well; the candidates of each are kept.
     """
     check_features(x, y)
     difference = class_difference(x, y)
-    units = difference.abs().argsort(descending=True, stable=True)[:candidates]
+    units = screened(difference, candidates, subsets)
     kept, fold = x[:, units], stratified_folds(y, folds)
     inside = fold[None] != torch.arange(folds, device=y.device)[:, None]
     signs = mean_differences(kept, y, inside).sign()

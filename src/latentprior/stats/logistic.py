@@ -9,14 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from latentprior.stats.auc import OneD, aucs, check_features, class_difference, mean_differences, stratified_folds
+from latentprior.stats.auc import (
+    OneD,
+    aucs,
+    check_features,
+    class_difference,
+    mean_differences,
+    screened,
+    stratified_folds,
+)
 from latentprior.stats.scaler import Scaler, columns
 from latentprior.utils.errors import InputError
 
@@ -46,6 +54,7 @@ def logistic_1d(
     candidates: int | None = 512,
     folds: int = 5,
     Cs: Sequence[float] = CS_1D,
+    subsets: Bool[Tensor, "s f"] | None = None,
 ) -> FittedOneD:
     """What `probe_1d` computes, by fitting (paper, 1-D probing): scikit-learn's LogisticRegressionCV on each candidate.
 
@@ -54,7 +63,7 @@ def logistic_1d(
     """
     check_features(x, y)
     stratified_folds(y, folds)
-    units = class_difference(x, y).abs().argsort(descending=True, stable=True)[:candidates]
+    units = screened(class_difference(x, y), candidates, subsets)
     scaler = Scaler.of(x[:, units])
     z, labels = scaler(x[:, units]).cpu().numpy(), y.cpu().numpy()
     with threadpool_limits(limits=1), warnings.catch_warnings():  # threads only cost time on one column

@@ -15,7 +15,7 @@ from latentprior.judge.endpoint import endpoint_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import priors_of
+from latentprior.prior.loading import packages_of, priors_of
 from latentprior.steer.conditions import finished, losses_of, write_rows
 from latentprior.steer.direction import write_direction
 from latentprior.steer.frontier import summarise
@@ -77,7 +77,8 @@ def experiment(config: SteerConfig, llm: Callable[[], tuple[Any, Any]], *, phase
             "ratings": ratings,
             "texts": table.filter(pc.field("prompt") < config.examples).select(SHOWN).to_pylist(),
         }
-        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=time.perf_counter() - began)
+        spent, packages = time.perf_counter() - began, packages_of(priors.values())
+        result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         replace_json(folder / "steer.json", result)
     return Result(result, table=ROWS)
 

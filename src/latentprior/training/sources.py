@@ -64,6 +64,10 @@ class ActivationSource(ABC):
         return Moments.from_state_dict(load_file(path))
 
     @abstractmethod
+    def sample(self, rows: int) -> Batch:
+        """About so many of the activations, the same in every process; called after `normalizer`."""
+
+    @abstractmethod
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         """This process's rows of the batches from number `step` and `position` on; `save` is called between two."""
 
@@ -119,6 +123,9 @@ class StoreSource(ActivationSource):
             return Normalizer.whitened(moments, total.covariance())
         return Normalizer.from_moments(moments)
 
+    def sample(self, rows: int) -> Batch:
+        return _drawn(self.store, rows, self.layers)
+
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         own, seed = self.partition.positions(), self.config.run.seed
         for x, layer in self.store.batches(self.partition.batch, seed=seed, start=step, own=own, layers=self.layers):
@@ -147,6 +154,9 @@ class FollowedStoreSource(ActivationSource):
 
     def normalizer(self) -> Normalizer:
         return Normalizer.from_moments(self.kept_moments(self.store.moments))
+
+    def sample(self, rows: int) -> Batch:
+        return _drawn(self.store, rows, list(self.store.layers))
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         self._follower = Follower(
@@ -199,6 +209,11 @@ class LanguageModelSource(ActivationSource):
         moments = self.kept_moments(self._live.statistics)
         self._live.medians = dict(zip(moments.layers, moments.median_norm.tolist(), strict=True))
         return Normalizer.from_moments(moments)
+
+    def sample(self, rows: int) -> Batch:
+        found = self._live.rows_of(self.config.stream.text, rows)
+        assert found is not None  # `normalizer` has read some
+        return found
 
     def batches(self, step: int, position: dict[str, Any] | None, *, save: Callable[[], object]) -> Iterator[Batch]:
         run = self.config.run
@@ -263,7 +278,12 @@ def stored_heldout(config: TrainConfig, hookpoints: Sequence[Hookpoint]) -> Batc
     layers = [h.layer for h in hookpoints] if config.layers else store.layers
     if not same_places([h for h in store.hookpoints if h.layer in layers], hookpoints):
         raise InputError(f"{store.folder} was recorded at other hookpoints than the activations to train on")
-    size = min(config.run.heldout_activations, len(store.rows_at(layers)))
+    return _drawn(store, config.run.heldout_activations, layers)
+
+
+def _drawn(store: ActivationStore, rows: int, layers: Sequence[int]) -> Batch:
+    """So many rows of a store, or all that it has, at random, the same at every call."""
+    size = min(rows, len(store.rows_at(layers)))
     return Batch(*next(store.batches(size, seed=0, layers=layers)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from latentprior.config import Recipe, TrainConfig
 from latentprior.prior.cost import training_flops
@@ -18,7 +19,7 @@ from latentprior.training.checkpoint import latest, load_state, save_state
 from latentprior.training.logger import TrainingLogger
 from latentprior.training.loop import Exhausted, State, TrainingLoop
 from latentprior.training.loss import heldout_loss
-from latentprior.training.optim import initialise
+from latentprior.training.optim import initialise, principal_directions
 from latentprior.training.parallel import CPU_MICRO_BATCH, parallelize, whole_weights
 from latentprior.training.sources import ActivationSource, stored_heldout
 from latentprior.utils.chips import data_sheet_peak, matrix_peak
@@ -31,6 +32,7 @@ from latentprior.utils.random import generator_of
 
 Json = dict[str, Any]
 
+LEAST_SAMPLE, SAMPLE_PER_DIMENSION = 2**14, 16  # rows that principal directions are taken from
 FIRST_CHECKPOINT = 2**16  # activations; then at every doubling
 
 
@@ -48,7 +50,7 @@ class Trainer:
         self.normalizer = source.normalizer().to(device)
         self.heldout = source.heldout() if heldout is None else heldout
         self.precision = fast_dtype(device) if run.precision == "auto" else getattr(torch, run.precision)
-        self.state = self._new_state(recipe)
+        self.state = self._new_state(recipe, resumed=saved is not None)
         if saved is not None:
             load_state(saved, self.state, self.world)
         self.position = (saved and saved.position) or {}
@@ -151,13 +153,24 @@ class Trainer:
             replace_json(self.output / "train.json", result, indent=2)
         self.world.wait()
 
-    def _new_state(self, recipe: Recipe) -> State:
-        """The state to start from, with seeded initial weights; the global generator is left as it was."""
+    def _directions(self, recipe: Recipe) -> Tensor | None:
+        """The principal directions of a sample of the activations, all layers together, if weights start from them."""
+        if recipe.init != "principal":
+            return None
+        x, layer, _ = self.source.sample(max(LEAST_SAMPLE, SAMPLE_PER_DIMENSION * self.normalizer.width))
+        return principal_directions(self.normalizer.normalize(x.to(self.device), layer))
+
+    def _new_state(self, recipe: Recipe, *, resumed: bool) -> State:
+        """The state to start from, with seeded initial weights; the global generator is left as it was.
+
+        A run that is resumed gets all of it from its saved state.
+        """
         run, source = self.config.run, self.source
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(run.seed)  # not torch.manual_seed: that would seed GPUs, too
-            denoiser = Denoiser(self.config.prior.denoiser(source.hookpoints[0].width, source.blocks))
-        initialise(denoiser, recipe, generator_of(run.seed))
+            denoiser = Denoiser(self.config.resolved_prior().denoiser(source.hookpoints[0].width, source.blocks))
+        if not resumed:
+            initialise(denoiser, recipe, generator_of(run.seed), self._directions(recipe))
         denoiser = denoiser.to(self.device)
         model = parallelize(
             denoiser,

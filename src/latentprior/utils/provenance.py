@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def git_revision() -> str | None:
         return None
 
 
-def stamp(config: dict[str, Any], *, seed: int, wall_seconds: float) -> dict[str, Any]:
-    """The part that every result file has."""
-    made = {"config": config, "versions": versions(), "git": git_revision()}
+def stamp(
+    config: dict[str, Any], *, seed: int, wall_seconds: float, packages: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The part that every result file has; `packages` are the versions of further ones that decide numbers."""
+    made = {"config": config, "versions": versions() | dict(packages or {}), "git": git_revision()}
     return made | {"seed": seed, "wall_seconds": round(wall_seconds, 2)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentprior.config import DenoiserConfig, Side, from_dict
+from latentprior.config import DenoiserConfig, Side, from_dict, settings_of
 from latentprior.lm.hooks import Hookpoint
 from latentprior.prior.denoiser import Denoiser
 from latentprior.prior.official.activations import STATISTICS, read_statistics
@@ -63,6 +63,12 @@ def read_checkpoint(folder: str | Path, checkpoint: str = "final") -> OfficialCh
     )
 
 
+def check_official(config: DenoiserConfig) -> None:
+    """Raise `InputError` unless it is the paper's network, the only one that the official format holds."""
+    if departures := [f"{name} {value!r}" for name, value in config.departures().items()]:
+        raise InputError(f"the official format holds the paper's network only, not {' and '.join(departures)}")
+
+
 def write_checkpoint(
     folder: str | Path,
     *,
@@ -78,6 +84,7 @@ def write_checkpoint(
     The official code finds a multi-layer prior's statistics by layer number, so layers without any get rows of nan.
     `statistics_layers` are those of the rows of `mean`: by default the hookpoints', else all.
     """
+    check_official(config)
     folder = Path(folder)
     weights = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     _check_weights(weights, config, "the given weights")
@@ -90,7 +97,7 @@ def write_checkpoint(
         "rep_statistic": STATISTICS,
         "glp_kwargs": {
             "normalizer_config": {"rep_statistic": "${rep_statistic}"},
-            "denoiser_config": asdict(config),
+            "denoiser_config": settings_of(config),
             "tracedict_config": _tracedict(hookpoints),
         },
     }
@@ -206,10 +213,10 @@ def _denoiser_config(values: dict[str, Any], path: Path) -> DenoiserConfig:
     if not isinstance(shape, dict):
         raise InputError(f"{path} is no official configuration: it has no glp_kwargs.denoiser_config")
     shape = {"multi_layer_n_layers": None, **shape}
-    for f in fields(DenoiserConfig):
-        value = shape.get(f.name)
-        if type(value) is not int and not (value is None and f.name == "multi_layer_n_layers"):
-            raise InputError(f"{path}: denoiser_config.{f.name} must be an integer, got {value!r}")
+    for name in ("d_input", "d_model", "d_mlp", "n_layers", "multi_layer_n_layers"):
+        value = shape.get(name)
+        if type(value) is not int and not (value is None and name == "multi_layer_n_layers"):
+            raise InputError(f"{path}: denoiser_config.{name} must be an integer, got {value!r}")
     try:
         return from_dict(DenoiserConfig, shape)
     except InputError as error:

@@ -18,7 +18,7 @@ from latentprior.data.store.writer import StoreWriter
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.prior.glp import GLP
 from latentprior.prior.official.activations import INDEX, read_activations, write_activations
-from latentprior.prior.official.checkpoint import write_checkpoint
+from latentprior.prior.official.checkpoint import check_official, write_checkpoint
 from latentprior.utils.errors import InputError
 from latentprior.utils.files import check_folder
 from latentprior.utils.locks import LOCK, locked
@@ -53,6 +53,8 @@ def _prior(config: ConvertConfig) -> dict[str, Any]:
     glp = GLP.from_pretrained(config.source, config.checkpoint)
     if config.to == "official" and glp.normalizer.basis is not None:
         raise InputError(f"{config.source} is whitened, and the official format holds a scale of each dimension only")
+    if config.to == "official":
+        check_official(glp.denoiser.config)
     _clear(Path(config.output))
     if config.to == "latentprior":
         glp.save_pretrained(config.output)
