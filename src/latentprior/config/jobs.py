@@ -181,8 +181,8 @@ class DemoConfig:
     """Folder of everything; a second run reuses what is there. The page is report.html, its data demo.json."""
     tiny: bool = changeable(False)
     """A run of under a minute that only shows that everything works."""
-    layer: int = 15
-    """Block whose output is modelled."""
+    layer: int | None = None
+    """Block whose output is modelled; by default 15, of gemma-3-270m 9."""
     rows: int = 220_000
     """Activations to record for training."""
     activations: int = 1_300_000

@@ -17,7 +17,7 @@ class PlanConfig:
 
     llm: LLMConfig = field(default_factory=lambda: LLMConfig(model="8B"))
     """The language model. `llm.model` is a Hugging Face id or a folder, whose config alone is read, or one of the
-    known shapes: "smollm2-135m", "1B" (Llama-3.2-1B), "8B" (Llama-3.1-8B), "70B" (Llama-3.1-70B)."""
+    known shapes: "smollm2-135m", "gemma-3-270m", "1B" (Llama-3.2-1B), "8B" (Llama-3.1-8B), "70B" (Llama-3.1-70B)."""
     layers: list[int] = field(default_factory=list)
     """Blocks whose activations are modelled, counted from 0; by default the middle one (15 of 32)."""
     max_length: int = StreamConfig.max_length

@@ -26,9 +26,9 @@ from latentprior.config.base import (
     unit_interval,
 )
 from latentprior.config.data import StreamConfig
+from latentprior.config.embedded import default_layer
 from latentprior.utils.errors import InputError
 
-DEFAULT_LAYER = 15  # of the default language model
 FORMER_STORE = "runs/activations"  # was the default, so configurations of streams hold it in older files
 
 
@@ -260,7 +260,8 @@ class TrainConfig:
     source: Literal["store", "llm"] = "store"
     """Train on a store, or on what the language model computes meanwhile (also spelled --from)."""
     layers: list[int] = field(default_factory=list)
-    """Blocks that are modelled, counted from 0, by one prior; by default 15 of a language model, all of a store."""
+    """Blocks that are modelled, counted from 0, by one prior; by default all of a store, of a language model 15
+    (of gemma-3-270m 9)."""
     preset: Literal["official", "quick", "fast"] = "quick"
     """"official" is the paper's recipe, and "quick" one for runs of minutes to hours, both of the paper's network;
     "fast", with a network that is conditioned better, gets the most out of an activation (docs/recipes.md)."""
@@ -276,7 +277,7 @@ class TrainConfig:
         choices(self)
         self._check_source()
         if self.source == "llm" and not self.layers:
-            object.__setattr__(self, "layers", [DEFAULT_LAYER])
+            object.__setattr__(self, "layers", [default_layer(self.stream.llm.model)])
         self.resolved_recipe()
 
     def _check_source(self) -> None:

@@ -50,6 +50,8 @@ def record(
     """
     if isinstance(texts, str):
         raise InputError("texts are a list of documents, got one string: put it in a list")
+    if not layers:
+        raise InputError("layers is empty: name at least one block, for example [15]")
     described: dict[str, Any] = {"dataset": GIVEN}
     if isinstance(texts, Sequence):
         described |= {"documents": len(texts), "digest": _digest(texts)}

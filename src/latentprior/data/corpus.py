@@ -74,7 +74,7 @@ def corpus_file() -> Path:
     Columns: text; source, the first task that has it; split, "probing-test" if it is in the test rows of any binary
     task, else "train-eligible". The order is that of a hash of the text, so any prefix is a fair sample of the whole.
     """
-    return build_once(NAME, "sae_probes", _RECIPE, _build) / "documents.parquet"
+    return build_once(NAME, ["sae_probes"], _RECIPE, _build) / "documents.parquet"
 
 
 def _build(folder: Path) -> None:

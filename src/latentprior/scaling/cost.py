@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentprior.config import LLMConfig
+from latentprior.config import GEMMA3, SMOLLM2, LLMConfig
 from latentprior.utils.errors import InputError, unknown
 from latentprior.utils.hub import cache_only
 
@@ -42,21 +42,41 @@ class LLMShape:
 
 
 def llama_shape(
-    *, width: int, blocks: int, heads: int, kv_heads: int, head: int, mlp: int, vocabulary: int, tied: bool
+    *,
+    width: int,
+    blocks: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    mlp: int,
+    vocabulary: int,
+    tied: bool,
+    norms: int | None = None,
 ) -> LLMShape:
     """A decoder of Llama's architecture: no biases, gated MLP, grouped-query attention, RMS norms.
 
     A block's matrices: query and output ``2 w heads head``, key and value ``2 w kv_heads head``, MLP ``3 w mlp``; its
-    norms add ``2 w``. Outside the blocks: embedding ``vocabulary w``, a head of that size unless it is tied, a norm.
+    norms add `norms`, by default ``2 w``. Outside the blocks: embedding ``vocabulary w``, a head of that size unless it
+    is tied, a norm.
     """
     matrices = 2 * width * (heads + kv_heads) * head + 3 * width * mlp
     outside = (1 if tied else 2) * vocabulary * width + width
-    return LLMShape(width, blocks * (matrices + 2 * width) + outside, (matrices,) * blocks, heads * head, mlp)
+    parameters = blocks * (matrices + (2 * width if norms is None else norms)) + outside
+    return LLMShape(width, parameters, (matrices,) * blocks, heads * head, mlp)
 
 
 LLM_SHAPES: dict[str, LLMShape] = {
-    "smollm2-135m": llama_shape(
-        width=576, blocks=30, heads=9, kv_heads=3, head=64, mlp=1536, vocabulary=49152, tied=True
+    SMOLLM2: llama_shape(width=576, blocks=30, heads=9, kv_heads=3, head=64, mlp=1536, vocabulary=49152, tied=True),
+    GEMMA3: llama_shape(
+        width=640,
+        blocks=18,
+        heads=4,
+        kv_heads=1,
+        head=256,
+        mlp=2048,
+        vocabulary=262144,
+        tied=True,
+        norms=4 * 640 + 2 * 256,  # also after attention and MLP, and of queries and keys
     ),
     "1B": llama_shape(width=2048, blocks=16, heads=32, kv_heads=8, head=64, mlp=8192, vocabulary=128256, tied=True),
     "8B": llama_shape(width=4096, blocks=32, heads=32, kv_heads=8, head=128, mlp=14336, vocabulary=128256, tied=False),
