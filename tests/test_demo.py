@@ -82,7 +82,7 @@ def shipped_is_told(first, folder, shown):
     ours = [entry for entry in now["methods"] if entry["prior"] != NAME]
     assert ours == before["methods"]
     assert [entry["method"] for entry in now["methods"] if entry["prior"] == NAME] == ["repaired", "paired"]
-    assert f"The shipped prior {NAME} is measured beside it" in page and f"paired by {NAME}" in page
+    assert f"The shipped prior {NAME} is measured beside this prior" in page and f"paired by {NAME}" in page
     assert f"Prior {NAME}, AB2, 20" in page and "not installed" not in shown and NAME in shown
 
 

@@ -208,7 +208,7 @@ def test_a_prior_is_evaluated_beside_another(site, runs, tmp_path, capsys, llm_f
     delta = {row.get("prior", row["method"]): row["delta"] for row in result["delta_lm"]["rows"]}
     assert delta[NAME] == pytest.approx(delta["prior"], abs=1e-3) and len(delta) == 5
     page = (tmp_path / "evaluation" / "report.html").read_text()
-    assert f"{NAME} is measured beside it, on the same rows" in page and f"Prior {NAME}, AB2" in page
+    assert f"{NAME} is measured beside this prior, on the same rows" in page and f"Prior {NAME}, AB2" in page
     alone = evaluated(str(runs / "prior"), runs, tmp_path / "alone", *options)
     assert alone["distribution"] == result["distribution"][:-1] and "compared" not in alone
 
