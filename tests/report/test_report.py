@@ -264,7 +264,7 @@ def test_another_prior_stands_beside_the_demos(demo: dict[str, Any], demo_page: 
     rows.append(next(row for row in rows if row["method"] == "prior") | other | {"method": "compared", "delta": 0.123})
     page = check_page(render(demo | {"shipped": {"prior": "its-name", "install": None}}))
     for said in (
-        "The shipped prior its-name is measured beside this prior, on the same rows, noise and texts; its held-out loss",
+        "The shipped prior its-name is measured beside this prior, on the same rows, noise and texts; its held-out",
         "Of its-name it is 1.10 [1.00, 1.20], standardised by that prior's own statistics.",
         "those of its-name at 31.4; two sets of real ones",
         "(0.123 with its-name, ",
