@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -24,10 +25,11 @@ import latentprior as lp
 from latentprior.cli.commands import USAGE, main
 from latentprior.config import DoctorConfig, LLMConfig, ProbeConfig
 from latentprior.doctor import doctor
-from latentprior.prior import installed
+from latentprior.prior import installed, loading
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import packages_of, priors_of
+from latentprior.prior.loading import installed_at, packages_of, priors_of
 from latentprior.utils.errors import InputError
+from prior_packages import offer
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(file.parent for file in (ROOT / "priors").glob("*/pyproject.toml"))
@@ -60,11 +62,11 @@ def runs(tmp_path_factory, llm_folder, sentences) -> Path:
     return folder
 
 
-def evaluated(prior: str, runs: Path, output: Path) -> dict:
+def evaluated(prior: str, runs: Path, output: Path, *options: str) -> dict:
     """What `latentprior evaluate` finds of a prior."""
     samples = ["--samples", "90", "--nfes", "2", "--solvers", "ab2", "--projections", "8"]
     command = ["evaluate", "--prior", prior, "--heldout", str(runs / "heldout"), "--delta-lm", "false", *samples]
-    assert main([*command, "--output", str(output)]) == 0
+    assert main([*command, "--output", str(output), *options]) == 0
     return json.loads((output / "evaluate.json").read_text())
 
 
@@ -134,14 +136,6 @@ def test_names_that_are_nowhere(site, tmp_path, monkeypatch):
     assert "unknown checkpoint '64'" in refusal(GLP.from_pretrained, NAME, "64")
 
 
-def offer(folder: Path, package: str, name: str, module: str) -> None:
-    """The metadata of an installed distribution that offers a prior."""
-    about = folder / f"{package}-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[{installed.GROUP}]\n{name} = {module}\n")
-
-
 def test_packages_of_others(site, tmp_path, monkeypatch, tiny_glp):
     """A module inside another is found without running that one; a damaged package and a doubtful name are said."""
     tiny_glp(8).save_pretrained(tmp_path / "others" / "inner")
@@ -176,6 +170,58 @@ def test_several_priors_by_name_and_folder(site, runs):
     priors, hookpoint = priors_of(ProbeConfig(priors=names, output="x").priors, device="cpu")
     assert list(priors) == names and hookpoint.layer == 1
     assert packages_of(priors.values()) == {PACKAGE: VERSION}
+
+
+def test_the_prior_of_a_hookpoint_is_found_by_where_it_was_trained(site, tmp_path, monkeypatch, tiny_glp):
+    (place,) = GLP.from_pretrained(NAME).hookpoints
+    found = installed_at(replace(place, model="a copy of other name"))
+    assert found and found[0] == NAME and found[1].hookpoints == (place,)
+    assert installed_at(replace(place, layer=2)) is None
+    assert installed_at(replace(place, model="another model", weights="other ones")) is None
+    for name, layers in (("a-prior", (1,)), ("of-two-layers", (1, 2))):
+        tiny_glp(place.width, layers, place.model).save_pretrained(tmp_path / name.replace("-", "_"))
+        offer(tmp_path, name, name, name.replace("-", "_"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert (found := installed_at(place)) and found[0] == "a-prior"
+    monkeypatch.setattr(loading, "PUBLISHED", (NAME,))
+    assert (found := installed_at(place)) and found[0] == NAME
+
+
+def test_names_of_published_priors(monkeypatch):
+    monkeypatch.setattr(installed, "PUBLISHED", ("gemma-3-270m-layer9",))
+    assert installed.published_name("google/gemma-3-270m", 9) == "gemma-3-270m-layer9"
+    assert installed.published_name("gemma-3-270m", 8) is None
+
+
+def test_a_prior_is_evaluated_beside_another(site, runs, tmp_path, capsys, llm_folder, write_texts):
+    texts = ["--text.dataset", write_texts(tmp_path / "texts.jsonl", 30), "--text.heldout", "0.3"]
+    options = ["--delta-lm", "true", "--llm.model", llm_folder, "--steps", "2", *texts, "--solvers", "euler,ab2"]
+    result = evaluated(str(runs / "prior"), runs, tmp_path / "evaluation", *options, "--compare", NAME)
+    assert result["versions"][PACKAGE] == VERSION and NAME in capsys.readouterr().out
+    (row,) = result["compared"]
+    assert row["prior"] == NAME and row["heldout_loss"]["mean"] == pytest.approx(
+        result["heldout_loss"]["mean"], rel=1e-2
+    )
+    *_, ours, other = result["distribution"]
+    assert (other["source"], other["prior"], other["solver"], other["nfe"]) == ("compared", NAME, "ab2", ours["nfe"])
+    assert other["frechet"]["total"] == pytest.approx(ours["frechet"]["total"], rel=1e-2)
+    delta = {row.get("prior", row["method"]): row["delta"] for row in result["delta_lm"]["rows"]}
+    assert delta[NAME] == pytest.approx(delta["prior"], abs=1e-3) and len(delta) == 5
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    assert f"{NAME} is measured beside this prior, on the same rows" in page and f"Prior {NAME}, AB2" in page
+    alone = evaluated(str(runs / "prior"), runs, tmp_path / "alone", *options)
+    assert alone["distribution"] == result["distribution"][:-1] and "compared" not in alone
+
+
+def test_what_cannot_be_compared_is_refused(site, runs, tmp_path, tiny_glp):
+    tiny_glp(32, (2,), "tiny-llama").save_pretrained(tmp_path / "of-2")
+    options: dict = {"samples": 90, "nfes": [2], "delta_lm": False}
+    assert f"{tmp_path / 'of-2'} is a prior of tiny-llama layer 2" in refusal(
+        lp.evaluate, runs / "prior", runs / "heldout", compare=[str(tmp_path / "of-2")], **options
+    )
+    assert "name at least one" in refusal(
+        lp.evaluate, runs / "prior", runs / "heldout", compare=[NAME], **options | {"solvers": []}
+    )
 
 
 # the package

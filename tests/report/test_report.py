@@ -252,6 +252,33 @@ def test_a_demo_says_what_its_steering_found(demo: dict[str, Any], demo_page: st
         assert re.findall(pattern, alone, re.DOTALL) == re.findall(pattern, demo_page, re.DOTALL) != []
 
 
+def test_another_prior_stands_beside_the_demos(demo: dict[str, Any], demo_page: str) -> None:
+    evaluate, other = demo["evaluate"], {"prior": "its-name"}
+    by_t = [row | {"loss": 0.9 * row["loss"]} for row in evaluate["heldout_loss"]["by_t"]]
+    evaluate["compared"] = [other | {"heldout_loss": {"mean": 1.1, "interval": [1.0, 1.2], "by_t": by_t}}]
+    best = min(
+        (row for row in evaluate["distribution"] if row["source"] == "prior"), key=lambda r: r["frechet"]["total"]
+    )
+    evaluate["distribution"].append(best | other | {"source": "compared", "frechet": best["frechet"] | {"total": 31.4}})
+    rows = evaluate["delta_lm"]["rows"]
+    rows.append(next(row for row in rows if row["method"] == "prior") | other | {"method": "compared", "delta": 0.123})
+    page = check_page(render(demo | {"shipped": {"prior": "its-name", "install": None}}))
+    for said in (
+        "The shipped prior its-name is measured beside this prior, on the same rows, noise and texts; its held-out",
+        "Of its-name it is 1.10 [1.00, 1.20], standardised by that prior's own statistics.",
+        "those of its-name at 31.4; two sets of real ones",
+        "(0.123 with its-name, ",
+        "this prior",  # in the legend
+    ):
+        assert said in " ".join(page.text.split()), said
+    assert page.row("Distance from held-out real activations", "Prior its-name, AB2, 20\N{NO-BREAK SPACE}NFE")
+    assert page.row("Added loss, nats", "Prior its-name, t = 0.5") and page.drawings == Page(demo_page).drawings
+    missing = Page(render(demo | {"shipped": {"prior": None, "install": "pip install this"}})).text
+    assert (
+        "No shipped prior of these activations is installed to be measured" in missing and ": pip install th" in missing
+    )
+
+
 def test_bars_are_logarithmic_only_if_all_are_positive() -> None:
     rows = [
         {"method": "prior", "delta": 0.02, "interval": [-0.01, 0.05]},

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from latentprior.report.steering import headlines, helps_from, leading_method, l
 from latentprior.steer.frontier import summarise
 from latentprior.utils.errors import InputError
 
-PRIORS = {"early": 1.4, "late": 1.1}
+PRIORS = {"early": 1.4, "middle": 1.3, "late": 1.1}
 DRAWN = (
     "Concept gained, fluency lost",
     "Edit kept",
@@ -28,7 +29,9 @@ DRAWN = (
 GAINS = {"plain": 0.1, "repaired": 0.05, "paired": 0.16, "random": 0.0}  # at a strength of 1, for one nat
 
 
-def rows(direction: str = "sentiment", gains: dict[str, float] = GAINS, prompts: int = 8) -> list[dict[str, Any]]:
+def rows(
+    direction: str = "sentiment", gains: dict[str, float] = GAINS, prompts: int = 8, priors: Iterable[str] = PRIORS
+) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     figures = {"distinct_2": 0.9, "longest_repeat": 2, "tokens": 20, "off_before": 2.0, "moved": 0.1}
     found = []
@@ -37,9 +40,9 @@ def rows(direction: str = "sentiment", gains: dict[str, float] = GAINS, prompts:
         found.append(common | {"method": "none", "prior": None, "strength": 0.0, "concept": 0.5, "nll": 1.2,
                                "text": " unsteered", "retention": None, "off_after": None})  # fmt: skip
         for method, gain in gains.items():
-            for prior in (None,) if method in ("plain", "random") else PRIORS:
+            for prior in (None,) if method in ("plain", "random") else priors:
                 for r in (-1.0, -0.5, 0.5, 1.0):
-                    share = r * gain * (0.5 if prior == "early" else 1) + 0.01 * rng.standard_normal()
+                    share = r * gain * (1 if prior in (None, "late") else 0.5) + 0.01 * rng.standard_normal()
                     measured = {"concept": 0.5 + share, "nll": 1.2 + abs(r), "retention": 0.8, "off_after": 1.5}
                     found.append(common | {"method": method, "prior": prior, "strength": r,
                                            "text": f" {method} {prior or 'alone'} {r:g}", **measured})  # fmt: skip
@@ -117,6 +120,19 @@ def test_the_prior_of_least_loss_is_drawn_and_all_are_compared(whole, page):
     assert not [label for label in check_page(without).drawings if label.startswith(DRAWN[-1])]
 
 
+def test_two_priors_are_told_apart():
+    result = result_of(rows(priors=("early", "late")))
+    page = render(result)
+    header, *cells = check_page(page).tables["Areas under the frontiers"]
+    assert header[:3] == ["Method", "Prior", "Held-out loss"] and "Areas with every prior" not in page
+    methods = [("plain", "–"), ("repaired", "early"), ("repaired", "late"), ("paired", "early"), ("paired", "late")]
+    assert [(row[0], row[1]) for row in cells] == [*methods, ("random", "–")]
+    _, early, late = sentences(result)
+    assert early.startswith("Along sentiment, the gain of paired by early over plain")
+    assert late.startswith("Along sentiment, the gain of paired by late over plain")
+    assert [headline.note.split(";")[0] for headline in headlines(result)] == ["sentiment, paired by late"]
+
+
 def difference(value: float, clear: bool) -> dict[str, Any]:
     return {"value": value, "clear": clear}
 
@@ -182,7 +198,7 @@ def test_the_smallest_result_is_a_page():
 
 def test_figures_that_could_not_be_had_show_as_dashes(whole):
     result = copy.deepcopy(whole)
-    entry = result["summary"]["directions"][0]["methods"][2]
+    entry = result["summary"]["directions"][0]["methods"][3]
     entry["nll_at_matched_concept"][0] |= {"value": None, "interval": [None, 0.2], "clear": False}
     entry["area_difference"] |= {"interval": None}
     entry["points"][0] |= {"gain": None, "gain_interval": None, "nll": None, "nll_interval": None, "retention": None}

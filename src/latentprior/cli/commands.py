@@ -21,6 +21,7 @@ from latentprior.cli.console import (
     print_checks,
     print_evaluation,
     print_frontiers,
+    print_losses,
     print_tables,
     table,
 )
@@ -222,6 +223,7 @@ def demo(options: config.DemoConfig) -> None:
         result = demo(options, phase=phase)
     print_evaluation(result["evaluate"])
     print_frontiers(result["steer"])
+    print_losses(result["evaluate"], result["shipped"])
     out.print(f"report: {options.output}/report.html ({time.monotonic() - began:.0f} s)")
 
 

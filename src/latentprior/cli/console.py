@@ -104,15 +104,26 @@ def print_evaluation(result: dict[str, Any]) -> None:
     for row in result["distribution"]:
         total = row["frechet"]["total"]
         figures = (total, total / bound, row["sliced_wasserstein"], row["two_sample_auc"])
-        rows.append([row["source"], row.get("solver", ""), str(row.get("nfe", "")), *map(number, figures)])
+        source, way = row.get("prior", row["source"]), [row.get("solver", ""), str(row.get("nfe", ""))]
+        rows.append([source, *way, *map(number, figures)])
     print_tables([Table("Real against generated activations (held-out, standardised)", header, rows)], 2, whole=True)
     if lm := result.get("delta_lm"):
         rows = []
         for row in lm["rows"]:
             t_start = "" if row["t_start"] is None else str(row["t_start"])
-            rows.append([row["method"], t_start, number(row["delta"]), interval(row["interval"])])
+            rows.append([row.get("prior", row["method"]), t_start, number(row["delta"]), interval(row["interval"])])
         title = f"Delta LM loss (nats, by {lm['weighted_by']}; clean {number(lm['clean_loss'])})"
         print_tables([Table(title, ("replacement", "t_start", "delta", "95% interval"), rows)])
+
+
+def print_losses(result: dict[str, Any], shipped: dict[str, Any]) -> None:
+    """Held-out loss of a demo's prior and of the shipped one, or how that is installed."""
+    losses = {"this demo's": result["heldout_loss"]}
+    losses |= {row["prior"]: row["heldout_loss"] for row in result.get("compared", [])}
+    shown = {prior: f"{number(loss['mean'])} {interval(loss['interval'])}" for prior, loss in losses.items()}
+    if not shipped["prior"]:
+        shown["shipped prior"] = f"not installed: {shipped['install']}" if shipped["install"] else "none is installed"
+    table("Held-out loss of the priors", shown)
 
 
 def print_frontiers(result: dict[str, Any]) -> None:

@@ -86,6 +86,9 @@ class EvaluateConfig:
     """Headline the delta LM loss as a mean over documents (the official definition), not over tokens."""
     baseline: list[Literal["sae"]] = field(default_factory=list)
     """Further baselines beside the Gaussians: "sae" reconstructs held-out activations with a sparse autoencoder."""
+    compare: list[Prior] = field(default_factory=list)
+    """Further priors of the same activations, to be measured on the same rows, noise and texts; their samples are of
+    the last of `solvers` and `nfes`."""
     layer: int | None = None
     """Which layer of a multi-layer prior."""
     checkpoint: str = "final"
@@ -114,6 +117,8 @@ class EvaluateConfig:
         for name in ("nfes", "t_starts"):
             if any(not value > 0 for value in getattr(self, name)):
                 raise InputError(f"EvaluateConfig.{name} must be positive, got {getattr(self, name)}")
+        if self.compare and not (self.solvers and self.nfes):
+            raise InputError("--compare draws samples: name at least one of --solvers and of --nfes")
         if "sae" not in self.baseline:
             meaningless(self, "without --baseline sae", "sae")
 

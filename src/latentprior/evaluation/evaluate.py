@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from latentprior.evaluation.velocity import velocity_errors
 from latentprior.lm.hooks import Hookpoint, at_layer
 from latentprior.lm.loading import load_llm
 from latentprior.prior.glp import GLP
-from latentprior.prior.loading import packages_of
+from latentprior.prior.loading import packages_of, priors_of
 from latentprior.prior.repair import hookpoints_on
 from latentprior.sae.sae import SAE, described
 from latentprior.sae.training import prepare_sae
@@ -54,9 +55,10 @@ def evaluate(
         else:
             glp = copy.deepcopy(glp).to(device).eval().requires_grad_(False)
         glp.cast(fast_dtype(glp.device) if config.precision == "auto" else getattr(torch, config.precision))
-        layer = config.layer if len(glp.normalizer.layers) > 1 else None
+        layer = _layer_of(glp, config)
         hookpoint = at_layer(glp.hookpoints, layer, "this prior") if glp.hookpoints else None
         glp.normalizer.rows(layer)  # an error for a layer without statistics
+        compared = _compared(config, hookpoint)
         real, other, fitted, documents = _real_rows(config, glp, layer)
         if config.delta_lm:  # another model, layer or text shows before minutes of other measurements
             text.documents(config.text)
@@ -69,15 +71,21 @@ def evaluate(
         result["heldout_loss"] = heldout_by_t(glp, real, layer, seed=config.seed)
         result["velocity"] = velocity_errors(glp, gaussians["full"], real, layer, seed=config.seed)
         result["distribution"], generated = compare_distributions(
-            config, glp, real, other, documents, gaussians, layer, sae, report=phase("compare distributions")
+            config, glp, real, other, documents, gaussians, layer, sae, compared, report=phase("compare distributions")
         )
+        if compared:
+            result["compared"] = [
+                {"prior": name, "heldout_loss": heldout_by_t(prior, real, _layer_of(prior, config), seed=config.seed)}
+                for name, prior in compared.items()
+            ]
         if sae is not None:
             result["sae"] = described(sae, other)
         result["pca"] = pca_points(glp.normalizer.normalize(real, layer), glp.normalizer.normalize(generated, layer))
         if config.delta_lm and llm is not None:
             report = phase("delta LM loss")
-            result["delta_lm"] = measure_delta_lm(config, glp, gaussians["full"], *llm, layer, sae, report=report)
-        spent, packages = time.perf_counter() - began, packages_of([glp])
+            references = (gaussians["full"], sae, compared)
+            result["delta_lm"] = measure_delta_lm(config, glp, *llm, layer, *references, report=report)
+        spent, packages = time.perf_counter() - began, packages_of([glp, *compared.values()])
         result |= stamp(to_dict(config), seed=config.seed, wall_seconds=spent, packages=packages)
         replace_json(folder / "evaluate.json", result)
         return Result(result, table="distribution")
@@ -104,18 +112,20 @@ def compare_distributions(
     documents: tuple[Tensor, Tensor],
     gaussians: dict[str, GaussianPrior],
     layer: int | None,
-    sae: SAE | None = None,
+    sae: SAE | None,
+    compared: Mapping[str, GLP],
     *,
     report: Report = silent,
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Distances of samples from `real` [N, d], a row for each source, and the prior's last samples.
 
     `other` real activations set the lower bound of each distance; an SAE reconstructs these (paper, SAE baseline).
-    `documents` says which one each row of `real` and of `other` is from.
+    `documents` says which one each row of `real` and of `other` is from. Priors that are `compared` are sampled in the
+    last way only; all is standardised as by `glp`.
     """
     n = len(real)
     runs: list[tuple[Solver, int]] = [(solver, nfe) for nfe in config.nfes for solver in config.solvers]
-    total = len(runs) + 3 + (sae is not None)
+    total = len(runs) + 3 + (sae is not None) + len(compared)
     z_real = glp.normalizer.normalize(real, layer)
     references = (GaussianMoments.of(real), GaussianMoments.of(z_real))
     rows: list[dict[str, Any]] = []
@@ -143,17 +153,22 @@ def compare_distributions(
     for solver, nfe in runs:
         generated = glp.sample(n, steps=nfe, solver=solver, layer=layer, generator=config.seed)
         add("prior", generated, solver=solver, nfe=glp.nfe(nfe, solver=solver))
+    for name, prior in compared.items():
+        solver, nfe = runs[-1]
+        x = prior.sample(n, steps=nfe, solver=solver, layer=_layer_of(prior, config), generator=config.seed)
+        add("compared", x, prior=name, solver=solver, nfe=prior.nfe(nfe, solver=solver))
     return rows, generated
 
 
 def measure_delta_lm(
     config: EvaluateConfig,
     glp: GLP,
-    gaussian: GaussianPrior,
     model: nn.Module,
     tokenizer: Any,
     layer: int | None,
-    sae: SAE | None = None,
+    gaussian: GaussianPrior,
+    sae: SAE | None,
+    compared: Mapping[str, GLP],
     *,
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -167,6 +182,10 @@ def measure_delta_lm(
         for method, replacement in lm_replacements(glp, gaussian, t_start, config, layer).items():
             name = f"{method} {t_start}"
             replacements[name], labels[name] = replacement, {"method": method, "t_start": t_start}
+        for prior, other in compared.items():
+            name = f"compared {prior} {t_start}"
+            replacements[name] = _projection(other, t_start, config, _layer_of(other, config))
+            labels[name] = {"method": "compared", "prior": prior, "t_start": t_start}
     mean = glp.normalizer.denormalize(torch.zeros(glp.width, device=glp.device), layer)
     replacements["mean"] = _spare_sinks(glp, layer, lambda x, eps: mean.expand_as(x))
     if sae is not None:
@@ -199,14 +218,19 @@ def lm_replacements(
     def noised(x: Tensor, eps: Tensor) -> Tensor:
         return torch.lerp(normalizer.normalize(x, layer), eps, t_start)
 
-    def prior(x: Tensor, eps: Tensor) -> Tensor:
-        return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
-
     references: dict[str, Replacement] = {
         "gaussian": lambda x, eps: normalizer.denormalize(gaussian.posterior_mean(noised(x, eps), t_start), layer),
         "noise": lambda x, eps: normalizer.denormalize(noised(x, eps), layer),
     }
-    return {"prior": prior} | {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
+    spared = {name: _spare_sinks(glp, layer, f) for name, f in references.items()}
+    return {"prior": _projection(glp, t_start, config, layer)} | spared
+
+
+def _projection(glp: GLP, t_start: float, config: EvaluateConfig, layer: int | None) -> Replacement:
+    def project(x: Tensor, eps: Tensor) -> Tensor:
+        return glp.project(x, t_start=t_start, steps=config.steps, solver=config.solver, noise=eps, layer=layer)
+
+    return project
 
 
 def pca_points(z_real: Tensor, z_generated: Tensor) -> dict[str, Any]:
@@ -240,6 +264,24 @@ def _sae(config: EvaluateConfig, hookpoint: Hookpoint | None, device: torch.devi
         raise InputError("this prior does not say what it was trained on, so no SAE can be compared with it")
     folder = Path(config.sae.path or Path(config.output) / "sae")
     return prepare_sae(config.sae, folder, config.train, hookpoint, device=device, report=report)
+
+
+def _layer_of(glp: GLP, config: EvaluateConfig) -> int | None:
+    """The layer that a prior is called with; one of a single layer is called without it."""
+    return config.layer if len(glp.normalizer.layers) > 1 else None
+
+
+def _compared(config: EvaluateConfig, hookpoint: Hookpoint | None) -> dict[str, GLP]:
+    """The priors of `config.compare` by name, all of `hookpoint`."""
+    if not config.compare:
+        return {}
+    if hookpoint is None:
+        raise InputError("this prior does not say what it was trained on, so no other one can be compared with it")
+    options: Any = {"layer": config.layer, "device": config.device, "precision": config.precision}
+    priors, place = priors_of(config.compare, **options)
+    if not place.same_place(hookpoint):
+        raise InputError(f"{config.compare[0]} is a prior of {place}, {config.prior} of {hookpoint}")
+    return priors
 
 
 def _real_rows(

@@ -42,9 +42,20 @@ def installed_folder(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
+def published_name(model: str, layer: int) -> str | None:
+    """The name of this project's prior of one layer of a language model, installed or not; None if there is none."""
+    name = f"{model.rpartition('/')[2]}-layer{layer}".lower()
+    return name if name in PUBLISHED else None
+
+
+def how_to_install(name: str) -> str:
+    """The line that installs a prior of this project."""
+    return f"pip install ./priors/{name} in latentprior's checkout"
+
+
 def _not_installed(name: str) -> InputError:
     if name in PUBLISHED:
-        return InputError(f"the prior {name!r} is not installed: pip install ./priors/{name} in latentprior's checkout")
+        return InputError(f"the prior {name!r} is not installed: {how_to_install(name)}")
     installed = installed_names()
     hint = nearest(name, dict.fromkeys((*installed, *PUBLISHED)))
     hint = f" ({hint})" if hint else nearest_path(name)

@@ -1,4 +1,4 @@
-"""Several priors of one hookpoint, to be compared with each other."""
+"""Priors of one hookpoint: several, to be compared with each other, and the one that is installed for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
-from latentprior.lm.hooks import Hookpoint, at_layer
+from latentprior.lm.hooks import Hookpoint, at_layer, same_places
 from latentprior.prior.glp import GLP
+from latentprior.prior.installed import PUBLISHED, installed_names
 from latentprior.utils.devices import fast_dtype, resolve_device
 from latentprior.utils.errors import InputError
 
@@ -31,6 +32,16 @@ def priors_of(
         if not mine.same_place(first):
             raise InputError(f"{name} is a prior of {mine}, {names[0]} of {first}")
     return priors, first
+
+
+def installed_at(hookpoint: Hookpoint) -> tuple[str, GLP] | None:
+    """The installed prior of this hookpoint alone and its name, one of this project's before others; None without any.
+
+    What counts is where a prior was trained, its model's weights included, and not what it is called.
+    """
+    names = sorted(installed_names(), key=lambda name: (name not in PUBLISHED, name))
+    priors = ((name, GLP.from_pretrained(name)) for name in names)
+    return next(((name, glp) for name, glp in priors if same_places(glp.hookpoints, [hookpoint])), None)
 
 
 def hookpoint_of(glp: GLP, name: str, layer: int | None) -> Hookpoint:

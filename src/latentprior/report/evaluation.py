@@ -40,11 +40,11 @@ def training(train: Json, evaluate: Json) -> Markup:
         note = "Mean squared error of the velocity on standardised activations; an untrained prior is near 2."
         drawn.append(figure("Loss over training", note, figures.training_curve(log)))
     if by_t := heldout["by_t"] if heldout else _bins(summary.get("heldout_loss_by_t", [])):
-        band = " Band: 95% interval over activations." if "interval" in by_t[0] else ""
-        drawn.append(
-            figure("Held-out loss by noise level", f"Mean in {len(by_t)} bins of t.{band}", figures.loss_by_t(by_t))
-        )
-    said = paragraph(_TEXTS.training(rate(train), heldout))
+        note = f"Mean in {len(by_t)} bins of t."
+        note += " Band: 95% interval over activations." if "interval" in by_t[0] else ""
+        others = {row["prior"]: row["heldout_loss"]["by_t"] for row in evaluate.get("compared", [])}
+        drawn.append(figure("Held-out loss by noise level", note, figures.loss_by_t(by_t, others)))
+    said = paragraph(_TEXTS.training(rate(train), heldout, evaluate.get("compared", [])))
     return stack(prose(said) if said else NOTHING, pair(*drawn), velocity(evaluate))
 
 
@@ -123,7 +123,8 @@ def language_model_loss(evaluate: Json) -> Markup:
 
 
 def _replacement_name(row: Json) -> str:
-    name = str(REPLACEMENTS.get(row["method"], row["method"]))
+    compared = row["method"] == "compared"
+    name = f"Prior {row['prior']}" if compared else str(REPLACEMENTS.get(row["method"], row["method"]))
     return name if row["t_start"] is None else f"{name}, t = {row['t_start']:g}"
 
 
@@ -132,16 +133,23 @@ def sentences(parts: Json) -> list[Markup]:
     train, evaluate = parts.get("train", {}), parts.get("evaluate", {})
     delta = delta_lm(evaluate, "prior")
     others = list(references(evaluate, delta)) if delta else []
-    return lines(
-        _TEXTS.sentences(parts.get("record"), train.get("summary"), seconds(train), delta, others, frechet(evaluate))
+    compared = evaluate.get("compared", [])
+    generated = [row for row in evaluate.get("distribution", []) if row["source"] == "compared"]
+    said = (
+        _TEXTS.sentences(parts.get("record"), train.get("summary"), seconds(train)),
+        _TEXTS.beside(parts.get("shipped"), compared),
+        _TEXTS.quality(delta, others, frechet(evaluate), generated),
     )
+    return [line for written in said for line in lines(written)]
 
 
 def headlines(parts: Json) -> Iterator[Headline]:
     """What a prior achieves, in figures worth large type, the most telling first."""
     evaluate, summary = parts.get("evaluate", {}), parts.get("train", {}).get("summary", {})
     if heldout := evaluate.get("heldout_loss"):
-        yield Headline("Held-out loss", number(heldout["mean"]), "", f"95% interval {interval(heldout['interval'])}")
+        others = [f"; {row['prior']} {number(row['heldout_loss']['mean'])}" for row in evaluate.get("compared", [])]
+        note = f"95% interval {interval(heldout['interval'])}{''.join(others)}"
+        yield Headline("Held-out loss", number(heldout["mean"]), "", note)
     elif "heldout_loss" in summary:
         yield Headline("Held-out loss", number(summary["heldout_loss"]), "", "mean over all noise levels")
     if row := delta_lm(evaluate, "prior"):
@@ -192,7 +200,10 @@ def delta_lm(evaluate: Json, method: str, t_start: Number = 0.5) -> Json | None:
 
 
 def references(evaluate: Json, prior: Json) -> Iterator[tuple[str, Json]]:
-    """What the prior's delta LM loss is read against, at the same noise level."""
+    """What the prior's delta LM loss is read against, at the same noise level; other priors by their names."""
+    for row in evaluate["delta_lm"]["rows"]:
+        if row["method"] == "compared" and row["t_start"] == prior["t_start"]:
+            yield row["prior"], row
     for method, name in (("gaussian", "a full Gaussian"), ("noise", "noise alone")):
         if row := delta_lm(evaluate, method, prior["t_start"]):
             yield name, row
@@ -212,9 +223,10 @@ def rate(train: Json) -> str:
 
 def source_name(row: Json) -> str:
     """Where the activations of a row of distances come from."""
-    if row["source"] != "prior":
+    if row["source"] not in ("prior", "compared"):
         return str(SOURCES.get(row["source"], row["source"]))
-    return f"Prior, {solver_name(row)}, {row['nfe']}\N{NO-BREAK SPACE}NFE"
+    name = f"Prior {row['prior']}" if row["source"] == "compared" else "Prior"
+    return f"{name}, {solver_name(row)}, {row['nfe']}\N{NO-BREAK SPACE}NFE"
 
 
 def solver_name(row: Json) -> str:

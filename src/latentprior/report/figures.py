@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ class Look(NamedTuple):
 Line = Sequence[tuple[Number, Number]]
 Label = tuple[Number, Number, str, str]
 
-REPLACEMENTS = {"prior": BLUE, "gaussian": ORANGE, "noise": PURPLE}
+REPLACEMENTS = {"prior": BLUE, "compared": GREEN, "gaussian": ORANGE, "noise": PURPLE}
+COMPARED = ((GREEN, "s"), (PURPLE, "^"), (ORANGE, "D"))  # priors beside the one that a page is about
 
 
 def training_curve(log: Sequence[Mapping[str, Any]]) -> Markup:
@@ -61,17 +63,22 @@ def training_curve(log: Sequence[Mapping[str, Any]]) -> Markup:
     return svg("training", draw, "Training and held-out loss over activations seen")
 
 
-def loss_by_t(by_t: Sequence[Mapping[str, Any]]) -> Markup:
-    """Held-out loss in each bin of the noise level, with its interval where there is one."""
+def loss_by_t(by_t: Sequence[Mapping[str, Any]], compared: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """Held-out loss in each bin of the noise level, with its interval where there is one; and of others by name."""
     centres = [sum(row["t"]) / 2 for row in by_t]
 
     def draw(axes: Axes) -> None:
-        axes.plot(centres, [row["loss"] for row in by_t], "o-", color=BLUE)
+        axes.plot(centres, [row["loss"] for row in by_t], "o-", color=BLUE, label="this prior")
+        for (name, rows), (colour, marker) in zip(compared.items(), cycle(COMPARED)):
+            losses = [row["loss"] for row in rows]
+            axes.plot(centres, losses, linestyle="-", marker=marker, color=colour, label=name)
         if all("interval" in row for row in by_t):
             low, high = np.transpose([row["interval"] for row in by_t])
             axes.fill_between(centres, low, high, color=BLUE, alpha=0.25, linewidth=0)
         axes.set(xlim=(0, 1), xlabel="noise level t (0 = data, 1 = noise)", ylabel="held-out loss")
         axes.set_ylim(bottom=0)
+        if compared:
+            legend(axes)
 
     return svg("by-t", draw, "Held-out loss by noise level")
 

@@ -20,7 +20,7 @@ from latentprior.utils.formatting import duration
 Json = Mapping[str, Any]
 
 KINDS = ("demo", "train", "evaluate", "sweep", "frontier", "probe")
-DEMO_PARTS = ("record", "train", "evaluate", "steer")
+DEMO_PARTS = ("record", "train", "shipped", "evaluate", "steer")
 HEADLINES = 4
 SUBJECTS = {"sweep": "Scaling of latent priors", "probe": "1-D probing", "frontier": "Steering"}
 
@@ -29,9 +29,10 @@ def write_report(result: Json, path: str | Path) -> Path:
     """Draw a result as one HTML file that needs no network and no script.
 
     Args:
-        result: of kind "demo" with any of the parts "record", "train", "evaluate" and "steer", or one part alone:
-            what is in ``evaluate.json``, ``sweep.json``, ``steer.json`` (kind "frontier"), ``probe.json``, or
-            ``train.json`` (add the lines of ``log.jsonl`` as "log" for its curve).
+        result: of kind "demo" with any of the parts "record", "train", "shipped" (the installed "prior", or how to
+            "install" it), "evaluate" and "steer", or one part alone: what is in ``evaluate.json``, ``sweep.json``,
+            ``steer.json`` (kind "frontier"), ``probe.json``, or ``train.json`` (add the lines of ``log.jsonl`` as "log"
+            for its curve).
         path: the file; its folder is made if need be.
     """
     path = Path(path)

@@ -35,6 +35,7 @@ Json = Mapping[str, Any]
 
 _TEXTS = macros("steering.html.jinja")
 MOST_CURVES = 6  # in one drawing
+MOST_TOLD = 2  # priors; of more, sentences and the first table have the best one alone
 
 
 def section(result: Json) -> Markup:
@@ -46,6 +47,7 @@ def section(result: Json) -> Markup:
     for i, direction in enumerate(summary["directions"]):
         name, shown = direction["direction"], _shown(direction, prior)
         judge = result.get("judges", {}).get(direction["direction"])
+        told = direction["methods"] if len(_priors(summary)) <= MOST_TOLD else shown
         drawn = [*_curves(i, direction, shown, looks, leading_method(result)), *_repair(i, name, shown, looks)]
         if losses := _losses(result, direction):
             drawn.append(_by_loss(i, direction, losses, summary["baseline"], looks))
@@ -53,9 +55,9 @@ def section(result: Json) -> Markup:
             heading(name),
             prose(paragraph(_TEXTS.described(direction, judge))),
             pair(*drawn),
-            areas(direction, shown, summary["baseline"], losses),
+            areas(direction, told, summary["baseline"], losses),
             fold("Areas with every prior", areas(direction, direction["methods"], summary["baseline"], losses))
-            if len(shown) < len(direction["methods"])
+            if len(told) < len(direction["methods"])
             else NOTHING,
             fold("At matched fluency and at matched concept", matched(shown, summary["baseline"])),
             fold("All points", points(direction, shown)),
@@ -93,7 +95,13 @@ def sentences(result: Json) -> list[Markup]:
         return []
     methods = dict.fromkeys(entry["method"] for direction in summary["directions"] for entry in direction["methods"])
     others = [method for method in methods if method != summary["baseline"]]
-    differences = [(direction["direction"], entry["area_difference"]) for direction, entry in _led(result)]
+    several = 1 < len(_priors(summary)) <= MOST_TOLD
+    priors = _priors(summary) if several else [leading_prior(result)]
+    differences = [
+        (direction["direction"], entry["prior"] if several else None, entry["area_difference"])
+        for prior in priors
+        for direction, entry in _led(result, prior)
+    ]
     return lines(_TEXTS.sentences(summary, others, leading_method(result), differences))
 
 
@@ -101,24 +109,26 @@ def headlines(result: Json) -> Iterator[Headline]:
     """Figures of an experiment worth large type."""
     if not (method := leading_method(result)):
         return
-    baseline, found = result["summary"]["baseline"], _led(result)
+    baseline, prior = result["summary"]["baseline"], leading_prior(result)
+    found, led_by = _led(result, prior), method
+    if len(_priors(result["summary"])) > 1:
+        led_by = f"{method} by {prior}"
     if len(found) > 1:
         won = sum(e["area_difference"]["clear"] and e["area_difference"]["value"] > 0 for _, e in found)
-        note = f"directions in which {method} lies outside {baseline}, its interval clear of zero"
+        note = f"directions in which {led_by} lies outside {baseline}, its interval clear of zero"
         yield Headline("Frontier outside", f"{won} of {len(found)}", "", note)
     for direction, entry in found:
         difference = entry["area_difference"]
-        note = f"{direction['direction']}, {method}; mean gain at the same fluency, 95% interval "
+        note = f"{direction['direction']}, {led_by}; mean gain at the same fluency, 95% interval "
         note += interval(difference["interval"])
         yield Headline(f"Gain over {baseline}", number(difference["value"]), "", note)
 
 
 def leading_prior(result: Json) -> str | None:
     """The prior of least held-out loss, or the last one if no losses are known; None if the results name none."""
-    directions = result.get("summary", {}).get("directions", [])
-    names = list(dict.fromkeys(entry["prior"] for direction in directions for entry in direction["methods"]))
+    names = _priors(result.get("summary", {}))
     known = {name: loss for name, loss in _known_losses(result).items() if name in names}
-    return min(known, key=known.__getitem__) if known else next((name for name in reversed(names) if name), None)
+    return min(known, key=known.__getitem__) if known else next(reversed(names), None)
 
 
 def leading_method(result: Json) -> str | None:
@@ -207,9 +217,15 @@ def _side_by_side(rows: Sequence[Json], looks: Mapping[str, frontiers.Look]) -> 
 
 def _explained(result: Json) -> Markup:
     summary, prior = result["summary"], leading_prior(result)
-    names = {entry["prior"] for direction in summary["directions"] for entry in direction["methods"]} - {None, ""}
-    norm = result.get("mean_norm")
-    return paragraph(_TEXTS.explained(summary, norm, leading_method(result), len(names), prior))
+    norm, priors = result.get("mean_norm"), len(_priors(summary))
+    return paragraph(_TEXTS.explained(summary, norm, leading_method(result), priors, prior))
+
+
+def _priors(summary: Json) -> list[str]:
+    """The priors that repaired, in the order in which they were run."""
+    directions = summary.get("directions", [])
+    names = dict.fromkeys(entry["prior"] for direction in directions for entry in direction["methods"])
+    return [name for name in names if name]
 
 
 def _losses(result: Json, direction: Json) -> dict[str, float]:
@@ -236,8 +252,8 @@ def _shown(direction: Json, prior: str | None) -> list[Json]:
     return [entry for entry in direction["methods"] if entry["prior"] in (None, prior)]
 
 
-def _led(result: Json) -> list[tuple[Json, Json]]:
-    """Each direction with the leading method's entry."""
-    prior, method = leading_prior(result), leading_method(result)
+def _led(result: Json, prior: str | None) -> list[tuple[Json, Json]]:
+    """Each direction with the leading method's entry of a prior."""
+    method = leading_method(result)
     directions = result["summary"]["directions"]
     return [(d, entry) for d in directions for entry in _shown(d, prior) if entry["method"] == method]
