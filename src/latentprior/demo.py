@@ -95,8 +95,9 @@ class _Parts:
             name, glp = found
             return {"prior": name, "package": glp.provenance.get("package"), "install": None}
         name = published_name(hookpoint.model, hookpoint.layer)
-        known = name is not None and name not in installed_names()  # else it is of other weights
-        return {"prior": None, "package": None, "install": how_to_install(name) if known else None}
+        if name is not None and name in installed_names():
+            name = None  # of other weights
+        return {"prior": None, "package": None, "install": name and how_to_install(name)}
 
     @property
     def beside(self) -> list[str]:
