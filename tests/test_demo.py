@@ -12,6 +12,7 @@ import pytest
 
 from latentprior.cli.commands import USAGE, main
 from latentprior.config import LLMConfig, SteerConfig
+from latentprior.demo import TRAINING
 from latentprior.lm.loading import load_tokenizer
 from latentprior.prior import installed
 from latentprior.prior.installed import how_to_install
@@ -60,8 +61,13 @@ def test_tiny_demo_makes_its_page_and_a_second_run_reuses_everything(tmp_path, c
     }
     assert second["wall_seconds"] < first["wall_seconds"] / 3
     assert main([*arguments, "--seed", "1"]) == USAGE
-
     capsys.readouterr()
+    train = json.loads((tmp_path / "train.json").read_text())
+    former = {name: value for name, value in train["settings"].items() if name not in TRAINING}
+    (tmp_path / "train.json").write_text(json.dumps(train | {"settings": former}))
+    assert main(arguments) == USAGE and "preset is 'quick' there and 'fast' now" in capsys.readouterr().err
+    (tmp_path / "train.json").write_text(json.dumps(train))
+
     (tmp_path / "site").mkdir()
     shutil.copytree(tmp_path / "prior", tmp_path / "site" / "tiny_prior")
     offer(tmp_path / "site", "tiny", NAME, "tiny_prior")

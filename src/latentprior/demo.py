@@ -22,9 +22,9 @@ from latentprior.config import (
     settings_of,
     to_dict,
 )
-from latentprior.data.store.reader import ActivationStore
 from latentprior.data.store.record import record_from
 from latentprior.evaluation.evaluate import evaluate
+from latentprior.lm.hooks import Hookpoint
 from latentprior.lm.loading import load_llm
 from latentprior.prior.installed import how_to_install, installed_names, published_name
 from latentprior.prior.loading import installed_at
@@ -43,7 +43,7 @@ LABELLED = 2000  # SST-2 sentences for direction and classifier
 FORMER = {"preset": "quick"}  # of folders that do not say
 # The denoiser's residual stream is as wide as the activations, whose principal directions it starts with. At equal
 # FLOPs one block of many hidden units ends at a lower held-out loss than several narrower ones.
-PRESET, BLOCKS, HIDDEN = "fast", 1, 6  # hidden units are a multiple of the width
+TRAINING: dict[str, Any] = {"preset": "fast", "blocks": 1, "hidden": 4}  # hidden units are a multiple of the width
 
 TINY: dict[str, Any] = {
     "rows": 6000,
@@ -81,23 +81,24 @@ class _Parts:
         self.config, self.folder, self.phase = config, folder, phase
         self.shared = {"device": config.device, "seed": config.seed}
         self.steering = steering_of(config)  # refused before anything runs
-        self.training = {"preset": PRESET, "blocks": BLOCKS, "hidden": HIDDEN}
 
     @cached_property
     def llm(self) -> tuple[Any, Any]:
         return load_llm(self.config.llm, self.config.device)
 
     @cached_property
+    def hookpoint(self) -> Hookpoint:
+        return Hookpoint.from_dict(self.once("record", self.record)["hookpoint"])
+
+    @cached_property
     def shipped(self) -> dict[str, Any]:
         """The installed "prior" of the recorded activations and its "package", or how to "install" this project's."""
-        hookpoint = ActivationStore(self.path("activations")).hookpoints[0]
-        if found := installed_at(hookpoint):
+        if found := installed_at(self.hookpoint):
             name, glp = found
             return {"prior": name, "package": glp.provenance.get("package"), "install": None}
-        name = published_name(hookpoint.model, hookpoint.layer)
-        if name is not None and name in installed_names():
-            name = None  # of other weights
-        return {"prior": None, "package": None, "install": name and how_to_install(name)}
+        name = published_name(self.hookpoint.model, self.hookpoint.layer)
+        install = how_to_install(name) if name and name not in installed_names() else None  # that one is of others
+        return {"prior": None, "package": None, "install": install}
 
     @property
     def beside(self) -> list[str]:
@@ -111,7 +112,7 @@ class _Parts:
         """The result of a part, from its file if there is one, made with the shipped prior that is there now."""
         path, settings, shipped = self.folder / f"{name}.json", settings_of(self.config), None
         if name != "record":
-            settings |= self.training
+            settings |= TRAINING
         if name in ("evaluate", "steer"):
             shipped = {key: self.shipped[key] for key in ("prior", "package")}
         if path.is_file():
@@ -137,7 +138,7 @@ class _Parts:
     def _store(self, name: str, text: TextConfig, rows: int, title: str) -> Any:
         config = RecordConfig(
             output=self.path(name),
-            layers=[] if self.config.layer is None else [self.config.layer],
+            layers=[self.config.layer],
             max_length=MAX_LENGTH,
             batch_tokens=2048,
             max_activations=rows,
@@ -149,16 +150,16 @@ class _Parts:
         return record_from(*self.llm, config, report=self.phase(title))
 
     def train(self) -> dict[str, Any]:
-        width = ActivationStore(self.path("activations")).width
+        width = self.hookpoint.width
         config = TrainConfig.of(
             store=self.path("activations"),
             heldout=self.path("heldout"),
             output=self.path("prior"),
             activations=self.config.activations,
-            preset=PRESET,
-            blocks=BLOCKS,
+            preset=TRAINING["preset"],
+            blocks=TRAINING["blocks"],
             d_model=width,
-            d_mlp=HIDDEN * width,
+            d_mlp=TRAINING["hidden"] * width,
             **self.shared,
         )
         fit(config, report=self.phase("train the prior"))
