@@ -138,7 +138,7 @@ class _Parts:
     def _store(self, name: str, text: TextConfig, rows: int, title: str) -> Any:
         config = RecordConfig(
             output=self.path(name),
-            layers=[self.config.layer],
+            layers=[] if self.config.layer is None else [self.config.layer],
             max_length=MAX_LENGTH,
             batch_tokens=2048,
             max_activations=rows,
