@@ -13,7 +13,7 @@ from pathlib import Path
 from latentprior.utils.errors import InputError, nearest, nearest_path
 
 GROUP = "latentprior.priors"
-PUBLISHED = ("smollm2-135m-layer15", "smollm2-135m-layers7-15-23", "gemma-3-270m-layer9")  # by this project
+PUBLISHED = ("smollm2-135m-layer15",)  # by this project
 
 
 def installed_names() -> list[str]:
