@@ -1,0 +1,1 @@
+"""Weights for `latentprior`, which finds them without importing this."""
