@@ -35,3 +35,11 @@ def test_what_a_prior_lacks_shows(tiny_glp):
     z = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(1))
     rows = velocity_errors(glp, GaussianPrior.fit(z[1000:]), glp.normalizer.denormalize(z[:1000]), None)
     assert rows[0]["prior"] == pytest.approx(2, rel=0.05) and rows[0]["interval"][0] > 0.9
+
+
+def test_with_the_skip_any_network_is_exact_at_both_ends(tiny_glp):
+    glp = tiny_glp(16, skip="normal", modulation="norm")
+    z = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(glp.denoiser(z, torch.tensor(0.0)), -z)
+    assert torch.equal(glp.denoiser(z, torch.tensor(1.0)), z)
+    assert not torch.allclose(glp.denoiser(z, torch.tensor(0.5)), torch.zeros(5, 16))

@@ -27,7 +27,9 @@ from latentprior.utils.errors import InputError
 
 CPU_CHUNK = 1024  # rows integrated together on a CPU: their hidden units stay in its cache
 CACHE_SIZE = 64  # lists of times, such as those of an adaptive repair's noise levels
-TIME_SCALE = 1000.0  # the sinusoid is taken of 1000 t; of the layer's relative depth it is taken unscaled
+# The sinusoid is taken of t times this; of the layer's relative depth it is taken unscaled. What scales and shifts the
+# norms turns slowly with t, as the optimal velocity does: fast features gain nothing there.
+TIME_SCALE = {"gate": 1000.0, "norm": 30.0}
 
 
 def sinusoid(value: Float[Tensor, " n"], width: int, max_period: float = 10_000.0) -> Float[Tensor, "n {width}"]:
@@ -157,7 +159,7 @@ class Denoiser(nn.Module):
         return {**self.__dict__, "_caching": 0, "_cache": {}}
 
     def embedded_time(self, t: Float[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
-        return self.time_embed(sinusoid(TIME_SCALE * t, self.config.d_model).to(self.dtype))
+        return self.time_embed(sinusoid(TIME_SCALE[self.config.modulation] * t, self.config.d_model).to(self.dtype))
 
     def embedded_layer(self, layer: Int[Tensor, " u"]) -> Float[Tensor, "u d_model"]:
         if self.config.multi_layer_n_layers is None or self.layer_embed is None:
@@ -183,7 +185,8 @@ class Denoiser(nn.Module):
             h = modulated(h, factor)
         u = self.out_proj(h.to(self.dtype)).to(z_t.dtype)
         if self.config.skip == "normal":
-            u = u + flow.normal_skip(t)[..., None].to(z_t.dtype) * z_t
+            scale, skip = (f(t)[..., None].to(z_t.dtype) for f in (flow.network_scale, flow.normal_skip))
+            u = scale * u + skip * z_t
         return u
 
     def integrate(

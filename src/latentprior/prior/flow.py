@@ -18,6 +18,7 @@ from latentprior.utils.errors import InputError, unknown
 
 Velocity = Callable[[Tensor, float], Tensor]
 TWO_STAGE: tuple[Solver, ...] = ("midpoint", "heun")
+SKIP_WIDTH = 0.05  # within this of either end of the path, the skip counts for more than the network
 TRAIN_GRID = 1000  # the official code draws training times from a grid of 1000
 
 
@@ -41,6 +42,16 @@ def normal_skip(t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     ``c(t) = (2 t - 1) / ((1 - t)^2 + t^2)``, the covariance of velocity and `z_t` over the variance of `z_t`.
     """
     return (2 * t - 1) / ((1 - t) ** 2 + t**2)
+
+
+def network_scale(t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Factor of the network's output beside `normal_skip`: zero at both ends of the path, nearly one between.
+
+    ``t (1 - t) / sqrt((t^2 + w^2) ((1 - t)^2 + w^2))``. At the ends the skip is exact for any standardised data: the
+    activation says nothing about the noise, nor the noise about the activation.
+    """
+    s = 1 - t
+    return t * s * torch.rsqrt((t**2 + SKIP_WIDTH**2) * (s**2 + SKIP_WIDTH**2))
 
 
 def training_times(u: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
