@@ -47,8 +47,8 @@ class DenoiserConfig:
     multi_layer_n_layers: int | None = None
     """Blocks of the language model if one denoiser serves several of its layers, else None."""
     skip: Literal["none", "normal"] = added("none", before="none")
-    """"normal" adds ``(2t - 1) / ((1 - t)^2 + t^2) z_t``, the velocity if the data were standard normal, and scales what
-    the network gives to nothing at both ends of the path, where that is exact. "none" is the paper's network."""
+    """"normal" adds ``(2t - 1) / ((1 - t)^2 + t^2) z_t``, the velocity if the data were standard normal, and scales
+    what the network gives to nothing at both ends of the path, where that is exact. "none" is the paper's network."""
     modulation: Literal["gate", "norm"] = added("gate", before="gate")
     """What time, and layer, act on: the gates of the hidden units, inside the SiLU ("gate", the paper's network), or
     the output of each layer norm, which they scale and shift ("norm")."""
