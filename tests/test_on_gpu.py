@@ -309,10 +309,17 @@ def test_the_example_on_the_gpu(bench, tiny_llm, tiny_tokenizer, tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.assets
 def test_steering_and_the_demo_on_the_gpu(bench, llm_folder, write_texts, tiny_glp, tmp_path, monkeypatch, gpu):
-    sizes = {"rows": 1500, "activations": 2048, "heldout_rows": 700, "samples": 150, "lm_documents": 2, "prompts": 2}
+    sizes = {
+        "rows": 1500,
+        "activations": 2048,
+        "heldout_rows": 700,
+        "samples": 150,
+        "lm_documents": 2,
+        "prompts": 2,
+        "labelled": 120,
+    }
     for name, size in sizes.items():
         monkeypatch.setitem(latentprior.demo.TINY, name, size)
-    monkeypatch.setattr(latentprior.demo, "LABELLED", 120)
     commands = bench.commands(tmp_path, llm_folder, write_texts(tmp_path / "texts.jsonl", 1), layer=1, device="auto")
     tiny_glp(32, (1,), llm_folder).save_pretrained(tmp_path / "prior")
     run_all({name: commands[name] for name in bench.OF_ASSETS}, gpu)

@@ -39,7 +39,6 @@ from latentprior.utils.provenance import stamp
 from latentprior.utils.settings import check_settings
 
 MAX_LENGTH = 128
-LABELLED, LABELLED_TINY = 2000, 300  # SST-2 sentences for direction and classifier
 FORMER = {"preset": "quick"}  # of folders that do not say
 # The denoiser's residual stream is as wide as the activations, whose principal directions it starts with. At equal
 # FLOPs one block of many hidden units ends at a lower held-out loss than several narrower ones.
@@ -52,6 +51,7 @@ TINY: dict[str, Any] = {
     "samples": 1200,
     "lm_documents": 6,
     "prompts": 4,
+    "labelled": 300,
     "strengths": [0.6],
     "new_tokens": 6,
 }
@@ -199,7 +199,7 @@ def steering_of(config: DemoConfig) -> SteerConfig:
         both_signs=False,
         prompts=config.prompts,
         new_tokens=config.new_tokens,
-        labelled=LABELLED_TINY if config.tiny else LABELLED,
+        labelled=config.labelled,
         device=config.device,
         seed=config.seed,
         llm=config.llm,

@@ -12,6 +12,7 @@ from latentprior.config.base import (
     Grid,
     Prior,
     Solver,
+    added,
     at_least,
     changeable,
     choices,
@@ -200,6 +201,8 @@ class DemoConfig:
     """Held-out documents of the delta LM loss."""
     prompts: int = 32
     """Prompts of the steering part."""
+    labelled: int = added(2000, before=2000)
+    """SST-2 sentences that its direction and its classifier are learned from."""
     strengths: list[float] = field(default_factory=lambda: [0.4, 0.8, 1.2])
     """Steering strengths in units of the mean activation norm."""
     new_tokens: int = 20
@@ -211,7 +214,8 @@ class DemoConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
-        positive(self, "rows", "activations", "heldout_rows", "samples", "lm_documents", "prompts", "new_tokens")
+        positive(self, "rows", "activations", "heldout_rows", "samples", "lm_documents", "prompts", "labelled")
+        positive(self, "new_tokens")
         at_least(2, self, "prompts")  # intervals are over prompts
         if not self.strengths:
             raise InputError("DemoConfig.strengths is empty: name at least one, for example [0.6]")

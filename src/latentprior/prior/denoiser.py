@@ -185,7 +185,8 @@ class Denoiser(nn.Module):
             h = modulated(h, factor)
         u = self.out_proj(h.to(self.dtype)).to(z_t.dtype)
         if self.config.skip == "normal":
-            scale, skip = (f(t)[..., None].to(z_t.dtype) for f in (flow.network_scale, flow.normal_skip))
+            scale = flow.network_scale(t)[..., None].to(z_t.dtype)
+            skip = flow.normal_skip(t)[..., None].to(z_t.dtype)
             u = scale * u + skip * z_t
         return u
 
